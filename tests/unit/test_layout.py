@@ -1,0 +1,161 @@
+"""The packed layout: lossless for every width, edge and panel height; exact about its bytes."""
+
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scalebits_compiler.errors import ArtifactError, TargetError
+from scalebits_compiler.numerics.layout import MAX_BITS, PIECES, BlockLayout, pack_units
+
+
+def random_matrix(layout, seed, widths=range(1, 9)):
+    rng = np.random.default_rng(seed)
+    bits = rng.choice(np.array(widths, np.uint8), size=layout.grid)
+    wide = bits.repeat(layout.block_rows, 0)[: layout.rows]
+    wide = wide.repeat(layout.block_cols, 1)[:, : layout.cols].astype(np.uint32)
+    codes = rng.integers(0, 1 << wide, dtype=np.uint32).astype(np.uint8)
+    shape = (layout.rows, layout.groups)
+    scales = rng.normal(size=shape).astype(np.float16)
+    return codes, scales, rng.integers(0, 256, shape, dtype=np.uint8), bits
+
+
+@st.composite
+def layouts(draw):
+    group = 32 * draw(st.integers(1, 3))
+    return BlockLayout(
+        rows=draw(st.integers(1, 300)),
+        cols=draw(st.integers(1, 300)),
+        block_rows=16 * draw(st.sampled_from([1, 2, 3, 4, 8, 16])),
+        block_cols=group * draw(st.integers(1, 3)),
+        group=group,
+    )
+
+
+@settings(max_examples=80, deadline=None)
+@given(layout=layouts(), seed=st.integers(0, 2**31))
+def test_round_trip_and_cost(layout, seed):
+    codes, scales, zeros, bits = random_matrix(layout, seed)
+    arena = layout.pack(codes, scales, zeros, bits)
+    unpacked = layout.unpack(arena, bits)
+    for found, expected in zip(unpacked, (codes, scales, zeros), strict=True):
+        assert found.dtype == expected.dtype
+        np.testing.assert_array_equal(found, expected)
+    per_bit, fixed = layout.block_cost()
+    assert int((per_bit * bits + fixed).sum()) == 8 * layout.nbytes(bits) == 8 * arena.size
+
+
+@pytest.mark.parametrize("width", range(1, MAX_BITS + 1))
+def test_table_is_dense(width):
+    """Every one of the 8 * width stored bits of a byte column is used exactly once."""
+    used = [
+        (piece.vector, piece.bit + i)
+        for sub in PIECES[width]
+        for piece in sub.pieces
+        for i in range(piece.width)
+    ]
+    assert sorted(used) == [(vector, bit) for vector in range(width) for bit in range(8)]
+    for sub in PIECES[width]:
+        formed = sorted(piece.to + i for piece in sub.pieces for i in range(piece.width))
+        assert formed == list(range(sub.shift, sub.shift + width))
+
+
+@pytest.mark.parametrize("width", range(1, MAX_BITS + 1))
+@pytest.mark.parametrize("block_rows", [16, 128])
+def test_uniform_round_trip(width, block_rows):
+    layout = BlockLayout(272, 200, block_rows, 64, 32)
+    codes, scales, zeros, bits = random_matrix(layout, width, [width])
+    found = layout.unpack(layout.pack(codes, scales, zeros, bits), bits)
+    np.testing.assert_array_equal(found[0], codes)
+
+
+def test_stored_order():
+    """Panel, then width, then block column; codes before scales before zeros."""
+    layout = BlockLayout(16, 96, 16, 32, 32)
+    codes = np.zeros((16, 96), np.uint8)
+    scales = np.arange(48, dtype=np.float16).reshape(16, 3)
+    zeros = np.arange(48, dtype=np.uint8).reshape(16, 3)
+    bits = np.array([[4, 2, 4]], np.uint8)
+    arena = layout.pack(codes, scales, zeros, bits)
+    assert layout.metadata(bits).columns.tolist() == [[1, 0, 2]]
+    assert layout.metadata(bits).starts.tolist() == [[0, 0, 1, 1, 3, 3, 3, 3, 3]]
+    np.testing.assert_array_equal(arena[128:160].view(np.float16), scales[:, 1])
+    np.testing.assert_array_equal(arena[160:176], zeros[:, 1])
+    assert arena.size == 64 * (2 + 4 + 4) + 3 * 48
+
+
+def test_vector_order():
+    """Byte 4 * lane + j of a vector is row `lane`, column j; with 128 rows sub r is row group r."""
+    layout = BlockLayout(128, 4, 128, 32, 32)
+    codes = np.arange(512, dtype=np.uint16).reshape(128, 4).astype(np.uint8)
+    scales, zeros = np.ones((128, 1), np.float16), np.zeros((128, 1), np.uint8)
+    arena = layout.pack(codes, scales, zeros, np.array([[8]], np.uint8))
+    np.testing.assert_array_equal(arena[:512], codes.reshape(-1))
+
+
+def test_panel_offsets_match_a_scan():
+    layout = BlockLayout(200, 130, 64, 64, 32)
+    *_, bits = random_matrix(layout, 5)
+    tables = layout.metadata(bits)
+    per_bit, fixed = layout.block_cost()
+    assert layout.panel == 16
+    row_bytes = (per_bit * bits + fixed).sum(1) // 8
+    ends = tables.offsets[np.cumsum([4, 4, 4])]
+    np.testing.assert_array_equal(ends, np.cumsum(row_bytes)[:3])
+
+
+@pytest.mark.parametrize(
+    ("rows", "block_rows", "panel"),
+    [(256, 128, 128), (256, 256, 128), (192, 128, 64), (40, 128, 16), (31, 64, 32), (256, 48, 16)],
+)
+def test_panel_height(rows, block_rows, panel):
+    assert BlockLayout(rows, 64, block_rows, 64, 32).panel == panel
+
+
+def test_dequantize():
+    layout = BlockLayout(20, 70, 16, 64, 32)
+    codes, scales, zeros, bits = random_matrix(layout, 3)
+    weights = layout.dequantize(layout.pack(codes, scales, zeros, bits), bits)
+    for row, col in [(0, 0), (17, 69), (5, 40), (19, 1)]:
+        group, width = col // 32, int(bits[row // 16, col // 64])
+        level = float(codes[row, col]) - float(zeros[row, group]) * 2**width / 256
+        assert weights[row, col] == pytest.approx(float(scales[row, group]) * level, rel=1e-6)
+
+
+def test_large_matrix_packs_fast():
+    layout = BlockLayout(1024, 4096, 128, 128, 128)
+    args = random_matrix(layout, 0, [2, 3, 4])
+    start = time.perf_counter()
+    layout.pack(*args)
+    assert time.perf_counter() - start < 3
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [({"block_rows": 24}, "block rows"), ({"group": 48}, "group"), ({"block_cols": 96}, "columns")],
+)
+def test_bad_sizes(change, word):
+    sizes = {"rows": 64, "cols": 64, "block_rows": 64, "block_cols": 64, "group": 64, **change}
+    with pytest.raises(TargetError, match=word):
+        BlockLayout(**sizes)
+
+
+def test_bad_input():
+    layout = BlockLayout(32, 64, 32, 64, 32)
+    codes, scales, zeros, bits = random_matrix(layout, 0, [3])
+    with pytest.raises(TargetError, match="scales must be float16"):
+        layout.pack(codes, scales.astype(np.float32), zeros, bits)
+    with pytest.raises(TargetError, match="does not fit a block of 3 bits"):
+        layout.pack(codes | 8, scales, zeros, bits)
+    with pytest.raises(TargetError, match=r"1\.\.8"):
+        layout.nbytes(bits * 0)
+    with pytest.raises(TargetError, match="bits must be uint8"):
+        layout.nbytes(bits.astype(np.int64))
+    with pytest.raises(ArtifactError, match="damaged"):
+        layout.unpack(np.zeros(5, np.uint8), bits)
+
+
+def test_pack_units_shape():
+    assert pack_units(np.zeros((3, 8, 64), np.uint8), 5).shape == (3, 5, 64)
