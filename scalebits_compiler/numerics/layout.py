@@ -263,7 +263,7 @@ class BlockLayout:
         zeros = np.empty((self.panels * self.panel, self.groups), np.uint8)
         for panel, segments in enumerate(self._segments(bits)):
             rows = slice(panel * self.panel, (panel + 1) * self.panel)
-            subs = np.empty((self._padded_cols // self.unit_cols, SUBS, VECTOR_BYTES), np.uint8)
+            subs = self._to_subs(np.empty((0, self.cols), np.uint8))
             footer = np.empty((self.groups, 3 * self.panel), np.uint8)
             for segment in segments:
                 self._unpack_segment(arena, segment, subs, footer)
@@ -308,7 +308,7 @@ class BlockLayout:
         return bool(segment.groups[-1] == self.groups - 1)
 
     def _group_bytes(self, cols: int, width: int) -> int:
-        return self.panel * (cols * width // 8 + 3)
+        return self.panel * cols * width // 8 + 3 * self.panel
 
     def _segment_bytes(self, segment: _Segment) -> int:
         full = len(segment.groups) * self._group_bytes(self.group, segment.width)
@@ -354,12 +354,9 @@ class BlockLayout:
         first = groups * (self.group // self.unit_cols)
         return first[:, None] + np.arange(cols // self.unit_cols)
 
-    @property
-    def _padded_cols(self) -> int:
-        return (self.groups - 1) * self.group + self.last_group_cols
-
     def _to_subs(self, codes: U8) -> U8:
-        padded = np.zeros((self.panel, self._padded_cols), np.uint8)
+        cols = (self.groups - 1) * self.group + self.last_group_cols
+        padded = np.zeros((self.panel, cols), np.uint8)
         padded[: codes.shape[0], : self.cols] = codes
         row_groups = self.panel // LANES
         split = padded.reshape(row_groups, LANES, -1, SUBS // row_groups, STEP)
