@@ -1,0 +1,98 @@
+"""Attribute values that the text form knows besides numbers, strings, booleans, lists and dicts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+# Grids of up to this many blocks are written into the text, where a person can read and edit them.
+INLINE_GRID_BLOCKS = 64
+
+
+@dataclass(frozen=True)
+class Value:
+    """An SSA value, `%name`. Names are only identity; the printer renumbers them."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return f"%{self.name}"
+
+
+@dataclass(frozen=True)
+class Symbol:
+    """A module-level weight or permutation, `@name`."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return f"@{self.name}"
+
+
+@dataclass(frozen=True)
+class Resource:
+    """A tensor in the safetensors file beside the text, by key: `resource("l0.gate")`."""
+
+    key: str
+
+    def __str__(self) -> str:
+        return f'resource("{self.key}")'
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Bit width of every block of a matrix, row-major: `grid([[4, 3], [3, 2]])`. Hashable and compact."""
+
+    rows: tuple[bytes, ...]
+
+    @staticmethod
+    def of(bits: np.ndarray) -> Grid:
+        """From an integer array [block rows, block columns] with values 0..255."""
+        return Grid(tuple(row.tobytes() for row in np.ascontiguousarray(bits, dtype=np.uint8)))
+
+    def array(self) -> np.ndarray:
+        """uint8 [block rows, block columns]; a fresh writable array."""
+        return np.array([np.frombuffer(row, dtype=np.uint8) for row in self.rows])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(block rows, block columns)."""
+        return len(self.rows), len(self.rows[0]) if self.rows else 0
+
+    def histogram(self) -> tuple[tuple[int, int], ...]:
+        """((bits, number of blocks), ...) in rising bits."""
+        return tuple(sorted(Counter(b for row in self.rows for b in row).items()))
+
+    def __str__(self) -> str:
+        return f"grid([{', '.join(str(list(row)) for row in self.rows)}])"
+
+
+AttrValue = (
+    None | bool | int | float | str | Value | Symbol | Resource | Grid | tuple | Mapping  # nested
+)
+
+
+def walk(value: object) -> Iterator[object]:
+    """Every leaf of a nested attribute value."""
+    if isinstance(value, tuple):
+        for item in value:
+            yield from walk(item)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from walk(item)
+    else:
+        yield value
+
+
+def substitute(value: object, mapping: Mapping[Value, Value]) -> object:
+    """The attribute value with every `Value` leaf replaced by its image (itself if it has none)."""
+    if isinstance(value, Value):
+        return mapping.get(value, value)
+    if isinstance(value, tuple):
+        return tuple(substitute(item, mapping) for item in value)
+    if isinstance(value, Mapping):
+        return {key: substitute(item, mapping) for key, item in value.items()}
+    return value

@@ -1,0 +1,126 @@
+"""The op base class and the typing protocol that verifier and permutation finder share.
+
+An op is a frozen dataclass. Its annotated fields are its operands (`Value`), symbols (`Symbol`) and
+attributes (anything else); printing, parsing and rewriting are generic over them, so that a new op
+is about ten lines. `infer` states the op's typing rule once: the verifier runs it with axes that are
+known, the permutation finder runs the same rule with unknown orders and solves for them.
+"""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from typing import ClassVar, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from scalebits_compiler.errors import VerifyError
+from scalebits_compiler.ir.attrs import Symbol, Value, substitute, walk
+from scalebits_compiler.ir.types import Dim, TensorType, Type
+
+_BASE_FIELDS = ("result", "type", "loc")
+OpT = TypeVar("OpT", bound="Op")
+
+
+class Typing(Protocol):
+    """What a typing rule may ask and demand. `Rigid` checks, the permutation finder unifies."""
+
+    def type(self, value: Value) -> TensorType:
+        """The type of an operand that must be one tensor."""
+        ...
+
+    def raw_type(self, value: Value) -> Type:
+        """The type of an operand, one tensor or several."""
+        ...
+
+    def weight(self, symbol: Symbol) -> TensorType:
+        """The type of a module-level tensor."""
+        ...
+
+    def same(self, a: Dim, b: Dim, what: str) -> Dim:
+        """Demand that two axes have one size and one order; gives the common axis."""
+        ...
+
+    def natural(self, dim: Dim, what: str) -> Dim:
+        """Demand that an axis is in natural order (the op reads meaning into positions)."""
+        ...
+
+    def split(self, dim: Dim, outer: int, what: str) -> tuple[Dim, Dim]:
+        """Cut an axis into (outer, rest)."""
+        ...
+
+
+def check(condition: bool, message: str) -> None:
+    """Raise `VerifyError(message)` unless the condition holds; the verifier adds the place."""
+    if not condition:
+        raise VerifyError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Op(ABC):
+    """One operation with one result. `loc` is the module path in the original model."""
+
+    name: ClassVar[str]
+    result: Value
+    type: Type
+    loc: str = field(default="", compare=False)
+
+    @abstractmethod
+    def infer(self, t: Typing) -> Type:
+        """The result type from the operands' types; raises VerifyError where the rule is broken."""
+
+    def operands(self) -> Iterator[Value]:
+        """Every value the op reads, in field order, nested attributes included."""
+        for spec in op_fields(type(self)):
+            for leaf in walk(getattr(self, spec.name)):
+                if isinstance(leaf, Value):
+                    yield leaf
+
+    def symbols(self) -> Iterator[Symbol]:
+        """Every module-level tensor the op reads."""
+        for spec in op_fields(type(self)):
+            for leaf in walk(getattr(self, spec.name)):
+                if isinstance(leaf, Symbol):
+                    yield leaf
+
+    def map_operands(self: OpT, mapping: Mapping[Value, Value]) -> OpT:
+        """The op with its operands replaced."""
+        changed = {
+            spec.name: substitute(getattr(self, spec.name), mapping)
+            for spec in op_fields(type(self))
+        }
+        return replace(self, **changed)
+
+
+@dataclass(frozen=True)
+class FieldSpec:
+    """How one field of an op is written: role `value`, `symbol` or `attr`; optional or variadic."""
+
+    name: str
+    role: str
+    optional: bool
+    variadic: bool
+    default: object
+
+
+def _spec(item: Field[object], hint: object) -> FieldSpec:
+    options = get_args(hint) if get_origin(hint) is Union or _is_union(hint) else (hint,)
+    optional = type(None) in options
+    core = next(option for option in options if option is not type(None))
+    variadic = get_origin(core) is tuple and get_args(core)[0] in (Value, Symbol)
+    if variadic:
+        core = get_args(core)[0]
+    role = "value" if core is Value else "symbol" if core is Symbol else "attr"
+    default = item.default if item.default is not MISSING else MISSING
+    return FieldSpec(item.name, role, optional, variadic, default)
+
+
+def _is_union(hint: object) -> bool:
+    return type(hint).__name__ == "UnionType"
+
+
+@functools.cache
+def op_fields(cls: type[Op]) -> tuple[FieldSpec, ...]:
+    """The fields an op class adds to the base, in order."""
+    hints = get_type_hints(cls)
+    return tuple(_spec(f, hints[f.name]) for f in fields(cls) if f.name not in _BASE_FIELDS)

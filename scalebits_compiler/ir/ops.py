@@ -1,0 +1,295 @@
+"""The ops, in the field's standard terms. Activations are `[batch, sequence, channels]`.
+
+The slow torch rule of each op in `codegen/reference` is its definition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from scalebits_compiler.ir.attrs import AttrValue, Symbol, Value, walk
+from scalebits_compiler.ir.op import Op, Typing, check
+from scalebits_compiler.ir.types import Dim, Factor, TensorType, TupleType, Type
+
+
+@dataclass(frozen=True, kw_only=True)
+class Positions(Op):
+    """Position of every token in its sequence, 0-based, padding not counted."""
+
+    name: ClassVar[str] = "positions"
+    ids: Value
+
+    def infer(self, t: Typing) -> Type:
+        return TensorType("i64", t.type(self.ids).dims)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embedding(Op):
+    """Rows of a table [vocabulary, channels] picked by token id."""
+
+    name: ClassVar[str] = "embedding"
+    ids: Value
+    table: Symbol
+
+    def infer(self, t: Typing) -> Type:
+        vocabulary, channels = _matrix(t, self.table)
+        t.natural(vocabulary, f"vocabulary of {self.table}")
+        return TensorType(t.weight(self.table).dtype, (*t.type(self.ids).dims, channels))
+
+
+def _matrix(t: Typing, symbol: Symbol) -> tuple[Dim, Dim]:
+    dims = t.weight(symbol).dims
+    check(len(dims) == 2, f"{symbol} must be a matrix, it has {len(dims)} axes")
+    return dims[0], dims[1]
+
+
+def _linear_type(t: Typing, x: Value, weight: Symbol, bias: Symbol | None, dtype: str) -> Type:
+    rows, columns = _matrix(t, weight)
+    xtype = t.type(x)
+    t.same(xtype.dims[-1], columns, f"input channels of {weight}")
+    if bias is not None:
+        rows = t.same(rows, t.weight(bias).dims[0], f"output channels of {weight} and {bias}")
+    return TensorType(dtype, (*xtype.dims[:-1], rows))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear(Op):
+    """y = x Wᵀ + b, W is [output channels, input channels]."""
+
+    name: ClassVar[str] = "linear"
+    x: Value
+    weight: Symbol
+    bias: Symbol | None = None
+
+    def infer(self, t: Typing) -> Type:
+        dtype = t.weight(self.weight).dtype
+        check(dtype != "packed", f"linear reads a dense matrix, {self.weight} is packed")
+        xdtype = t.type(self.x).dtype
+        check(xdtype == dtype, f"linear of {xdtype} activations with {dtype} {self.weight}")
+        return _linear_type(t, self.x, self.weight, self.bias, dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QLinear(Op):
+    """y = x Ŵᵀ + b with a packed, block-quantized matrix; Ŵ is its dequantized value."""
+
+    name: ClassVar[str] = "qlinear"
+    x: Value
+    weight: Symbol
+    bias: Symbol | None = None
+
+    def infer(self, t: Typing) -> Type:
+        dtype = t.weight(self.weight).dtype
+        check(dtype == "packed", f"qlinear reads a packed matrix, {self.weight} is {dtype}")
+        return _linear_type(t, self.x, self.weight, self.bias, t.type(self.x).dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RmsNorm(Op):
+    """x · gain / sqrt(mean(x²) + eps) over the last axis."""
+
+    name: ClassVar[str] = "rms_norm"
+    x: Value
+    gain: Symbol
+    eps: float
+
+    def infer(self, t: Typing) -> Type:
+        xtype = t.type(self.x)
+        last = t.same(xtype.dims[-1], t.weight(self.gain).dims[0], f"channels of {self.gain}")
+        return xtype.with_dim(-1, last)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Silu(Op):
+    """x · sigmoid(x), elementwise."""
+
+    name: ClassVar[str] = "silu"
+    x: Value
+
+    def infer(self, t: Typing) -> Type:
+        return t.type(self.x)
+
+
+def _elementwise(t: Typing, a: Value, b: Value, name: str) -> Type:
+    left, right = t.type(a), t.type(b)
+    check(left.dtype == right.dtype, f"{name} of {left.dtype} and {right.dtype}")
+    check(left.rank == right.rank, f"{name} of {left} and {right}")
+    pairs = zip(left.dims, right.dims, strict=True)
+    dims = tuple(t.same(x, y, f"axis {i} of {name}") for i, (x, y) in enumerate(pairs))
+    return TensorType(left.dtype, dims)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Add(Op):
+    """Elementwise sum of two tensors of one type."""
+
+    name: ClassVar[str] = "add"
+    a: Value
+    b: Value
+
+    def infer(self, t: Typing) -> Type:
+        return _elementwise(t, self.a, self.b, self.name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mul(Op):
+    """Elementwise product of two tensors of one type."""
+
+    name: ClassVar[str] = "mul"
+    a: Value
+    b: Value
+
+    def infer(self, t: Typing) -> Type:
+        return _elementwise(t, self.a, self.b, self.name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitHeads(Op):
+    """[batch, sequence, heads*d] -> [batch, heads, sequence, d]."""
+
+    name: ClassVar[str] = "split_heads"
+    x: Value
+    heads: int
+
+    def infer(self, t: Typing) -> Type:
+        xtype = t.type(self.x)
+        check(xtype.rank == 3, f"split_heads of {xtype}")
+        batch, sequence, channels = xtype.dims
+        heads, inner = t.split(channels, self.heads, f"{self.heads} heads")
+        return TensorType(xtype.dtype, (batch, heads, sequence, inner))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeHeads(Op):
+    """[batch, heads, sequence, d] -> [batch, sequence, heads*d]."""
+
+    name: ClassVar[str] = "merge_heads"
+    x: Value
+
+    def infer(self, t: Typing) -> Type:
+        xtype = t.type(self.x)
+        check(xtype.rank == 4, f"merge_heads of {xtype}")
+        batch, heads, sequence, inner = xtype.dims
+        return TensorType(xtype.dtype, (batch, sequence, Dim.join((heads, inner))))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rope(Op):
+    """Rotary embedding, halves convention: pair (i, i+d/2) turns by position · frequency[i].
+
+    x is [batch, heads, sequence, d], frequency [d/2]; cos and sin are multiplied by `scaling`.
+    """
+
+    name: ClassVar[str] = "rope"
+    x: Value
+    positions: Value
+    frequency: Symbol
+    scaling: float = 1.0
+
+    def infer(self, t: Typing) -> Type:
+        xtype = t.type(self.x)
+        check(xtype.rank == 4, f"rope of {xtype}")
+        # A pair and its frequency belong together, so the order inside a head is fixed.
+        inner = t.natural(xtype.dims[-1], "head dimension under rope")
+        frequency = t.natural(t.weight(self.frequency).dims[0], f"{self.frequency}")
+        check(
+            inner.size == 2 * (frequency.size or 0),
+            f"rope needs {inner.size}/2 frequencies, {self.frequency} has {frequency.size}",
+        )
+        return xtype.with_dim(-1, inner)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention(Op):
+    """softmax(scale · q kᵀ + causal mask) v; q [b, H, s, d], k [b, G, s, d], v [b, G, s, e], G | H.
+
+    Query head h reads key-value head h // (H/G). `window` > 0 limits how far back a query sees.
+    """
+
+    name: ClassVar[str] = "attention"
+    q: Value
+    k: Value
+    v: Value
+    scale: float
+    window: int = 0
+
+    def infer(self, t: Typing) -> Type:
+        q, k, v = t.type(self.q), t.type(self.k), t.type(self.v)
+        check(q.rank == k.rank == v.rank == 4, "attention reads [batch, heads, sequence, d] tensors")
+        groups = t.same(k.dims[1], v.dims[1], "key and value heads")
+        outer, _ = t.split(q.dims[1], groups.size or 0, "query heads per key-value head")
+        t.same(outer, groups, "query and key-value heads")
+        t.same(q.dims[3], k.dims[3], "head dimension of query and key")
+        t.same(k.dims[2], v.dims[2], "key and value positions")
+        return TensorType(q.dtype, (q.dims[0], q.dims[1], q.dims[2], v.dims[3]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Permute(Op):
+    """Bring one axis from natural order into the order of the result type, or back (`inverse`).
+
+    Stored element i of a permuted axis is natural element perm[i].
+    """
+
+    name: ClassVar[str] = "permute"
+    x: Value
+    axis: int
+    order: str
+    inverse: bool = False
+
+    def infer(self, t: Typing) -> Type:
+        xtype = t.type(self.x)
+        permuted = parse_dim(self.order)
+        before, after = (permuted, permuted.natural()) if self.inverse else (
+            permuted.natural(), permuted)
+        t.same(xtype.dims[self.axis], before, "permuted axis")
+        return xtype.with_dim(self.axis, after)
+
+
+def parse_dim(text: str) -> Dim:
+    """`2@p.kv*32@p.v` as a dimension."""
+    factors: list[Factor] = []
+    for part in text.split("*"):
+        size, _, order = part.partition("@")
+        check(size.isdigit() and int(size) > 0, f"{text!r} is no channel order, e.g. 256@p.res")
+        factors.append(Factor(int(size), order or None))
+    return Dim.of(*factors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Aten(Op):
+    """Anything that was not raised to an op of ours: a torch.export call with its arguments.
+
+    `args` may contain values and symbols; the stated type is trusted, and every axis it reads
+    must be in natural order.
+    """
+
+    name: ClassVar[str] = "aten"
+    target: str
+    args: tuple[AttrValue, ...]
+    kwargs: Mapping[str, AttrValue] = field(default_factory=dict)
+
+    def infer(self, t: Typing) -> Type:
+        for leaf in walk((self.args, self.kwargs)):
+            if isinstance(leaf, Symbol):
+                _natural(t, t.weight(leaf), str(leaf))
+            elif isinstance(leaf, Value):
+                _natural(t, t.raw_type(leaf), str(leaf))
+        check(not self.type.orders, "an aten op gives natural order")
+        return self.type
+
+
+def _natural(t: Typing, tensor: Type, what: str) -> None:
+    if isinstance(tensor, TupleType):
+        return
+    for axis, dim in enumerate(tensor.dims):
+        t.natural(dim, f"axis {axis} of {what}")
+
+
+_CLASSES: tuple[type[Op], ...] = (
+    Positions, Embedding, Linear, QLinear, RmsNorm, Silu, Add, Mul, SplitHeads, MergeHeads, Rope,
+    Attention, Permute, Aten,
+)  # fmt: skip
+OPS: dict[str, type[Op]] = {cls.name: cls for cls in _CLASSES}

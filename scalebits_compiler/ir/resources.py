@@ -1,0 +1,102 @@
+"""Tensors beside the text: a copy-on-write store, loaded lazily from safetensors files.
+
+Text holds structure, tensors stay in files by key. Passes get torch tensors; what only needs
+integers (permutations, bit grids) reads numpy, so that checking a text does not import torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from scalebits_compiler.errors import IRError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Lazy:
+    """A tensor still in its file."""
+
+    path: Path
+    key: str
+
+
+class ResourceStore(Mapping[str, object]):
+    """key -> torch tensor or `Lazy`. `with_` gives a changed copy; the tensors are shared."""
+
+    def __init__(self, entries: Mapping[str, torch.Tensor | Lazy] | None = None) -> None:
+        self._entries: dict[str, torch.Tensor | Lazy] = dict(entries or {})
+
+    @staticmethod
+    def from_files(paths: Iterable[Path]) -> ResourceStore:
+        """All tensors of safetensors files, unread; a later file overrides an earlier one."""
+        from safetensors import SafetensorError, safe_open
+
+        entries: dict[str, torch.Tensor | Lazy] = {}
+        for path in paths:
+            try:
+                with safe_open(path, framework="np") as handle:
+                    entries.update({key: Lazy(path, key) for key in handle.keys()})  # noqa: SIM118
+            except (OSError, SafetensorError) as error:
+                raise IRError(f"cannot read the tensors in {path}: {error}") from error
+        return ResourceStore(entries)
+
+    def __getitem__(self, key: str) -> object:
+        return self._entries[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def torch(self, key: str) -> torch.Tensor:
+        """The tensor as stored (a Lazy one is read from its file each time)."""
+        entry = self._entry(key)
+        if isinstance(entry, Lazy):
+            from safetensors import safe_open
+
+            with safe_open(entry.path, framework="pt") as handle:
+                return handle.get_tensor(entry.key)
+        return entry
+
+    def numpy(self, key: str) -> np.ndarray:
+        """The tensor as a numpy array; not for bfloat16."""
+        entry = self._entry(key)
+        if isinstance(entry, Lazy):
+            from safetensors import safe_open
+
+            with safe_open(entry.path, framework="np") as handle:
+                return handle.get_tensor(entry.key)
+        return entry.detach().cpu().numpy()
+
+    def _entry(self, key: str) -> torch.Tensor | Lazy:
+        if key not in self._entries:
+            raise IRError(
+                f'the tensor resource("{key}") is not there',
+                help="keep the .safetensors files named in the module header beside the text",
+            )
+        return self._entries[key]
+
+    def with_(self, changes: Mapping[str, torch.Tensor]) -> ResourceStore:
+        """A copy with some tensors added or replaced."""
+        return ResourceStore({**self._entries, **changes})
+
+    def keep(self, keys: Iterable[str]) -> ResourceStore:
+        """A copy with only these keys (those that exist)."""
+        wanted = set(keys)
+        return ResourceStore({k: v for k, v in self._entries.items() if k in wanted})
+
+    def changed_since(self, other: ResourceStore) -> dict[str, torch.Tensor]:
+        """The tensors that are not the very same object in `other`."""
+        return {
+            key: self.torch(key)
+            for key, entry in self._entries.items()
+            if other._entries.get(key) is not entry
+        }

@@ -1,0 +1,100 @@
+"""What a pass is: a frozen dataclass whose fields are its options on the command line."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar
+
+from scalebits_compiler.errors import PassError
+
+if TYPE_CHECKING:
+    import torch
+
+    from scalebits_compiler.ir.module import Module
+    from scalebits_compiler.ir.ops import Linear
+
+    # (op, input [batch, sequence, n], dense weight [m, n]) -> output [batch, sequence, m]
+    LinearRule = Callable[[Linear, torch.Tensor, torch.Tensor], torch.Tensor]
+    # (op, the input of every batch, dense weight) -> the weight to go on with
+    WeightRule = Callable[[Linear, Sequence[torch.Tensor], torch.Tensor], torch.Tensor]
+
+T = TypeVar("T")
+
+
+class Evaluator(Protocol):
+    """Runs one module; the driver injects an implementation (the reference target's)."""
+
+    def run(self, ids: torch.Tensor, linear: LinearRule | None = None) -> torch.Tensor:
+        """The function's result for token ids i64[batch, sequence]; differentiable.
+
+        `linear` replaces the rule of every linear op (its result has no bias added yet).
+        """
+        ...
+
+    def stream(self, batches: Sequence[torch.Tensor], weight: WeightRule) -> None:
+        """Run all batches op by op, holding only live values.
+
+        At each linear op `weight` sees the inputs of all batches, computed with the weights it
+        gave for earlier ops, and returns the matrix to go on with.
+        """
+        ...
+
+
+class Progress(Protocol):
+    """Shows how far a long loop is, with an estimate."""
+
+    def __call__(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]: ...
+
+
+def no_progress(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
+    """Show nothing."""
+    return iter(items)
+
+
+@dataclass(frozen=True)
+class TextSplit:
+    """Token windows i64[n, sequence]: what gradients see, and what accepts or rejects a step."""
+
+    calibration: torch.Tensor
+    acceptance: torch.Tensor
+
+
+@dataclass
+class PassContext:
+    """What the driver gives to passes. `report` collects what a pass wants to tell, by pass name."""
+
+    evaluate: Callable[[Module], Evaluator] | None = None
+    text: TextSplit | None = None
+    seed: int = 0
+    progress: Progress = no_progress
+    report: dict[str, object] = field(default_factory=dict)
+
+    def evaluator(self, module: Module, needed_by: str) -> Evaluator:
+        """The injected evaluator for a module; PassError where there is none."""
+        if self.evaluate is None:
+            raise PassError(f"{needed_by} evaluates the model, and no evaluator was given")
+        return self.evaluate(module)
+
+    def windows(self, needed_by: str) -> TextSplit:
+        """The calibration text; PassError where there is none."""
+        if self.text is None:
+            raise PassError(
+                f"{needed_by} needs calibration text", help="give a text file with --calib FILE"
+            )
+        return self.text
+
+
+@dataclass(frozen=True)
+class Pass(ABC):
+    """Valid module in, valid module out. Never prints, dumps or mutates; observers do that."""
+
+    name: ClassVar[str]
+    requires: ClassVar[frozenset[str]] = frozenset()
+    establishes: ClassVar[frozenset[str]] = frozenset()
+    invalidates: ClassVar[frozenset[str]] = frozenset()
+
+    @abstractmethod
+    def run(self, module: Module, ctx: PassContext) -> Module:
+        """The module after this pass; the pipeline updates the facts."""
