@@ -1,0 +1,1 @@
+"""Hugging Face model -> graph -> IR, and calibration text."""

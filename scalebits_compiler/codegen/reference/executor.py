@@ -1,0 +1,155 @@
+"""Runs a module of any stage with the rules of `rules.py`; the Evaluator that passes are given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from scalebits_compiler.codegen.reference.rules import RULES
+from scalebits_compiler.codegen.reference.weights import dense
+from scalebits_compiler.errors import TargetError
+from scalebits_compiler.ir.attrs import Symbol, Value
+from scalebits_compiler.ir.module import Module
+from scalebits_compiler.ir.op import Op
+from scalebits_compiler.ir.ops import Aten, Linear
+
+LinearRule = Callable[[Linear, torch.Tensor, torch.Tensor], torch.Tensor]
+WeightRule = Callable[[Linear, Sequence[torch.Tensor], torch.Tensor], torch.Tensor]
+
+
+def _plain_linear(_: Linear, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return F.linear(x, weight)
+
+
+class _Frame:
+    """The live values of one run; gives rules what they read (`rules.Scope`)."""
+
+    def __init__(
+        self,
+        executor: Executor,
+        weight: Callable[[Symbol], torch.Tensor],
+        linear: LinearRule,
+        pad: torch.Tensor | None = None,
+    ) -> None:
+        self.values: dict[Value, Any] = {}
+        self.pad = pad
+        self.linear = linear
+        self.weight = weight
+        self._executor = executor
+
+    def value(self, value: Value) -> Any:
+        return self.values[value]
+
+    def permutation(self, name: str) -> np.ndarray:
+        return self._executor.module.permutation(name)
+
+    def step(self, op: Op) -> None:
+        """Run one op and drop what no later op reads."""
+        rule = RULES.get(type(op))
+        if rule is None:
+            raise TargetError(
+                f"the reference target has no rule for the op {op.name}",
+                help="a plugin that adds an op must add its rule to codegen.reference.rules.RULES",
+            )
+        self.values[op.result] = rule(op, self)
+        for value in self._executor.dies_at.get(op.result, ()):
+            del self.values[value]
+
+
+class Executor:
+    """Computes a module's function in float32 on the CPU, one op after the other.
+
+    Works on every stage: raw ATen calls, raised ops, permuted, rounded and packed weights. Dense
+    weights are made once and kept for the life of the Executor. Slow by intent: no KV cache.
+    """
+
+    def __init__(self, module: Module) -> None:
+        self.module = module
+        self.dies_at = _last_uses(module)
+        self._dense: dict[str, torch.Tensor] = {}
+
+    def weight(self, symbol: Symbol) -> torch.Tensor:
+        """The dense float32 tensor of a weight in stored order; see `weights.dense`."""
+        if symbol.name not in self._dense:
+            self._dense[symbol.name] = dense(self.module, self.module.weight(symbol))
+        return self._dense[symbol.name]
+
+    def run(
+        self,
+        ids: torch.Tensor,
+        linear: LinearRule | None = None,
+        pad: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The function's result for token ids i64[batch, sequence]; differentiable.
+
+        `linear(op, x, dense weight)` replaces the product of every linear op (the bias is added
+        to what it returns). `pad` i64[batch] counts padding tokens on the left of each row:
+        positions start after them and no token attends to them. Raises TargetError for padding on
+        a module with raw ATen calls, whose masks cannot be changed.
+        """
+        if pad is not None and not bool(pad.any()):
+            pad = None
+        if pad is not None and any(isinstance(op, Aten) for op in self.module.function.ops):
+            raise TargetError(
+                f"@{self.module.name} has raw ATen calls, its attention cannot skip padding",
+                help="run prompts of different length one by one",
+            )
+        frame = _Frame(self, self.weight, linear or _plain_linear, pad)
+        frame.values[self._argument()] = ids
+        for op in self.module.function.ops:
+            frame.step(op)
+        return frame.values[self.module.function.result]
+
+    def stream(self, batches: Sequence[torch.Tensor], weight: WeightRule) -> None:
+        """Run all batches op by op without gradients, holding only live values.
+
+        At each linear op, `weight(op, the input of every batch, dense weight)` returns the matrix
+        to go on with, for all batches; so it sees inputs computed with the matrices it gave
+        before. Weights are made when an op reads them and dropped after it.
+        """
+        held: dict[str, torch.Tensor] = {}
+
+        def read(symbol: Symbol) -> torch.Tensor:
+            if symbol.name not in held:
+                held[symbol.name] = dense(self.module, self.module.weight(symbol))
+            return held[symbol.name]
+
+        frames = [_Frame(self, read, _plain_linear) for _ in batches]
+        with torch.no_grad():
+            for frame, ids in zip(frames, batches, strict=True):
+                frame.values[self._argument()] = ids
+            for op in self.module.function.ops:
+                if isinstance(op, Linear):
+                    inputs = [frame.value(op.x) for frame in frames]
+                    held[op.weight.name] = weight(op, inputs, read(op.weight))
+                    del inputs
+                for frame in frames:
+                    frame.step(op)
+                held.clear()
+
+    def _argument(self) -> Value:
+        arguments = self.module.function.args
+        if len(arguments) != 1:
+            raise TargetError(
+                f"@{self.module.name} takes {len(arguments)} arguments, token ids are expected"
+            )
+        return arguments[0].value
+
+
+def _last_uses(module: Module) -> dict[Value, list[Value]]:
+    """Result of an op -> the values that no later op reads (its own result if nobody does)."""
+    function = module.function
+    last: dict[Value, Value] = {}
+    for op in function.ops:
+        last[op.result] = op.result
+        for operand in op.operands():
+            last[operand] = op.result
+    last.pop(function.result, None)
+    table: dict[Value, list[Value]] = {}
+    for value, at in last.items():
+        table.setdefault(at, []).append(value)
+    return table

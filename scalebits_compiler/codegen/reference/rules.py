@@ -1,0 +1,218 @@
+"""One torch rule per op: the definition of what the op computes. Float32, differentiable."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from scalebits_compiler.errors import TargetError
+from scalebits_compiler.ir.attrs import Symbol, Value
+from scalebits_compiler.ir.op import Op
+from scalebits_compiler.ir.ops import (
+    Add,
+    Aten,
+    Attention,
+    Embedding,
+    Linear,
+    MergeHeads,
+    Mul,
+    Permute,
+    Positions,
+    QLinear,
+    RmsNorm,
+    Rope,
+    Silu,
+    SplitHeads,
+    parse_dim,
+)
+
+
+class Scope(Protocol):
+    """What a rule may read."""
+
+    pad: torch.Tensor | None
+
+    def value(self, value: Value, /) -> Any:
+        """The tensor (for some ATen ops: the number or the tuple) behind a value."""
+        ...
+
+    @property
+    def weight(self) -> Callable[[Symbol], torch.Tensor]:
+        """Gives the dense tensor of a weight."""
+        ...
+
+    def permutation(self, name: str) -> np.ndarray:
+        """int64[n], natural index of every stored element."""
+        ...
+
+    @property
+    def linear(self) -> Callable[[Linear, torch.Tensor, torch.Tensor], torch.Tensor]:
+        """(op, x, dense weight) -> x Wᵀ, or what the caller put in its place."""
+        ...
+
+
+def _positions(op: Positions, scope: Scope) -> torch.Tensor:
+    ids = scope.value(op.ids)
+    positions = torch.arange(ids.shape[1]).expand(ids.shape)
+    return positions if scope.pad is None else (positions - scope.pad[:, None]).clamp(min=0)
+
+
+def _embedding(op: Embedding, scope: Scope) -> torch.Tensor:
+    return F.embedding(scope.value(op.ids), scope.weight(op.table))
+
+
+def _biased(y: torch.Tensor, bias: Symbol | None, scope: Scope) -> torch.Tensor:
+    return y if bias is None else y + scope.weight(bias)
+
+
+def _linear(op: Linear, scope: Scope) -> torch.Tensor:
+    y = scope.linear(op, scope.value(op.x), scope.weight(op.weight))
+    return _biased(y, op.bias, scope)
+
+
+def _qlinear(op: QLinear, scope: Scope) -> torch.Tensor:
+    return _biased(F.linear(scope.value(op.x), scope.weight(op.weight)), op.bias, scope)
+
+
+def _rms_norm(op: RmsNorm, scope: Scope) -> torch.Tensor:
+    x = scope.value(op.x)
+    inverse = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + op.eps)
+    return x * inverse * scope.weight(op.gain)
+
+
+def _silu(op: Silu, scope: Scope) -> torch.Tensor:
+    return F.silu(scope.value(op.x))
+
+
+def _add(op: Add, scope: Scope) -> torch.Tensor:
+    return scope.value(op.a) + scope.value(op.b)
+
+
+def _mul(op: Mul, scope: Scope) -> torch.Tensor:
+    return scope.value(op.a) * scope.value(op.b)
+
+
+def _split_heads(op: SplitHeads, scope: Scope) -> torch.Tensor:
+    return scope.value(op.x).unflatten(-1, (op.heads, -1)).transpose(1, 2)
+
+
+def _merge_heads(op: MergeHeads, scope: Scope) -> torch.Tensor:
+    return scope.value(op.x).transpose(1, 2).flatten(2)
+
+
+def _rope(op: Rope, scope: Scope) -> torch.Tensor:
+    x, positions = scope.value(op.x), scope.value(op.positions)
+    angles = positions[:, None, :, None].to(torch.float32) * scope.weight(op.frequency)
+    cos, sin = torch.cos(angles) * op.scaling, torch.sin(angles) * op.scaling
+    first, second = x.chunk(2, -1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+
+
+def attention_mask(sequence: int, window: int, pad: torch.Tensor | None) -> torch.Tensor:
+    """bool[batch or 1, 1, s, s], true where a query sees a key.
+
+    `pad` i64[batch] counts padding on the left; padding is seen only by itself, so that its rows
+    stay finite.
+    """
+    query, key = torch.arange(sequence)[:, None], torch.arange(sequence)[None, :]
+    seen = key <= query
+    if window:
+        seen = seen & (key > query - window)
+    if pad is None:
+        return seen[None, None]
+    return (seen & (key >= pad[:, None, None]) | (key == query))[:, None]
+
+
+def _attention(op: Attention, scope: Scope) -> torch.Tensor:
+    q, k, v = scope.value(op.q), scope.value(op.k), scope.value(op.v)
+    if not op.window and scope.pad is None:
+        return F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=op.scale, enable_gqa=True
+        )
+    mask = attention_mask(q.shape[2], op.window, scope.pad)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=op.scale, enable_gqa=True)
+
+
+def stored_order(order: str, permutation: Callable[[str], np.ndarray]) -> np.ndarray:
+    """int64[n]: natural index of every stored element of an axis such as `2@p.kv*32@p.v`."""
+    index = np.zeros(1, dtype=np.int64)
+    for factor in parse_dim(order).static():
+        inner = permutation(factor.order) if factor.order else np.arange(factor.size)
+        index = (index[:, None] * factor.size + inner[None, :]).reshape(-1)
+    return index
+
+
+def _permute(op: Permute, scope: Scope) -> torch.Tensor:
+    index = stored_order(op.order, scope.permutation)
+    if op.inverse:
+        index = np.argsort(index)
+    x = scope.value(op.x)
+    return x.index_select(op.axis, torch.from_numpy(index))
+
+
+_PYTHON_NAMESPACES: Mapping[str, object] = {"operator": operator, "math": math}
+
+
+def aten_callable(target: str) -> Callable[..., Any]:
+    """The function behind a target: `aten.linear.default`, `operator.add`, `torch.sym_max`.
+
+    Raises TargetError if this torch does not have it.
+    """
+    namespace, *path = target.split(".")
+    if namespace == "torch" and len(path) == 1 and path[0].startswith("sym_"):
+        found: Any = torch
+    else:
+        found = _PYTHON_NAMESPACES.get(namespace) or getattr(torch.ops, namespace)
+    try:
+        for part in path:
+            found = getattr(found, part)
+    except AttributeError as error:
+        raise TargetError(f"this torch has no operator {target}: {error}") from error
+    return found
+
+
+def _argument(value: object, scope: Scope) -> Any:
+    if isinstance(value, Value):
+        return scope.value(value)
+    if isinstance(value, Symbol):
+        return scope.weight(value)
+    if isinstance(value, tuple):
+        return [_argument(item, scope) for item in value]
+    if isinstance(value, str) and value.startswith("torch."):
+        return getattr(torch, value.removeprefix("torch."))
+    return value
+
+
+def _aten(op: Aten, scope: Scope) -> Any:
+    args = [_argument(arg, scope) for arg in op.args]
+    if op.target == "operator.getitem":
+        return args[0][args[1]]
+    kwargs = {key: _argument(value, scope) for key, value in op.kwargs.items()}
+    if op.target == "aten.linear.default" and not kwargs:
+        # Exactly what the `linear` op does, so that both stages round alike.
+        return F.linear(*args)
+    return aten_callable(op.target)(*args, **kwargs)
+
+
+RULES: dict[type[Op], Callable[[Any, Scope], Any]] = {
+    Positions: _positions,
+    Embedding: _embedding,
+    Linear: _linear,
+    QLinear: _qlinear,
+    RmsNorm: _rms_norm,
+    Silu: _silu,
+    Add: _add,
+    Mul: _mul,
+    SplitHeads: _split_heads,
+    MergeHeads: _merge_heads,
+    Rope: _rope,
+    Attention: _attention,
+    Permute: _permute,
+    Aten: _aten,
+}

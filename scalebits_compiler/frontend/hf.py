@@ -1,0 +1,269 @@
+"""Reads a Hugging Face folder and traces the model. Nothing is unpickled, nothing is downloaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging as python_logging
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from scalebits_compiler.errors import FrontendError
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+_DTYPES = {"F64": "f64", "F32": "f32", "F16": "f16", "BF16": "bf16", "I64": "i64", "BOOL": "bool"}
+
+
+@dataclass(frozen=True, eq=False)
+class SourceModel:
+    """A model as found on disk.
+
+    model: float32, eval mode, no gradients. dtypes: tensor name in the files -> dtype it is stored
+    in (`bf16`), for honest sizes. hashes: weight file name -> sha256. tokenizer_files: the text
+    files that belong beside a compiled model (those that exist).
+    """
+
+    path: Path
+    name: str
+    config: Mapping[str, Any]
+    model: nn.Module
+    dtypes: Mapping[str, str]
+    hashes: Mapping[str, str]
+    tokenizer_files: tuple[Path, ...]
+
+    @property
+    def dtype(self) -> str:
+        """The dtype that most tensors are stored in."""
+        return Counter(self.dtypes.values()).most_common(1)[0][0]
+
+
+def load_model(path: str | Path) -> SourceModel:
+    """Load a Hugging Face folder, or a hub id whose files are in the local cache.
+
+    Raises FrontendError, naming folder, file or tensor, for a missing or broken config, weights
+    that are absent, pickled, incomplete or not finite, and models that need custom code.
+    """
+    folder = _folder(path)
+    config = _config(folder)
+    files = _weight_files(folder)
+    model = _load(folder)
+    _check_finite(folder, model)
+    return SourceModel(
+        path=folder,
+        name=re.sub(r"[^A-Za-z0-9_.\-]+", "-", _display_name(path, folder)).strip("-") or "model",
+        config=config,
+        model=model,
+        dtypes=_stored_dtypes(files),
+        hashes={file.name: _sha256(file) for file in files},
+        tokenizer_files=tuple(
+            folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()
+        ),
+    )
+
+
+def trace(model: nn.Module) -> torch.export.ExportedProgram:
+    """The graph of logits for token ids i64[batch, sequence], both axes dynamic.
+
+    The one place that knows how a graph is obtained. FrontendError if torch.export cannot.
+    """
+    dynamic = torch.export.Dim.DYNAMIC
+    try:
+        with _quiet():
+            exported = torch.export.export(
+                _Logits(model).eval(),
+                (torch.zeros(2, 7, dtype=torch.long),),
+                dynamic_shapes={"ids": {0: dynamic, 1: dynamic}},
+                strict=False,
+            )
+            return _functional(exported)
+    except Exception as error:  # torch.export raises errors of many kinds, all mean the same here
+        reason = str(error).strip().splitlines()
+        raise FrontendError(
+            f"{type(model).__name__} cannot be traced: {reason[0] if reason else error!r}",
+            help="the model must be a causal language model that torch.export accepts",
+        ) from error
+
+
+class _Logits(nn.Module):
+    """Token ids in, logits out; the attribute name is known to `lower_fx`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.hf = model
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.hf(input_ids=ids, use_cache=False).logits
+
+
+def _functional(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """Without in-place calls, which the IR does not have. Rarely needed, and it costs a retrace."""
+    graphs = [m for m in exported.graph_module.modules() if isinstance(m, torch.fx.GraphModule)]
+    for node in (node for graph in graphs for node in graph.graph.nodes):
+        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+            return exported.run_decompositions({})
+    return exported
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No bars, logs or warnings of the libraries; their state and the RNG are restored."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(python_logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _folder(path: str | Path) -> Path:
+    folder = Path(path)
+    if (folder / "config.json").is_file():
+        return folder.resolve()
+    if folder.exists():
+        raise FrontendError(
+            f"{path} has no config.json",
+            help="give the folder of a Hugging Face model: config.json, *.safetensors and"
+            " tokenizer.json",
+        )
+    if isinstance(path, str) and re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", path):
+        return _cached(path)
+    raise FrontendError(f"the model folder {path} does not exist")
+
+
+def _cached(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id, local_files_only=True))
+    except (OSError, ValueError) as error:
+        raise FrontendError(
+            f"{hub_id} is neither a folder nor in the local Hugging Face cache",
+            help=f"download it first (hf download {hub_id}), or give a model folder",
+        ) from error
+
+
+def _display_name(path: str | Path, folder: Path) -> str:
+    # A cached snapshot is a folder named by its commit; the id says more.
+    return folder.name if Path(path).exists() else str(path).rsplit("/", 1)[-1]
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FrontendError(f"{file} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise FrontendError(f"{file} is no JSON object")
+    if "quantization_config" in config:
+        raise FrontendError(
+            f"{folder} is quantized already", help="give the folder of the original model"
+        )
+    if "auto_map" in config:
+        raise FrontendError(
+            f"{folder} needs Python code of its own (auto_map in config.json), which is not run",
+            help="use a model whose architecture is part of transformers",
+        )
+    return config
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(
+                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            )
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise FrontendError(f"{index} cannot be read: {error!r}") from error
+    else:
+        names = ["model.safetensors"]
+    missing = [name for name in names if not (folder / name).is_file()]
+    if not missing:
+        return [folder / name for name in names]
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
+        raise FrontendError(
+            f"{folder} has pickled weights only, and unpickling runs code",
+            help="convert them: load the model with transformers, then save_pretrained(folder)",
+        )
+    raise FrontendError(f"{folder} lacks the weight file {missing[0]}")
+
+
+def _stored_dtypes(files: list[Path]) -> dict[str, str]:
+    from safetensors import SafetensorError, safe_open
+
+    found: dict[str, str] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="np") as handle:
+                for key in handle.keys():
+                    stored = str(handle.get_slice(key).get_dtype())
+                    found[key] = _DTYPES.get(stored, stored.lower())
+        except (OSError, SafetensorError) as error:
+            raise FrontendError(f"{file} cannot be read: {error}") from error
+    return found
+
+
+def _load(folder: Path) -> nn.Module:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with _quiet():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise FrontendError(f"{folder} cannot be loaded: {error}") from error
+    model, info = loaded
+    if info["missing_keys"]:
+        names = sorted(info["missing_keys"])
+        raise FrontendError(
+            f"{folder} has no tensor {names[0]} in its weight files",
+            notes=[f"{len(names)} tensors are missing"],
+        )
+    return model.eval().requires_grad_(False)
+
+
+def _check_finite(folder: Path, model: nn.Module) -> None:
+    for name, tensor in model.named_parameters():
+        if not bool(torch.isfinite(tensor).all()):
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise FrontendError(
+                f"{folder}: the weight {name} has {bad} values that are NaN or infinite",
+                help="the file is damaged or the model diverged; get a sound copy",
+            )
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as handle:
+        while chunk := handle.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
