@@ -1,0 +1,1 @@
+"""The IR (layer L1): types, ops, module, printer, parser, verifier. Needs numpy and lark only."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -39,12 +40,12 @@ class Resource:
     key: str
 
     def __str__(self) -> str:
-        return f'resource("{self.key}")'
+        return f"resource({json.dumps(self.key)})"
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Bit width of every block of a matrix, row-major: `grid([[4, 3], [3, 2]])`. Hashable and compact."""
+    """Bit width of every block of a matrix, row-major: `grid([[4, 3], [3, 2]])`. Hashable."""
 
     rows: tuple[bytes, ...]
 

@@ -1,9 +1,9 @@
 """The op base class and the typing protocol that verifier and permutation finder share.
 
-An op is a frozen dataclass. Its annotated fields are its operands (`Value`), symbols (`Symbol`) and
-attributes (anything else); printing, parsing and rewriting are generic over them, so that a new op
-is about ten lines. `infer` states the op's typing rule once: the verifier runs it with axes that are
-known, the permutation finder runs the same rule with unknown orders and solves for them.
+An op is a frozen dataclass. Its annotated fields are its operands (`Value`), symbols (`Symbol`)
+and attributes (anything else); printing, parsing and rewriting are generic over them, so that a new
+op is about ten lines. `infer` states the op's typing rule once: the verifier runs it with axes that
+are known, the permutation finder runs the same rule with unknown orders and solves for them.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
-from typing import ClassVar, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import ClassVar, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
 from scalebits_compiler.errors import VerifyError
 from scalebits_compiler.ir.attrs import Symbol, Value, substitute, walk
+from scalebits_compiler.ir.coerce import is_union
 from scalebits_compiler.ir.types import Dim, TensorType, Type
 
 _BASE_FIELDS = ("result", "type", "loc")
@@ -94,33 +95,46 @@ class Op(ABC):
 
 @dataclass(frozen=True)
 class FieldSpec:
-    """How one field of an op is written: role `value`, `symbol` or `attr`; optional or variadic."""
+    """How one field of an op is written: role `value`, `symbol` or `attr`; optional or variadic.
+
+    `default` is MISSING where the field must be written; `hint` is the declared type.
+    """
 
     name: str
     role: str
     optional: bool
     variadic: bool
     default: object
+    hint: object
 
 
 def _spec(item: Field[object], hint: object) -> FieldSpec:
-    options = get_args(hint) if get_origin(hint) is Union or _is_union(hint) else (hint,)
+    options = get_args(hint) if is_union(hint) else (hint,)
     optional = type(None) in options
     core = next(option for option in options if option is not type(None))
     variadic = get_origin(core) is tuple and get_args(core)[0] in (Value, Symbol)
     if variadic:
         core = get_args(core)[0]
     role = "value" if core is Value else "symbol" if core is Symbol else "attr"
-    default = item.default if item.default is not MISSING else MISSING
-    return FieldSpec(item.name, role, optional, variadic, default)
-
-
-def _is_union(hint: object) -> bool:
-    return type(hint).__name__ == "UnionType"
+    default = item.default
+    if item.default_factory is not MISSING:
+        default = item.default_factory()
+    return FieldSpec(item.name, role, optional, variadic, default, hint)
 
 
 @functools.cache
 def op_fields(cls: type[Op]) -> tuple[FieldSpec, ...]:
-    """The fields an op class adds to the base, in order."""
+    """The fields an op class adds to the base, in order. TypeError if they cannot be written.
+
+    Operands are matched by order, so of each role only the last may be optional or variadic.
+    """
     hints = get_type_hints(cls)
-    return tuple(_spec(f, hints[f.name]) for f in fields(cls) if f.name not in _BASE_FIELDS)
+    specs = tuple(_spec(f, hints[f.name]) for f in fields(cls) if f.name not in _BASE_FIELDS)
+    for role in ("value", "symbol"):
+        for spec in [spec for spec in specs if spec.role == role][:-1]:
+            if spec.optional or spec.variadic:
+                raise TypeError(
+                    f"op '{cls.name}': only its last {role} operand may be optional or variadic, "
+                    f"'{spec.name}' is not the last"
+                )
+    return specs

@@ -3,6 +3,8 @@
 The slow torch rule of each op in `codegen/reference` is its definition.
 """
 
+# ruff: noqa: D102  (`infer` is documented in Op; the docstring of the class says what it computes)
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -22,7 +24,7 @@ class Positions(Op):
     ids: Value
 
     def infer(self, t: Typing) -> Type:
-        return TensorType("i64", t.type(self.ids).dims)
+        return TensorType("i64", _ids(t, self.ids))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +38,13 @@ class Embedding(Op):
     def infer(self, t: Typing) -> Type:
         vocabulary, channels = _matrix(t, self.table)
         t.natural(vocabulary, f"vocabulary of {self.table}")
-        return TensorType(t.weight(self.table).dtype, (*t.type(self.ids).dims, channels))
+        return TensorType(t.weight(self.table).dtype, (*_ids(t, self.ids), channels))
+
+
+def _ids(t: Typing, ids: Value) -> tuple[Dim, ...]:
+    xtype = t.type(ids)
+    check(xtype.dtype in ("i64", "i32"), f"token ids are i64 or i32, {ids} is {xtype.dtype}")
+    return xtype.dims
 
 
 def _matrix(t: Typing, symbol: Symbol) -> tuple[Dim, Dim]:
@@ -45,13 +53,24 @@ def _matrix(t: Typing, symbol: Symbol) -> tuple[Dim, Dim]:
     return dims[0], dims[1]
 
 
+def _vector(t: Typing, symbol: Symbol) -> Dim:
+    dims = t.weight(symbol).dims
+    check(len(dims) == 1, f"{symbol} must have one axis, it has {len(dims)}")
+    return dims[0]
+
+
+def _channels(t: Typing, x: Value) -> Dim:
+    xtype = t.type(x)
+    check(xtype.rank > 0, f"{x} has no axes")
+    return xtype.dims[-1]
+
+
 def _linear_type(t: Typing, x: Value, weight: Symbol, bias: Symbol | None, dtype: str) -> Type:
     rows, columns = _matrix(t, weight)
-    xtype = t.type(x)
-    t.same(xtype.dims[-1], columns, f"input channels of {weight}")
+    t.same(_channels(t, x), columns, f"input channels of {weight}")
     if bias is not None:
-        rows = t.same(rows, t.weight(bias).dims[0], f"output channels of {weight} and {bias}")
-    return TensorType(dtype, (*xtype.dims[:-1], rows))
+        rows = t.same(rows, _vector(t, bias), f"output channels of {weight} and {bias}")
+    return TensorType(dtype, (*t.type(x).dims[:-1], rows))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,9 +115,8 @@ class RmsNorm(Op):
     eps: float
 
     def infer(self, t: Typing) -> Type:
-        xtype = t.type(self.x)
-        last = t.same(xtype.dims[-1], t.weight(self.gain).dims[0], f"channels of {self.gain}")
-        return xtype.with_dim(-1, last)
+        last = t.same(_channels(t, self.x), _vector(t, self.gain), f"channels of {self.gain}")
+        return t.type(self.x).with_dim(-1, last)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +211,7 @@ class Rope(Op):
         check(xtype.rank == 4, f"rope of {xtype}")
         # A pair and its frequency belong together, so the order inside a head is fixed.
         inner = t.natural(xtype.dims[-1], "head dimension under rope")
-        frequency = t.natural(t.weight(self.frequency).dims[0], f"{self.frequency}")
+        frequency = t.natural(_vector(t, self.frequency), f"{self.frequency}")
         check(
             inner.size == 2 * (frequency.size or 0),
             f"rope needs {inner.size}/2 frequencies, {self.frequency} has {frequency.size}",
@@ -217,7 +235,9 @@ class Attention(Op):
 
     def infer(self, t: Typing) -> Type:
         q, k, v = t.type(self.q), t.type(self.k), t.type(self.v)
-        check(q.rank == k.rank == v.rank == 4, "attention reads [batch, heads, sequence, d] tensors")
+        check(
+            q.rank == k.rank == v.rank == 4, "attention reads [batch, heads, sequence, d] tensors"
+        )
         groups = t.same(k.dims[1], v.dims[1], "key and value heads")
         outer, _ = t.split(q.dims[1], groups.size or 0, "query heads per key-value head")
         t.same(outer, groups, "query and key-value heads")
@@ -242,8 +262,10 @@ class Permute(Op):
     def infer(self, t: Typing) -> Type:
         xtype = t.type(self.x)
         permuted = parse_dim(self.order)
-        before, after = (permuted, permuted.natural()) if self.inverse else (
-            permuted.natural(), permuted)
+        check(-xtype.rank <= self.axis < xtype.rank, f"{xtype} has no axis {self.axis}")
+        before, after = (
+            (permuted, permuted.natural()) if self.inverse else (permuted.natural(), permuted)
+        )
         t.same(xtype.dims[self.axis], before, "permuted axis")
         return xtype.with_dim(self.axis, after)
 

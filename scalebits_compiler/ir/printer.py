@@ -1,4 +1,4 @@
-"""The one printer. What it prints is what the parser reads: `print(parse(print(m))) == print(m)`."""
+"""The one printer. What it prints the parser reads: `print(parse(print(m))) == print(m)`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def print_attr(value: object) -> str:
     if isinstance(value, str):
         return json.dumps(value)
     if isinstance(value, float):
-        return repr(value)
+        return float.__repr__(value)  # numpy floats have a repr of their own
     if isinstance(value, (int, Value, Symbol, Resource, Grid)):
         return str(value)
     if isinstance(value, (tuple, list)):
@@ -48,8 +48,7 @@ def print_op(op: Op) -> str:
         value = getattr(op, spec.name)
         if spec.role == "attr":
             if spec.default is MISSING or value != spec.default:
-                if not (isinstance(value, Mapping) and not value):
-                    attrs[spec.name] = value
+                attrs[spec.name] = value
         elif spec.variadic:
             operands.extend(map(str, value))
         elif value is not None:
@@ -60,17 +59,15 @@ def print_op(op: Op) -> str:
 
 def _entry_attrs(entry: Perm | Weight) -> dict[str, object]:
     skip = ("symbol", "type", "loc")
-    return {
-        spec.name: getattr(entry, spec.name)
-        for spec in fields(entry)
-        if spec.name not in skip and getattr(entry, spec.name) not in (None, False)
-    }
+    written = {f.name: getattr(entry, f.name) for f in fields(entry) if f.name not in skip}
+    return {name: v for name, v in written.items() if v is not None and v is not False}
 
 
 def print_entry(entry: Perm | Weight) -> str:
     """A permutation or a weight on one line."""
     kind = "perm" if isinstance(entry, Perm) else "weight"
-    return f"{kind} @{entry.symbol} : {entry.type}{print_attrs(_entry_attrs(entry))}{_loc(entry.loc)}"
+    attrs = print_attrs(_entry_attrs(entry))
+    return f"{kind} @{entry.symbol} : {entry.type}{attrs}{_loc(entry.loc)}"
 
 
 def renumbered(function: Function) -> Function:

@@ -21,10 +21,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Lazy:
-    """A tensor still in its file."""
+    """A tensor still in its file; `dtype` is spelt as in safetensors (`F32`, `BF16`, `U8`)."""
 
     path: Path
     key: str
+    shape: tuple[int, ...]
+    dtype: str
 
 
 class ResourceStore(Mapping[str, object]):
@@ -42,7 +44,9 @@ class ResourceStore(Mapping[str, object]):
         for path in paths:
             try:
                 with safe_open(path, framework="np") as handle:
-                    entries.update({key: Lazy(path, key) for key in handle.keys()})  # noqa: SIM118
+                    for key in handle.keys():
+                        part = handle.get_slice(key)
+                        entries[key] = Lazy(path, key, tuple(part.get_shape()), part.get_dtype())
             except (OSError, SafetensorError) as error:
                 raise IRError(f"cannot read the tensors in {path}: {error}") from error
         return ResourceStore(entries)
@@ -55,6 +59,14 @@ class ResourceStore(Mapping[str, object]):
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """The shape of a tensor, without reading it."""
+        return tuple(self._entry(key).shape)
+
+    def files(self) -> set[Path]:
+        """The files that tensors would still be read from."""
+        return {entry.path for entry in self._entries.values() if isinstance(entry, Lazy)}
 
     def torch(self, key: str) -> torch.Tensor:
         """The tensor as stored (a Lazy one is read from its file each time)."""

@@ -69,12 +69,14 @@ class Dim:
         return self if self.factors is None else Dim.of(*(f.size for f in self.factors))
 
     def split(self, outer: int) -> tuple[Dim, Dim] | None:
-        """(outer, rest) such that join gives self; None where a permuted factor straddles the cut."""
+        """(outer, rest) that join to self; None where a permuted factor straddles the cut."""
         left: list[Factor] = []
         remaining = outer
         rest = list(self.static())
         while remaining > 1 and rest:
             head = rest.pop(0)
+            if head.size == 0:
+                return None
             if remaining % head.size == 0:
                 left.append(head)
                 remaining //= head.size
@@ -95,7 +97,7 @@ DYNAMIC = Dim(None)
 
 @dataclass(frozen=True)
 class TensorType:
-    """Element type and dimensions: `f32[?, ?, 256@p.res]`; `packed[...]` is a block-quantized matrix."""
+    """Element type and dimensions: `f32[?, ?, 256@p.res]`; `packed[...]` is block-quantized."""
 
     dtype: str
     dims: tuple[Dim, ...]

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from scalebits_compiler.errors import IRError, VerifyError
 from scalebits_compiler.ir.attrs import Grid, Resource, Symbol, Value
+from scalebits_compiler.ir.build import Source
+from scalebits_compiler.ir.coerce import coerce
 from scalebits_compiler.ir.module import FACTS, Module, Perm, Weight
-from scalebits_compiler.ir.op import Op, check
-from scalebits_compiler.ir.parser import Source
-from scalebits_compiler.ir.printer import module_lines
-from scalebits_compiler.ir.types import Dim, TensorType, Type
+from scalebits_compiler.ir.op import Op, check, op_fields
+from scalebits_compiler.ir.printer import module_lines, print_attr
+from scalebits_compiler.ir.types import Dim, TensorType, TupleType, Type
 
 DTYPES = ("f64", "f32", "f16", "bf16", "i64", "i32", "i16", "i8", "u8", "bool", "index")
+_NAME = re.compile(r"[A-Za-z0-9_.\-]+")
 
 
 @dataclass
@@ -67,104 +71,196 @@ class Rigid:
 
 def verify(module: Module, source: Source | None = None) -> None:
     """Raise VerifyError at the first thing that is wrong, with the place and a window of IR."""
-    _module_rules(module, source)
+
+    def guard(key: str, loc: str, rule: Callable[[], None]) -> None:
+        try:
+            rule()
+        except IRError as error:
+            where = _render(module, source, key, loc)
+            raise VerifyError(f"{error.message}\n{where}", error.help, error.notes) from None
+
+    guard("module", "", lambda: _verify_header(module))
     for perm in module.perms.values():
-        _guard(module, source, f"@{perm.symbol}", perm.loc, lambda p=perm: _verify_perm(module, p))
+        guard(f"@{perm.symbol}", perm.loc, lambda p=perm: _verify_perm(module, p))
     for weight in module.weights.values():
-        _guard(
-            module, source, f"@{weight.symbol}", weight.loc, lambda w=weight: _verify_weight(module, w)
-        )
-    function = module.function
-    typing = Rigid(module, {arg.value: arg.type for arg in function.args})
-    for index, op in enumerate(function.ops):
-        _guard(module, source, f"op:{index}", op.loc, lambda o=op: _verify_op(typing, o))
-    _guard(module, source, "return", "", lambda: _verify_return(typing))
+        guard(f"@{weight.symbol}", weight.loc, lambda w=weight: _verify_weight(module, w))
+    typing = Rigid(module, {})
+    guard("func", "", lambda: _verify_arguments(typing))
+    for index, op in enumerate(module.function.ops):
+        guard(f"op:{index}", op.loc, lambda o=op: _verify_op(typing, o))
+    guard("return", "", lambda: _verify_return(typing))
 
 
-def _guard(module: Module, source: Source | None, key: str, loc: str, rule: object) -> None:
-    try:
-        rule()  # type: ignore[operator]
-    except IRError as error:
-        where = _render(module, source, key, loc)
-        raise VerifyError(f"{error.message}\n{where}", error.help, error.notes) from None
+def _verify_header(module: Module) -> None:
+    _verify_name(module.name, "the module name")
+    # A plugin's fact carries the plugin's name, so that a misspelt fact of ours is still caught.
+    unknown = sorted(fact for fact in module.facts - set(FACTS) if "." not in fact)
+    check(
+        not unknown,
+        f"unknown fact {', '.join(map(repr, unknown))}; known are {', '.join(FACTS)}"
+        " (a plugin's facts are spelt `plugin.fact`)",
+    )
+    check(
+        "packed" not in module.facts or "bits" in module.facts,
+        "the module states the fact `packed`, but not `bits`",
+    )
+    for table in (module.perms, module.weights):
+        for key, entry in table.items():
+            check(key == entry.symbol, f"@{entry.symbol} is filed under the name '{key}'")
 
 
-def _module_rules(module: Module, source: Source | None) -> None:
-    if "packed" in module.facts and "bits" not in module.facts:
-        raise VerifyError("the module is `packed` but has no `bits` in its facts")
-    for weight in module.quantized():
-        if "bits" in module.facts and weight.bits is None:
-            where = _render(module, source, f"@{weight.symbol}", weight.loc)
-            raise VerifyError(f"the module states the fact `bits`, @{weight.symbol} has none\n{where}")
+def _verify_name(name: str, what: str) -> None:
+    check(
+        _NAME.fullmatch(name) is not None,
+        f"{what} {name!r} cannot be written; letters, digits and _ . - are allowed",
+    )
+
+
+def _verify_orders(module: Module, found: Type, what: str) -> None:
+    """Every order in a type is a permutation of the module, of that many elements."""
+    if isinstance(found, TupleType):
+        for element in found.elements:
+            _verify_orders(module, element, what)
+        return
+    for dim in found.dims:
+        for factor in dim.factors or ():
+            if factor.order is None:
+                continue
+            if factor.order not in module.perms:
+                raise VerifyError(
+                    f"{what} is stored in the order @{factor.order}, which is not in the module"
+                )
+            size = module.perms[factor.order].type.shape[0]
+            check(
+                size == factor.size,
+                f"{what}: @{factor.order} orders {size} elements, not {factor.size}",
+            )
 
 
 def _verify_perm(module: Module, perm: Perm) -> None:
-    count = perm.type.static_shape()[0]
-    check(perm.type.rank == 1, f"@{perm.symbol} must have one axis")
+    name = f"@{perm.symbol}"
+    _verify_name(perm.symbol, "the name")
+    count = perm.type.shape[0] if perm.type.rank == 1 else None
+    check(
+        perm.type.dtype == "i32" and count is not None and not perm.type.orders,
+        f"{name} must be of type i32[n], it is {perm.type}",
+    )
     if isinstance(perm.data, Resource) and perm.data.key not in module.resources:
         return  # a text without its tensors still verifies
     data = module.permutation(perm.symbol)
     check(
-        len(data) == count and bool(np.array_equal(np.sort(data), np.arange(count))),
-        f"@{perm.symbol} is no permutation of 0..{count - 1}",
+        data.shape == (count,) and bool(np.array_equal(np.sort(data), np.arange(count or 0))),
+        f"{name} is no permutation of 0..{(count or 0) - 1}",
     )
 
 
 def _verify_weight(module: Module, weight: Weight) -> None:
-    check(
-        weight.type.dtype in (*DTYPES, "packed"),
-        f"@{weight.symbol} has the unknown dtype {weight.type.dtype}",
-    )
-    for order in weight.type.orders:
-        check(order in module.perms, f"@{weight.symbol} is stored in the missing order @{order}")
-    for dim in weight.type.dims:
-        for factor in dim.static():
-            if factor.order:
-                size = module.perms[factor.order].type.static_shape()[0]
-                check(size == factor.size, f"@{factor.order} orders {size} elements, not {factor.size}")
-    if weight.quantize:
-        _verify_blocks(module, weight)
-    packed = weight.type.dtype == "packed"
-    check(
-        packed <= ("packed" in module.facts),
-        f"@{weight.symbol} is packed, but the module does not state the fact `packed`",
-    )
-    check(not packed or weight.bits is not None, f"@{weight.symbol} is packed without bits")
-
-
-def _verify_blocks(module: Module, weight: Weight) -> None:
     name = f"@{weight.symbol}"
-    check(weight.type.rank == 2, f"{name} is quantized and must be a matrix")
+    _verify_name(weight.symbol, "the name")
+    check(weight.symbol not in module.perms, f"{name} is both a permutation and a weight")
+    dtype, packed = weight.type.dtype, weight.type.dtype == "packed"
+    check(dtype in (*DTYPES, "packed"), f"{name} has the unknown dtype {dtype}")
+    check(None not in weight.type.shape, f"{name} is {weight.type}; a weight has fixed sizes")
+    _verify_orders(module, weight.type, name)
+    if weight.quantize or packed or weight.bits is not None:
+        _verify_blocks(weight)
+        _verify_bits(module, weight)
+    _verify_stage(module, weight)
+    if weight.data is not None and not packed and weight.data.key in module.resources:
+        shape = module.resources.shape(weight.data.key)
+        check(shape == weight.type.shape, f"{name} is {weight.type}, its tensor is {list(shape)}")
+
+
+def _verify_stage(module: Module, weight: Weight) -> None:
+    """What the facts in the header promise about every quantized matrix, and no more than that."""
+    name, packed = f"@{weight.symbol}", weight.type.dtype == "packed"
+    stated = "packed" in module.facts
+    check(
+        stated or not packed, f"{name} is packed, but the module does not state the fact `packed`"
+    )
+    if not weight.quantize:
+        return
+    check(packed or not stated, f"the module states the fact `packed`, {name} is not packed")
+    check(
+        weight.bits is not None or "bits" not in module.facts,
+        f"the module states the fact `bits`, {name} has none",
+    )
+    check(
+        packed or weight.codes is not None or "rounded" not in module.facts,
+        f"the module states the fact `rounded`, {name} has no codes",
+    )
+
+
+def _verify_blocks(weight: Weight) -> None:
+    name = f"@{weight.symbol}"
+    check(weight.type.rank == 2, f"{name} is quantized and must be a matrix, it is {weight.type}")
     if weight.block is None or weight.group is None:
         raise VerifyError(f"{name} is quantized and needs block = [rows, columns] and group")
     rows, columns = weight.block
+    group = weight.group
     check(rows > 0 and rows % 16 == 0, f"{name}: block rows {rows} are no multiple of 16")
-    check(weight.group > 0 and weight.group % 32 == 0, f"{name}: group {weight.group} is no multiple of 32")
-    check(columns > 0 and columns % weight.group == 0,
-          f"{name}: group {weight.group} does not divide block columns {columns}")  # fmt: skip
-    if weight.bits is None or (
-        isinstance(weight.bits, Resource) and weight.bits.key not in module.resources
-    ):
+    check(group > 0 and group % 32 == 0, f"{name}: group {group} is no multiple of 32")
+    check(
+        columns > 0 and columns % group == 0,
+        f"{name}: group {group} does not divide block columns {columns}",
+    )
+
+
+def _verify_bits(module: Module, weight: Weight) -> None:
+    name = f"@{weight.symbol}"
+    if weight.bits is None:
+        check(weight.type.dtype != "packed", f"{name} is packed without bits")
+        return
+    if isinstance(weight.bits, Resource) and weight.bits.key not in module.resources:
         return
     grid = module.bits(weight)
     check(
         grid.shape == weight.grid_shape(),
-        f"{name} has {weight.grid_shape()} blocks, its bits are a grid of {grid.shape}",
+        f"{name} has {_times(weight.grid_shape())} blocks, its bits are a grid of"
+        f" {_times(grid.shape)}",
     )
     wrong = grid[(grid < 1) | (grid > 8)]
     check(wrong.size == 0, f"{name}: {wrong[0] if wrong.size else ''} bits; widths are 1 to 8")
-    if isinstance(weight.bits, Resource):
-        stated, actual = weight.hist, Grid.of(grid).histogram()
-        check(stated is None or stated == actual, f"{name}: hist {stated} does not fit the bits {actual}")
+    if isinstance(weight.bits, Resource) and weight.hist is not None:
+        actual = Grid.of(grid).histogram()
+        check(
+            weight.hist == actual,
+            f"{name}: hist {print_attr(weight.hist)} does not fit the bits {print_attr(actual)}",
+        )
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _verify_arguments(typing: Rigid) -> None:
+    _verify_name(typing.module.function.name, "the function name")
+    for arg in typing.module.function.args:
+        # The printer numbers results, so a number would be taken for one of them.
+        check(not arg.value.name.isdigit(), f"the argument {arg.value} needs a name, not a number")
+        check(arg.value not in typing.known, f"{arg.value} is defined twice")
+        check(arg.type.dtype in DTYPES, f"{arg.value} has the unknown dtype {arg.type.dtype}")
+        _verify_orders(typing.module, arg.type, str(arg.value))
+        typing.known[arg.value] = arg.type
 
 
 def _verify_op(typing: Rigid, op: Op) -> None:
     check(op.result not in typing.known, f"{op.result} is defined twice")
+    for spec in op_fields(type(op)):
+        _verify_field(op, spec.name, spec.hint)
     found = op.infer(typing)
     check(found == op.type, f"{op.name} gives {found}, the text says {op.type}")
-    for order in op.type.orders:
-        check(order in typing.module.perms, f"the order @{order} is not defined in the module")
+    _verify_orders(typing.module, op.type, f"the result of {op.name}")
     typing.known[op.result] = op.type
+
+
+def _verify_field(op: Op, name: str, hint: object) -> None:
+    try:
+        value = getattr(op, name)
+        made = coerce(value, hint)
+    except ValueError as error:
+        raise VerifyError(f"{name} of '{op.name}': {error}") from None
+    check(type(made) is type(value), f"{name} of '{op.name}' is a {type(value).__name__}")
 
 
 def _verify_return(typing: Rigid) -> None:
@@ -178,8 +274,11 @@ def _render(module: Module, source: Source | None, key: str, loc: str) -> str:
     place = f"   ({loc})" if loc else ""
     if source is not None and key in source.places:
         line, column = source.places[key]
-        text = source.text.splitlines()[line - 1]
-        return f"  --> {source.path}:{line}:{column}{place}\n{line} | {text}\n{' ' * len(str(line))} | {' ' * (column - 1)}^"
+        text, gap = source.text.split("\n")[line - 1], " " * len(str(line))
+        return (
+            f"  --> {source.path}:{line}:{column}{place}\n"
+            f"{line} | {text}\n{gap} | {' ' * (column - 1)}^"
+        )
     lines = module_lines(module)
     index = _line_of(lines, module, key)
     window = [
@@ -190,15 +289,12 @@ def _render(module: Module, source: Source | None, key: str, loc: str) -> str:
 
 
 def _line_of(lines: list[str], module: Module, key: str) -> int:
+    """The line of `module_lines` on which a thing stands."""
     entries = [f"@{name}" for name in (*module.perms, *module.weights)]
-    if key.startswith("op:"):
-        return 2 + len(entries) + int(key[3:])
     if key in entries:
         return 1 + entries.index(key)
-    return len(lines) - 3
-
-
-def check_facts(module: Module) -> None:
-    """Facts that no pass of ours gives are kept, but a misspelt one helps nobody: name it."""
-    unknown = module.facts - set(FACTS)
-    check(not unknown, f"unknown facts {sorted(unknown)}; known are {list(FACTS)}")
+    if key == "return":
+        return len(lines) - 3
+    if key == "module":
+        return 0
+    return 1 + len(entries) + (1 + int(key[3:]) if key.startswith("op:") else 0)

@@ -1,0 +1,227 @@
+"""print(parse(text)) == text, for modules that hypothesis makes up."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scalebits_compiler.errors import IRError, ParseError
+from scalebits_compiler.ir.attrs import Grid, Resource, Symbol, Value
+from scalebits_compiler.ir.module import Argument, Function, Module, Perm, Weight
+from scalebits_compiler.ir.op import Op, op_fields
+from scalebits_compiler.ir.ops import OPS
+from scalebits_compiler.ir.parser import parse_module, parse_pipeline
+from scalebits_compiler.ir.printer import print_attrs, print_module
+from scalebits_compiler.ir.types import DYNAMIC, Dim, Factor, TensorType, TupleType
+from scalebits_compiler.ir.verifier import verify
+
+NAMES = st.from_regex(r"[A-Za-z_][A-Za-z0-9_.]{0,8}", fullmatch=True)
+TEXTS = st.text(max_size=12)
+DIMS = st.one_of(
+    st.just(DYNAMIC),
+    st.lists(st.builds(Factor, st.integers(0, 99), st.none() | NAMES), min_size=1, max_size=3).map(
+        lambda factors: Dim.of(*factors)
+    ),
+)
+TENSORS = st.builds(TensorType, NAMES, st.lists(DIMS, max_size=3).map(tuple))
+TYPES = TENSORS | st.builds(TupleType, st.lists(TENSORS, max_size=3).map(tuple))
+GRIDS = st.integers(1, 4).flatmap(
+    lambda n: st.lists(st.binary(min_size=n, max_size=n), min_size=1, max_size=4).map(
+        lambda rows: Grid(tuple(rows))
+    )
+)
+FLOATS = st.floats(allow_nan=False)
+LEAVES = st.one_of(
+    st.none(), st.booleans(), st.integers(), FLOATS, TEXTS, GRIDS,
+    st.builds(Value, NAMES), st.builds(Symbol, NAMES), st.builds(Resource, TEXTS),
+)  # fmt: skip
+ATTRS = st.recursive(
+    LEAVES,
+    lambda inner: (
+        st.lists(inner, max_size=3).map(tuple) | st.dictionaries(NAMES, inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+PAIRS = st.tuples(st.integers(1, 512), st.integers(1, 512))
+MAYBE_RESOURCE = st.none() | st.builds(Resource, TEXTS)
+
+
+def field_values(
+    draw: Callable[[Any], Any], op_class: type[Op], known: list[Value]
+) -> dict[str, Any]:
+    by_hint: dict[object, Any] = {
+        int: st.integers(),
+        float: FLOATS,
+        str: TEXTS,
+        bool: st.booleans(),
+    }
+    values: dict[str, Any] = {}
+    for spec in op_fields(op_class):
+        if spec.role == "value":
+            values[spec.name] = draw(st.sampled_from(known))
+        elif spec.role == "symbol":
+            made = st.builds(Symbol, NAMES)
+            values[spec.name] = draw(st.none() | made if spec.optional else made)
+        elif spec.name == "args":
+            values["args"] = draw(st.lists(ATTRS, max_size=4).map(tuple))
+        elif spec.name == "kwargs":
+            values["kwargs"] = draw(st.dictionaries(NAMES, ATTRS, max_size=3))
+        else:
+            values[spec.name] = draw(by_hint[spec.hint])
+    return values
+
+
+@st.composite
+def modules(draw: Callable[[Any], Any]) -> Module:
+    perms = draw(st.lists(st.builds(
+        Perm, symbol=NAMES.map(lambda n: f"p.{n}"), type=TENSORS, loc=TEXTS,
+        data=st.builds(Resource, TEXTS) | st.lists(st.integers(), max_size=5).map(tuple),
+    ), max_size=3))  # fmt: skip
+    weights = draw(st.lists(st.builds(
+        Weight, symbol=NAMES.map(lambda n: f"w.{n}"), type=TENSORS, loc=TEXTS,
+        quantize=st.booleans(),
+        data=MAYBE_RESOURCE, block=st.none() | PAIRS, group=st.none() | st.integers(0, 256),
+        bits=MAYBE_RESOURCE | GRIDS, hist=st.none() | st.lists(PAIRS, max_size=3).map(tuple),
+        codes=MAYBE_RESOURCE, block_scores=MAYBE_RESOURCE,
+    ), max_size=4))  # fmt: skip
+    args = tuple(
+        Argument(Value(name), draw(TENSORS))
+        for name in draw(st.lists(NAMES, min_size=1, max_size=2))
+    )
+    known, ops = [arg.value for arg in args], []
+    for index in range(draw(st.integers(0, 6))):
+        cls = OPS[draw(st.sampled_from(sorted(OPS)))]
+        filled = field_values(draw, cls, known)
+        ops.append(cls(result=Value(str(index)), type=draw(TYPES), loc=draw(TEXTS), **filled))
+        known.append(Value(str(index)))
+    function = Function("forward", args, tuple(ops), draw(st.sampled_from(known)), draw(TENSORS))
+    return Module(
+        draw(NAMES), function, {w.symbol: w for w in weights}, {p.symbol: p for p in perms},
+        draw(st.frozensets(NAMES, max_size=3)), draw(st.lists(TEXTS, max_size=2).map(tuple)),
+    )  # fmt: skip
+
+
+@given(modules())
+@settings(max_examples=120, deadline=None)
+def test_what_is_printed_parses_to_the_same_module(module: Module) -> None:
+    text = print_module(module)
+    again, _ = parse_module(text)
+    assert print_module(again) == text
+    assert again == module
+
+
+@given(modules(), st.data())
+@settings(max_examples=80, deadline=None)
+def test_damaged_text_gives_an_error_of_ours(module: Module, data: st.DataObject) -> None:
+    text = print_module(module)
+    start = data.draw(st.integers(0, len(text)))
+    end = start + data.draw(st.integers(0, 8))
+    put = data.draw(st.sampled_from(["", "{", "1", '"', "@x", "%0", "*"]))
+    # Nothing but an error of ours may come out of it.
+    with contextlib.suppress(IRError):
+        verify(*parse_module(text[:start] + put + text[end:]))
+
+
+@given(st.lists(st.tuples(NAMES, st.dictionaries(NAMES, ATTRS, max_size=3)), max_size=4))
+@settings(max_examples=60, deadline=None)
+def test_pipelines_round_trip(steps: list[tuple[str, dict[str, Any]]]) -> None:
+    text = ",".join(name + print_attrs(options).strip() for name, options in steps)
+    assert parse_pipeline(text) == steps
+
+
+def deep_text(layers: int) -> str:
+    lines, value, count = ["module @deep {"], "%x", 0
+    for layer in range(layers):
+        lines += [
+            f"  weight @l{layer}.norm : f32[256]",
+            f"  weight @l{layer}.w : f32[256, 256] {{quantize = true, block = [128, 128],"
+            " group = 128, bits = grid([[4, 3], [3, 2]])}",
+        ]
+    lines.append("  func @forward(%x: f32[?, ?, 256]) -> f32[?, ?, 256] {")
+    for layer in range(layers):
+        lines.append(
+            f"    %{count} = rms_norm {value}, @l{layer}.norm {{eps = 1e-05}} : f32[?, ?, 256]"
+        )
+        lines.append(
+            f'    %{count + 1} = linear %{count}, @l{layer}.w : f32[?, ?, 256] loc("l{layer}")'
+        )
+        lines.append(f"    %{count + 2} = silu %{count + 1} : f32[?, ?, 256]")
+        lines.append(f"    %{count + 3} = add {value}, %{count + 2} : f32[?, ?, 256]")
+        value, count = f"%{count + 3}", count + 4
+    return "\n".join([*lines, f"    return {value}", "  }", "}", ""])
+
+
+def test_two_thousand_ops_parse_and_verify_in_a_second() -> None:
+    text = deep_text(500)
+    parse_module(deep_text(1))  # builds the parse table once
+    start = time.process_time()
+    module, source = parse_module(text)
+    verify(module, source)
+    assert time.process_time() - start < 1.0
+    assert len(module.function.ops) == 2000
+    assert print_module(module) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "ends too early"),
+        ("module @m {", "ends too early"),
+        ('module @m {x = "a\\q"} {', "escapes are those of JSON"),
+        ("module @m {facts = canonical} {", "strings are quoted"),
+        ("module @m {facts = [1], facts = [2]} {", "given twice"),
+        ("module @m { weight @a : f32[-1]", "cannot be -1"),
+        ("module @m { weight @a : f32[" + "9" * 5000 + "]", "too long"),
+        ("module @m ; {", "unexpected character ';'"),
+        ("module @m { weight @a : f32[2] {bits = grid([[1], [1, 2]])}", "rows of equal length"),
+        ("module @m { weight @a : f32[2] {bits = grid([[true]])}", "is no bit width"),
+        ("module @m { weight @a : f32[2] {bits = grip([[1]])}", "unknown attribute 'grip"),
+    ],
+)
+def test_bad_text_names_line_and_column(text: str, message: str) -> None:
+    with pytest.raises(ParseError, match=r"<text>:1:\d+") as caught:
+        parse_module(text)
+    assert message in str(caught.value)
+
+
+def body(*lines: str, header: str = "", entries: str = "") -> str:
+    inner = "\n".join(lines)
+    function = f"func @f(%x: f32[?, 4]) -> f32[?, 4] {{\n{inner}\nreturn %x\n}}"
+    return f"module @m{header} {{\n{entries}\n{function}\n}}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (body(header=' {facts = "canonical"}'), "facts of the module: expected list of string"),
+        (body(header=" {sums = []}"), "unknown header attribute 'sums'"),
+        (
+            body(entries="weight @a : f32[4] {block = [1]}"),
+            "block of @a: expected [int, int] or none",
+        ),
+        (body(entries="weight @a : f32[4] {colour = 1}"), "@a has no attribute 'colour'"),
+        (body(entries="perm @a : i32[4]"), "@a needs data"),
+        (body(entries="weight @a : f32[4]\nweight @a : f32[4]"), "@a is defined twice"),
+        (body("%0 = shrug %x : f32[?, 4]"), "unknown op 'shrug'"),
+        (body("%0 = silu : f32[?, 4]"), "'silu' needs the operand 'x'"),
+        (body("%0 = silu %x, %x : f32[?, 4]"), "'silu' does not take the operand %x"),
+        (body("%0 = rms_norm %x, @g : f32[?, 4]"), "'rms_norm' needs the attribute 'eps'"),
+        (body('%0 = rms_norm %x, @g {eps = "a"} : f32[?, 4]'), "eps of 'rms_norm': expected float"),
+        (body("%0 = silu %x {a = 1} : f32[?, 4]"), "'silu' has no attribute 'a'"),
+    ],
+)
+def test_wrong_parts_are_named(text: str, message: str) -> None:
+    with pytest.raises(ParseError, match=r"<text>:\d+:\d+") as caught:
+        parse_module(text)
+    assert message in str(caught.value)
+
+
+def test_an_integer_is_read_as_the_float_the_op_wants() -> None:
+    module, _ = parse_module(body("%0 = rms_norm %x, @g {eps = 1} : f32[?, 4]"))
+    assert "eps = 1.0" in print_module(module)
