@@ -1,0 +1,99 @@
+"""Compile kernel specs to one shared object that needs neither TVM nor a C library to load."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tvm
+
+from scalebits_compiler.codegen.tvm.gemm import build_gemm
+from scalebits_compiler.codegen.tvm.gemv import build_gemv
+from scalebits_compiler.codegen.tvm.quantize import build_quantize
+from scalebits_compiler.codegen.tvm.spec import KernelSpec, host_variants
+from scalebits_compiler.errors import TargetError
+
+BUILDERS = {"gemv": build_gemv, "gemm": build_gemm, "quantize": build_quantize}
+LINKERS: dict[str, tuple[str, ...]] = {
+    "ld": (),
+    "ld.lld": (),
+    "cc": ("-nostdlib",),
+    "gcc": ("-nostdlib",),
+    "clang": ("-nostdlib",),
+}
+"""Linkers in order of preference, with what each needs to leave the C library out."""
+
+
+def compile_kernels(
+    specs_by_variant: Mapping[str, Sequence[KernelSpec]], out_path: Path
+) -> dict[str, str]:
+    """Compile all specs to the shared object `out_path`; return the TVM script of each by key.
+
+    The same specs give the same bytes. Raises `TargetError` for a variant of another machine, or
+    without a linker.
+    """
+    linker = find_linker()
+    sources: dict[str, str] = {}
+    with tempfile.TemporaryDirectory(prefix="scalebits-") as folder:
+        objects = []
+        for name, specs in specs_by_variant.items():
+            functions = {spec.key: build_function(spec) for spec in specs}
+            sources |= {key: function.script() for key, function in functions.items()}
+            objects.append(Path(folder) / f"{name}.o")
+            write_object(name, functions, objects[-1])
+        _link(linker, objects, out_path)
+    return sources
+
+
+def build_function(spec: KernelSpec) -> Any:
+    """The TVM function of a spec."""
+    return BUILDERS[spec.kind](spec)
+
+
+def build_module(variant: str, functions: Mapping[str, Any]) -> Any:
+    """Functions, by symbol, lowered for a variant; LLVM runs when the result is used.
+
+    Raises `TargetError` for a variant that this machine cannot compile: LLVM aborts the process
+    when it meets an instruction that its target lacks, so nothing else may reach it.
+    """
+    variants = host_variants()
+    if variant not in variants:
+        raise TargetError(
+            f"kernels of variant {variant!r} cannot be compiled on this machine",
+            help=f"compile for {', '.join(variants)}, or on another machine",
+        )
+    return tvm.compile(tvm.IRModule(dict(functions)), target=variants[variant].target()).mod
+
+
+def write_object(variant: str, functions: Mapping[str, Any], path: Path) -> None:
+    """Compile functions, by symbol, to an object file."""
+    build_module(variant, functions).write_to_file(str(path), "o")
+
+
+def find_linker() -> tuple[str, ...]:
+    """The command of a linker on PATH; raises `TargetError` if there is none."""
+    for name, flags in LINKERS.items():
+        if path := shutil.which(name):
+            return (path, *flags)
+    raise TargetError(
+        f"no linker found: none of {', '.join(LINKERS)} is on PATH",
+        help="install binutils or a C compiler, or compile with --target reference",
+    )
+
+
+def _link(linker: Sequence[str], objects: Sequence[Path], out_path: Path) -> None:
+    """Link objects to a shared object, without names, paths or ids that change between runs."""
+    build_id = "--build-id=none" if linker[1:] == () else "-Wl,--build-id=none"
+    out_path.parent.mkdir(parents=True, exist_ok=True)
+    command = [*linker, "-shared", "-s", build_id, "-o", str(out_path), *map(str, objects)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise TargetError(
+            f"{linker[0]} could not link the kernels to {out_path}",
+            help="check that the folder can be written and that the linker is for this machine",
+            notes=done.stderr.splitlines()[:5],
+        )

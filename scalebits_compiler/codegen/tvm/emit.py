@@ -1,0 +1,270 @@
+"""The vocabulary the kernel writers share: vectors, formed codes, footers, the walk over a panel.
+
+Everything here runs inside an open IRBuilder and emits TVM IR; Python loops are unrolled code. All
+indices are int64. Buffers are declared with the alignment of their element: TVM would otherwise
+assume 64 bytes and emit aligned moves, which fault on the pointers of numpy or of a mapped file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script import builder as T
+
+from scalebits_compiler.codegen.tvm.spec import KernelSpec
+from scalebits_compiler.numerics.layout import LANES, MAX_BITS, PIECES, STEP, SUBS, UNIT_CODES
+
+Expr = Any  # a TVM PrimExpr; TVM has no useful types for what its builder accepts
+ELEMENT_BYTES = {"uint8": 1, "int8": 1, "int32": 4, "int64": 8, "float32": 4}
+VECTOR = SUBS * 8  # bytes of one stored vector
+
+
+def buffer_arg(name: str, shape: tuple[Expr, ...], dtype: str) -> Expr:
+    """A buffer argument of the kernel under construction."""
+    return T.arg(name, T.buffer(shape, dtype, align=ELEMENT_BYTES[dtype]))
+
+
+def i64(value: int) -> Expr:
+    """An int64 constant."""
+    return T.int64(value)
+
+
+def flat(buffer: Expr, *indices: Expr) -> Expr:
+    """Flat index of a row-major element."""
+    index: Expr = i64(0)
+    for size, part in zip(buffer.shape, indices, strict=True):
+        index = index * size + part
+    return index
+
+
+def vload(buffer: Expr, indices: list[Expr], dtype: str) -> Expr:
+    """A vector load of `dtype` that starts at `indices`."""
+    return buffer.vload(indices, dtype)
+
+
+def vstore(buffer: Expr, value: Expr, indices: list[Expr], lanes: int = LANES) -> None:
+    """Store a vector of `lanes` along the last axis, starting at `indices`."""
+    T.buffer_store(buffer, value, [*indices[:-1], T.ramp(indices[-1], 1, lanes)])
+
+
+def splat(value: Expr, lanes: int = LANES) -> Expr:
+    """A scalar in every lane."""
+    return T.broadcast(value, lanes)
+
+
+def to_f32(value: Expr) -> Expr:
+    """A vector of 16 integers or halves as float32."""
+    return T.cast(value, f"float32x{LANES}")
+
+
+@dataclass
+class Slots:
+    """A local array of 16-lane vectors. Constant slots become registers."""
+
+    buffer: Expr
+    dtype: str
+
+    @classmethod
+    def alloc(cls, count: int, dtype: str) -> Slots:
+        """`count` vectors (at most 16: beyond 1 KB TVM would allocate on the heap)."""
+        return cls(T.alloc_buffer((count * LANES,), dtype, scope="local"), f"{dtype}x{LANES}")
+
+    def __getitem__(self, slot: Expr) -> Expr:
+        return vload(self.buffer, [slot * LANES], self.dtype)
+
+    def __setitem__(self, slot: Expr, value: Expr) -> None:
+        vstore(self.buffer, value, [slot * LANES])
+
+    def clear(self) -> None:
+        """Set every vector to zero."""
+        element = self.dtype.partition("x")[0]
+        for slot in range(int(self.buffer.shape[0]) // LANES):
+            self[slot] = splat(T.Cast(element, 0))
+
+
+class Scalar:
+    """A mutable int64 variable."""
+
+    def __init__(self) -> None:
+        self.buffer = T.alloc_buffer((1,), "int64", scope="local")
+
+    def get(self) -> Expr:
+        """The value now."""
+        return self.buffer[0]
+
+    def set(self, value: Expr) -> None:
+        """Assign."""
+        T.buffer_store(self.buffer, value, [0])
+
+
+def load_words(arena: Expr, at: Expr, bits: int) -> list[Expr]:
+    """The vectors of a unit at byte `at`, as uint32x16."""
+    return [
+        T.bind(T.reinterpret("uint32x16", vload(arena, [at + vector * VECTOR], f"uint8x{VECTOR}")))
+        for vector in range(bits)
+    ]
+
+
+def _mask(width: int, bit: int) -> Expr:
+    return splat(T.uint32((((1 << width) - 1) << bit) * 0x01010101))
+
+
+def form_code(words: list[Expr], bits: int, sub: int) -> Expr:
+    """The 64 codes of a sub as bytes that hold `code << shift` (uint32x16).
+
+    Bits that cross into the next byte when a word is shifted are masked away.
+    """
+    formed = None
+    for vector, bit, width, to in PIECES[bits][sub].pieces:
+        part = words[vector]
+        if to > bit:
+            part = T.shift_left(part, splat(T.uint32(to - bit)))
+        elif to < bit:
+            part = T.shift_right(part, splat(T.uint32(bit - to)))
+        if width < 8:
+            part = T.bitwise_and(part, _mask(width, to))
+        formed = part if formed is None else T.bitwise_or(formed, part)
+    return formed
+
+
+def code_column(formed: Expr, bits: int, shift: int, column: int) -> Expr:
+    """Column 0..3 of formed bytes as float32x16, one row a lane."""
+    down = T.shift_right(formed, splat(T.uint32(8 * column + shift)))
+    byte = T.bitwise_and(down, splat(T.uint32((1 << bits) - 1)))
+    return to_f32(T.reinterpret("int32x16", byte))
+
+
+@dataclass(frozen=True)
+class Footer:
+    """Scales and zeros of a group of a panel; `at` is their first byte."""
+
+    arena: Expr
+    at: Expr
+    panel: int
+
+    def scale(self, row_group: Expr) -> Expr:
+        """fp16 scales of 16 rows as float32x16."""
+        raw = vload(self.arena, [self.at + row_group * (2 * LANES)], f"uint8x{2 * LANES}")
+        return to_f32(T.reinterpret(f"float16x{LANES}", raw))
+
+    def zero(self, row_group: Expr) -> Expr:
+        """Zeros (0..255) of 16 rows as float32x16."""
+        at = self.at + 2 * self.panel + row_group * LANES
+        return to_f32(T.cast(vload(self.arena, [at], f"uint8x{LANES}"), f"int32x{LANES}"))
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The arguments every matrix kernel begins with; see `layout.KernelTables`."""
+
+    spec: KernelSpec
+    arena: Expr
+    offsets: Expr
+    starts: Expr
+    columns: Expr
+
+    @classmethod
+    def declare(cls, spec: KernelSpec) -> Tables:
+        """Declare the four buffers."""
+        nbytes, panels, blocks = T.int64(), T.int64(), T.int64()
+        return cls(
+            spec,
+            buffer_arg("arena", (nbytes,), "uint8"),
+            buffer_arg("offsets", (panels,), "int64"),
+            buffer_arg("starts", (panels, i64(MAX_BITS + 1)), "int32"),
+            buffer_arg("columns", (panels, blocks), "int32"),
+        )
+
+    def start(self, panel: Expr, width: int) -> Expr:
+        """First block of the panel whose width is above `width`."""
+        return T.cast(self.starts[panel, width], "int64")
+
+    def footer(self, at: Expr) -> Footer:
+        """The footer at byte `at`."""
+        return Footer(self.arena, at, self.spec.panel)
+
+    @property
+    def unit_cols(self) -> int:
+        """Columns of a unit."""
+        return UNIT_CODES // self.spec.panel
+
+    def each_group(
+        self, panel: Expr, block: Expr, groups: Expr, cols: Expr, body: Callable[[Expr, Expr], None]
+    ) -> None:
+        """Call body(group, units) for each group of a block of the panel, in stored order.
+
+        `groups` and `cols` are those of the whole matrix.
+        """
+        per_block = self.spec.block_cols // self.spec.group
+        first = T.bind(T.cast(self.columns[panel, block], "int64") * per_block)
+        with T.serial(0, T.min(i64(per_block), groups - first)) as nth:
+            group = T.bind(first + nth)
+            width = T.min(i64(self.spec.group), cols - group * self.spec.group)
+            units = T.bind(T.floordiv(width + (self.unit_cols - 1), i64(self.unit_cols)))
+            body(group, units)
+
+
+@dataclass(frozen=True)
+class Input:
+    """What `quantize` writes: values [groups, tokens, planes, group] and (step, sum) pairs."""
+
+    values: Expr
+    scales: Expr
+
+    @classmethod
+    def declare(cls, spec: KernelSpec) -> Input:
+        """Declare the two buffers; values are int8, in mode f32 float32."""
+        groups, tokens = T.int64(), T.int64()
+        dtype = "float32" if spec.mode == "f32" else "int8"
+        shape = (groups, tokens, i64(spec.planes), i64(spec.group))
+        return cls(
+            buffer_arg("values", shape, dtype),
+            buffer_arg("scales", (groups, tokens, i64(2)), "float32"),
+        )
+
+    @property
+    def groups(self) -> Expr:
+        """Groups of a row."""
+        return self.values.shape[0]
+
+    @property
+    def tokens(self) -> Expr:
+        """Tokens, padding included."""
+        return self.values.shape[1]
+
+    def dword(self, group: Expr, token: Expr, plane: int, col: Expr) -> Expr:
+        """Four int8 values from `col` on, in every lane (int8x64)."""
+        four = vload(self.values, [group, token, i64(plane), col], f"int8x{STEP}")
+        return T.reinterpret(f"int8x{VECTOR}", splat(T.reinterpret("int32", four)))
+
+
+def dot(acc: Expr, codes: Expr, values: Expr) -> Expr:
+    """acc int32x16 += dot of unsigned codes (uint32x16 words) and int8x64 values, four a lane."""
+    unsigned = T.reinterpret(f"uint8x{VECTOR}", codes)
+    name = "llvm.x86.avx512.vpdpbusd.512"
+    return T.call_llvm_pure_intrin("int32x16", name, acc, unsigned, values)
+
+
+def store_rows(y: Expr, token: Expr, row: Expr, value: Expr, spill: Slots) -> None:
+    """Store 16 outputs of one token from `row` on, without touching rows beyond the matrix."""
+    rows = y.shape[1]
+    with T.If(row + LANES <= rows):
+        with T.Then():
+            vstore(y, value, [token, row])
+        with T.Else():
+            spill[0] = value
+            with T.serial(0, rows - row) as lane:
+                T.buffer_store(y, spill.buffer[lane], [token, row + lane])
+
+
+@contextmanager
+def prim_func(name: str) -> Iterator[IRBuilder]:
+    """An IRBuilder with one open function called `name`."""
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_name(name)
+        T.func_attr({"global_symbol": name, "tirx.noalias": True})
+        yield builder

@@ -1,0 +1,166 @@
+"""Matrix x vector: one pass over the packed bytes per token, codes formed and used in registers."""
+
+from __future__ import annotations
+
+from functools import reduce
+from operator import add
+from typing import Any
+
+from tvm.tirx.script import builder as T
+
+from scalebits_compiler.codegen.tvm.emit import (
+    VECTOR,
+    Expr,
+    Footer,
+    Input,
+    Scalar,
+    Slots,
+    Tables,
+    buffer_arg,
+    code_column,
+    dot,
+    form_code,
+    load_words,
+    prim_func,
+    splat,
+    store_rows,
+    to_f32,
+)
+from scalebits_compiler.codegen.tvm.spec import KernelSpec
+from scalebits_compiler.numerics.layout import LANES, PIECES, STEP, SUBS
+
+
+def build_gemv(spec: KernelSpec) -> Any:
+    """The TVM function of a `gemv` spec.
+
+    Arguments: `Tables`, `Input`, y f32[tokens, N], K, panel range lo..hi (int64).
+    """
+    with prim_func(spec.key) as builder:
+        tables, x = Tables.declare(spec), Input.declare(spec)
+        y = buffer_arg("y", (T.int64(), T.int64()), "float32")
+        cols, lo, hi = (T.arg(name, T.int64()) for name in ("cols", "lo", "hi"))
+        group_sum = (
+            _IntegerSum(spec, tables, x) if spec.mode != "f32" else _FloatSum(spec, tables, x)
+        )
+        at, total, spill = (
+            Scalar(),
+            Slots.alloc(spec.row_groups, "float32"),
+            Slots.alloc(1, "float32"),
+        )
+        with T.serial(lo, hi) as panel, T.serial(0, y.shape[0]) as token:
+            total.clear()
+            at.set(tables.offsets[panel])
+            for bits in spec.bits:
+                _segment(tables, x, bits, panel, token, cols, at, total, group_sum)
+            for row_group in range(spec.row_groups):
+                row = panel * spec.panel + row_group * LANES
+                with T.If(row < y.shape[1]), T.Then():
+                    store_rows(y, token, row, total[row_group], spill)
+    return builder.get()
+
+
+def _segment(
+    tables: Tables,
+    x: Input,
+    bits: int,
+    panel: Expr,
+    token: Expr,
+    cols: Expr,
+    at: Scalar,
+    total: Slots,
+    group_sum: _IntegerSum | _FloatSum,
+) -> None:
+    """All blocks of one width of a panel."""
+
+    def body(group: Expr, units: Expr) -> None:
+        start = T.bind(at.get())
+        group_sum.run(bits, group, token, start, units)
+        footer = tables.footer(T.bind(start + units * (bits * VECTOR)))
+        offset = T.bind(x.scales[group, token, 1] * T.float32(2.0**bits / 256))
+        for row_group in range(tables.spec.row_groups):
+            _accumulate(
+                total, row_group, footer, offset, group_sum.result(bits, group, token, row_group)
+            )
+        at.set(footer.at + 3 * tables.spec.panel)
+
+    first, last = tables.start(panel, bits - 1), tables.start(panel, bits)
+    with T.serial(first, last) as block:
+        tables.each_group(panel, block, x.groups, cols, body)
+
+
+def _accumulate(total: Slots, row_group: int, footer: Footer, offset: Expr, value: Expr) -> None:
+    """total += scale * (value - zero * offset)."""
+    centred = value - footer.zero(row_group) * splat(offset)
+    total[row_group] = total[row_group] + footer.scale(row_group) * centred
+
+
+class _IntegerSum:
+    """Sum of code * x over a group with vpdpbusd: an accumulator for each sub and plane.
+
+    The formed bytes hold code << shift. That costs nothing: the power of two is taken out once a
+    group.
+    """
+
+    def __init__(self, spec: KernelSpec, tables: Tables, x: Input) -> None:
+        self.spec, self.tables, self.x = spec, tables, x
+        self.sums = [Slots.alloc(SUBS, "int32") for _ in range(spec.planes)]
+
+    def run(self, bits: int, group: Expr, token: Expr, start: Expr, units: Expr) -> None:
+        """Emit the loop over the units of a group."""
+        for sums in self.sums:
+            sums.clear()
+        with T.serial(0, units) as unit:
+            words = load_words(self.tables.arena, start + unit * (bits * VECTOR), bits)
+            for step in range(SUBS // self.spec.row_groups):
+                col = unit * self.tables.unit_cols + step * STEP
+                values = [
+                    T.bind(self.x.dword(group, token, plane, col))
+                    for plane in range(self.spec.planes)
+                ]
+                for row_group in range(self.spec.row_groups):
+                    sub = step * self.spec.row_groups + row_group
+                    codes = T.bind(form_code(words, bits, sub))
+                    for sums, value in zip(self.sums, values, strict=True):
+                        sums[sub] = dot(sums[sub], codes, value)
+
+    def result(self, bits: int, group: Expr, token: Expr, row_group: int) -> Expr:
+        """The sum for 16 rows, in units of code * x (float32x16)."""
+        subs = range(row_group, SUBS, self.spec.row_groups)
+        top = max(PIECES[bits][sub].shift for sub in subs)
+        value = None
+        for sums in self.sums:
+            lifted = [
+                T.shift_left(sums[sub], splat(T.int32(top - PIECES[bits][sub].shift)))
+                for sub in subs
+            ]
+            plane = to_f32(reduce(add, lifted))
+            value = plane if value is None else value * splat(T.float32(256)) + plane
+        return value * splat(self.x.scales[group, token, 0] * T.float32(2.0**-top))
+
+
+class _FloatSum:
+    """Sum of code * x over a group with fused multiply-add; runs on any vector unit."""
+
+    def __init__(self, spec: KernelSpec, tables: Tables, x: Input) -> None:
+        self.spec, self.tables, self.x = spec, tables, x
+        self.sums = Slots.alloc(spec.row_groups, "float32")
+
+    def run(self, bits: int, group: Expr, token: Expr, start: Expr, units: Expr) -> None:
+        """Emit the loop over the units of a group."""
+        self.sums.clear()
+        with T.serial(0, units) as unit:
+            words = load_words(self.tables.arena, start + unit * (bits * VECTOR), bits)
+            for sub in range(SUBS):
+                step, row_group = divmod(sub, self.spec.row_groups)
+                formed = T.bind(form_code(words, bits, sub))
+                shift = PIECES[bits][sub].shift
+                value = self.sums[row_group]
+                for column in range(STEP):
+                    col = unit * self.tables.unit_cols + step * STEP + column
+                    x = splat(self.x.values[group, token, 0, col])
+                    value = value + code_column(formed, bits, shift, column) * x
+                self.sums[row_group] = value
+
+    def result(self, bits: int, group: Expr, token: Expr, row_group: int) -> Expr:
+        """The sum for 16 rows (float32x16)."""
+        return self.sums[row_group]

@@ -1,0 +1,149 @@
+"""Which CPU kernels a model needs, and the table that leads the runtime to them (no TVM here)."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scalebits_compiler.errors import TargetError
+from scalebits_compiler.numerics.layout import LANES, BlockLayout
+
+Kind = Literal["gemv", "gemm", "quantize"]
+Mode = Literal["a16", "a8", "f32"]
+DISPATCH_VERSION = 1
+GEMV_TOKENS = 2  # up to this many tokens the gemv kernel is faster than the gemm kernel
+TILE_TOKENS = 4  # the gemm kernel computes this many tokens at a time
+CHUNK_TOKENS = 64  # tokens for which the gemm kernel uses an unpacked group
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A machine that kernels are compiled for: what LLVM may use, and what the processor must have.
+
+    `features` are the flags as Linux names them. A kernel of this variant must never run elsewhere.
+    """
+
+    name: str
+    arch: str
+    mcpu: str
+    mattr: tuple[str, ...]
+    features: tuple[str, ...]
+    modes: tuple[Mode, ...]
+
+    def target(self) -> dict[str, Any]:
+        """The TVM target of this variant."""
+        target: dict[str, Any] = {"kind": "llvm"}
+        if self.mcpu:
+            target["mcpu"] = self.mcpu
+        if self.mattr:
+            target["mattr"] = list(self.mattr)
+        return target
+
+
+_X86_64_V3 = ("avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe")
+_X86_64_V4 = (*_X86_64_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
+VNNI = Variant(
+    "vnni",
+    "x86_64",
+    "x86-64-v4",
+    ("+avx512vnni",),
+    (*_X86_64_V4, "avx512_vnni"),
+    ("a16", "a8"),
+)
+PLAIN_X86 = Variant("plain", "x86_64", "x86-64-v3", (), _X86_64_V3, ("f32",))
+
+
+def host_variants() -> dict[str, Variant]:
+    """The variants that this machine can compile for, best first, by name."""
+    machine = platform.machine()
+    if machine in ("x86_64", "AMD64"):
+        return {variant.name: variant for variant in (VNNI, PLAIN_X86)}
+    return {"plain": Variant("plain", machine, "", (), (), ("f32",))}
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """One kernel. N, K and tokens are run-time symbols; everything here is compiled in.
+
+    `panel`, `block_cols` and `bits` are 0 and () for `quantize`, which depends on the group only.
+    """
+
+    variant: str
+    kind: Kind
+    mode: Mode
+    group: int
+    panel: int = 0
+    block_cols: int = 0
+    bits: tuple[int, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """Symbol, file and cache name."""
+        name = f"scalebits_{self.variant}_{self.kind}_{self.mode}_g{self.group}"
+        if self.kind == "quantize":
+            return name
+        widths = "".join(map(str, self.bits))
+        return f"{name}_p{self.panel}_c{self.block_cols}_b{widths}"
+
+    @property
+    def row_groups(self) -> int:
+        """16-row groups of a panel."""
+        return self.panel // LANES
+
+    @property
+    def planes(self) -> int:
+        """int8 planes of an activation: 2 (high and low byte) in a16, else 1."""
+        return 2 if self.mode == "a16" else 1
+
+
+def select_specs(
+    matrices: Sequence[tuple[BlockLayout, NDArray[np.uint8]]],
+) -> tuple[dict[str, list[KernelSpec]], dict[str, Any]]:
+    """The kernels for packed matrices, each given as its layout and u8 bit grid.
+
+    Returns the specs by variant, and the JSON-able dispatch table for the manifest. Matrices of the
+    same panel height, group and block columns share kernels, which then know the widths of all of
+    them. Raises `TargetError` if there are no matrices.
+    """
+    if not matrices:
+        raise TargetError("the model has no packed matrix, so there is no kernel to generate")
+    shapes: dict[tuple[int, int, int], set[int]] = {}
+    for layout, bits in matrices:
+        shape = (layout.group, layout.panel, layout.block_cols)
+        shapes.setdefault(shape, set()).update(np.unique(bits).tolist())
+    groups = sorted({group for group, _, _ in shapes})
+    specs: dict[str, list[KernelSpec]] = {}
+    for name, variant in host_variants().items():
+        kernels = specs.setdefault(name, [])
+        for mode in variant.modes:
+            kernels += [KernelSpec(name, "quantize", mode, group) for group in groups]
+            for (group, panel, cols), widths in sorted(shapes.items()):
+                bits = tuple(sorted(widths))
+                kernels.append(KernelSpec(name, "gemv", mode, group, panel, cols, bits))
+                kernels.append(KernelSpec(name, "gemm", mode, group, panel, cols, bits))
+    return specs, _dispatch(specs)
+
+
+def _dispatch(specs: dict[str, list[KernelSpec]]) -> dict[str, Any]:
+    variants = []
+    for name, variant in host_variants().items():
+        kernels = [asdict(spec) | {"symbol": spec.key} for spec in specs[name]]
+        for kernel in kernels:
+            del kernel["variant"]
+            kernel["bits"] = list(kernel["bits"])
+        variants.append(
+            {
+                "name": name,
+                "arch": variant.arch,
+                "features": list(variant.features),
+                "modes": list(variant.modes),
+                "kernels": kernels,
+            }
+        )
+    sizes = {"gemv": GEMV_TOKENS, "tile": TILE_TOKENS, "chunk": CHUNK_TOKENS}
+    return {"version": DISPATCH_VERSION, "tokens": sizes, "variants": variants}

@@ -1,0 +1,262 @@
+"""Compiled CPU kernels: loading, choice by processor, the packed linear layer (layer L1)."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import tvm_ffi
+from numpy.typing import NDArray
+
+from scalebits_compiler.errors import ArtifactError, TargetError
+from scalebits_compiler.numerics.layout import BlockLayout
+from scalebits_compiler.runtime.cpu_features import cpu_features
+
+DISPATCH_VERSION = 1
+THREAD_WORK = 1 << 23
+"""Multiply-adds below which a thread is not worth its ~25 us of hand-over."""
+
+F32 = NDArray[np.float32]
+Function = Callable[..., None]
+
+
+class TokenSizes(NamedTuple):
+    """Up to `gemv` tokens take the gemv kernel; gemm takes tiles of `tile`, `chunk` at a time."""
+
+    gemv: int
+    tile: int
+    chunk: int
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedInput:
+    """Activations x[tokens, cols] as the matrix kernels read them; see `KernelLibrary.quantize`.
+
+    values: [groups, padded tokens, planes, group], int8 or in mode f32 float32. scales: f32[groups,
+    padded tokens, 2], the step and the sum of x of each group.
+    """
+
+    tokens: int
+    cols: int
+    group: int
+    mode: str
+    values: NDArray[np.int8] | F32
+    scales: F32
+
+    @cached_property
+    def arguments(self) -> tuple[Any, Any]:
+        """Both arrays as kernel arguments."""
+        return _view(self.values), _view(self.scales)
+
+
+class KernelLibrary:
+    """The kernels of an artifact that this processor can run; made by `open`.
+
+    variant: name of the chosen variant. mode: its arithmetic, "a16" (two int8 passes, about 3e-5
+    relative error), "a8" (one pass, about 6e-3) or "f32" (for processors without int8 products).
+    threads: how many threads large products are split over.
+    """
+
+    def __init__(self, module: Any, variant: dict[str, Any], tokens: TokenSizes, mode: str) -> None:
+        self.variant: str = variant["name"]
+        self.mode = mode
+        self.tokens = tokens
+        self.threads = 1
+        self._module = module
+        self._kernels = {
+            (kernel["kind"], kernel["group"], kernel["panel"], kernel["block_cols"]): kernel
+            for kernel in variant["kernels"]
+            if kernel["mode"] == mode
+        }
+
+    @classmethod
+    def open(
+        cls,
+        path: Path,
+        dispatch: dict[str, Any],
+        features: frozenset[str] | None = None,
+        mode: str = "a16",
+    ) -> KernelLibrary:
+        """Load the shared object `path`; choose the first variant of `dispatch` that runs here.
+
+        `features` are processor flags (default: those of this one). `mode` is "a16" or "a8"; a
+        variant without it uses its first mode. Raises `ArtifactError` if no variant runs here, or
+        the file or table is damaged.
+        """
+        if mode not in ("a16", "a8"):
+            raise TargetError(f"unknown activation mode {mode!r}", help='use "a16" or "a8"')
+        if dispatch.get("version") != DISPATCH_VERSION:
+            raise ArtifactError(
+                f"kernel table of version {dispatch.get('version')}, expected {DISPATCH_VERSION}",
+                help="compile the model again with this version of scalebits_compiler",
+            )
+        flags = cpu_features() if features is None else features
+        variant = _choose(dispatch["variants"], flags)
+        if not path.is_file():
+            raise ArtifactError(f"kernel file {path} is missing", help="compile the model again")
+        chosen = mode if mode in variant["modes"] else variant["modes"][0]
+        module = tvm_ffi.load_module(str(path))
+        return cls(module, variant, TokenSizes(**dispatch["tokens"]), chosen)
+
+    def function(
+        self,
+        kind: str,
+        group: int,
+        panel: int = 0,
+        block_cols: int = 0,
+        bits: frozenset[int] = frozenset(),
+    ) -> Function:
+        """The kernel of these properties that knows the widths `bits`, or `ArtifactError`."""
+        kernel = self._kernels.get((kind, group, panel, block_cols))
+        if kernel is None or not bits <= set(kernel["bits"]):
+            raise ArtifactError(
+                f"the artifact has no {self.variant} {kind} kernel for group {group},"
+                f" panel {panel}, block columns {block_cols} and widths {sorted(bits)}",
+                help="compile the model again; its kernels and its weights do not belong together",
+            )
+        return self._module.get_function(kernel["symbol"])
+
+    def quantize(self, x: F32, group: int) -> QuantizedInput:
+        """Quantise x f32[tokens, K] once for all matrices that read it in groups of `group`."""
+        if x.ndim != 2 or x.dtype != np.float32:
+            raise TargetError(
+                f"activations must be float32[tokens, K], found {x.dtype}{list(x.shape)}"
+            )
+        tokens, cols = x.shape
+        groups, tile = -(-cols // group), self.tokens.tile
+        padded = tokens if tokens <= self.tokens.gemv else -(-tokens // tile) * tile
+        if cols % group:
+            source = np.zeros((tokens, groups * group), np.float32)
+            source[:, :cols] = x
+        else:
+            source = np.ascontiguousarray(x)
+        planes, dtype = {"a16": (2, np.int8), "a8": (1, np.int8), "f32": (1, np.float32)}[self.mode]
+        # Padding tokens are computed and thrown away; zeros keep slow denormals out of them.
+        make = np.empty if padded == tokens else np.zeros
+        values: NDArray[Any] = make((groups, padded, planes, group), dtype)
+        scales: F32 = make((groups, padded, 2), np.float32)
+        result = QuantizedInput(tokens, cols, group, self.mode, values, scales)
+        self._quantizer(group)(_view(source), *result.arguments)
+        return result
+
+    def _quantizer(self, group: int) -> Function:
+        found = self._quantizers.get(group)
+        if found is None:
+            found = self._quantizers[group] = self.function("quantize", group)
+        return found
+
+    @cached_property
+    def _quantizers(self) -> dict[int, Function]:
+        return {}
+
+    def each_range(self, panels: int, work: int, run: Callable[[int, int], None]) -> None:
+        """Cover 0..panels by run(lo, hi), on several threads if `work` multiply-adds are worth it."""
+        parts = max(1, min(self.threads, panels, work // THREAD_WORK))
+        bounds = [panels * part // parts for part in range(parts + 1)]
+        if parts == 1:
+            run(0, panels)
+            return
+        futures = [self._pool.submit(run, lo, hi) for lo, hi in pairwise(bounds[1:])]
+        run(*bounds[:2])
+        for future in futures:
+            future.result()
+
+    @cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(thread_name_prefix="scalebits")
+
+
+class PackedLinear:
+    """y = x W^T for one packed matrix W[N, K]."""
+
+    def __init__(
+        self,
+        library: KernelLibrary,
+        layout: BlockLayout,
+        arena: NDArray[np.uint8],
+        bits: NDArray[np.uint8],
+    ) -> None:
+        """`arena` u8[nbytes] is used in place and may be read-only; `bits` is the u8 grid.
+
+        Raises `ArtifactError` if the arena's size is wrong or the library lacks the kernels.
+        """
+        if arena.dtype != np.uint8 or arena.shape != (layout.nbytes(bits),):
+            raise ArtifactError(
+                f"packed matrix {layout.rows} x {layout.cols}: expected"
+                f" {layout.nbytes(bits)} bytes, found {arena.dtype}{list(arena.shape)}",
+                help="the file is damaged; compile the model again",
+            )
+        self.library = library
+        self.layout = layout
+        widths = frozenset(np.unique(bits).tolist())
+        shape = (layout.group, layout.panel, layout.block_cols, widths)
+        self._gemv = library.function("gemv", *shape)
+        self._gemm = library.function("gemm", *shape)
+        self._arrays = (np.ascontiguousarray(arena), *layout.metadata(bits))
+        self._tables = tuple(_view(array) for array in self._arrays)
+
+    def __call__(self, x: F32 | QuantizedInput) -> F32:
+        """f32[tokens, N] for x f32[tokens, K], given as such or quantised by this library."""
+        layout, library = self.layout, self.library
+        if isinstance(x, np.ndarray):
+            x = library.quantize(x, layout.group)
+        if (x.cols, x.group, x.mode) != (layout.cols, layout.group, library.mode):
+            raise TargetError(
+                f"activations of {x.cols} columns, groups of {x.group}, mode {x.mode} do not fit"
+                f" a matrix of {layout.cols} columns, groups of {layout.group}, mode {library.mode}"
+            )
+        y = np.empty((x.tokens, layout.rows), np.float32)
+        run = self._gemv_range if x.tokens <= library.tokens.gemv else self._gemm_range
+        work = layout.rows * layout.cols * x.tokens
+        library.each_range(layout.panels, work, run(x, _view(y)))
+        return y
+
+    def _gemv_range(self, x: QuantizedInput, y: Any) -> Callable[[int, int], None]:
+        arguments = (*self._tables, *x.arguments, y, self.layout.cols)
+        return lambda lo, hi: self._gemv(*arguments, lo, hi)
+
+    def _gemm_range(self, x: QuantizedInput, y: Any) -> Callable[[int, int], None]:
+        panel, group = self.layout.panel, self.layout.group
+        dtype = np.float32 if x.mode == "f32" else np.uint8
+
+        def run(lo: int, hi: int) -> None:
+            codes = np.empty(panel * group, dtype)
+            total = np.empty((self.library.tokens.chunk, panel), np.float32)
+            scratch = (_view(codes), _view(total))
+            self._gemm(*self._tables, *x.arguments, y, *scratch, self.layout.cols, lo, hi)
+
+        return run
+
+
+def _view(array: NDArray[Any]) -> Any:
+    """The array as a kernel argument, without a copy. The caller keeps the array alive."""
+    if not array.flags.writeable:
+        # DLPack has no read-only views in older numpy; the kernels only read what is read-only.
+        raw: Any = (ctypes.c_uint8 * array.nbytes).from_address(array.ctypes.data)
+        array = np.frombuffer(raw, array.dtype).reshape(array.shape)
+    return tvm_ffi.from_dlpack(array)
+
+
+def _choose(variants: list[dict[str, Any]], flags: frozenset[str]) -> dict[str, Any]:
+    """The first variant that a machine with `flags` can run."""
+    machine = {"AMD64": "x86_64"}.get(platform.machine(), platform.machine())
+    notes = []
+    for variant in variants:
+        missing = sorted(set(variant["features"]) - flags)
+        if variant["arch"] == machine and not missing:
+            return variant
+        why = f"lacks {', '.join(missing)}" if variant["arch"] == machine else f"is {machine}"
+        notes.append(f"kernels {variant['name']!r} are for {variant['arch']}; this machine {why}")
+    raise ArtifactError(
+        "this machine can run none of the compiled kernels",
+        help="compile the model on this machine, or with --target reference",
+        notes=notes,
+    )
