@@ -1,0 +1,1 @@
+"""From the final IR to an artifact (layer L2): plan, kernels, writer, reference executor."""

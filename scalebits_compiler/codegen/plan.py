@@ -1,0 +1,86 @@
+"""The execution plan: the final IR as a straight line of steps that the runtime reads as data."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scalebits_compiler.errors import TargetError
+from scalebits_compiler.ir.attrs import Value
+from scalebits_compiler.ir.module import Function, Module
+from scalebits_compiler.ir.op import Op, op_fields
+from scalebits_compiler.ir.ops import Aten, Permute, parse_dim
+from scalebits_compiler.runtime.manifest import STEP_RULES, Number, Plan, Step
+
+
+def make_plan(module: Module) -> Plan:
+    """One step per op, generic over the op's fields; values are dropped after their last use.
+
+    An attention step gets the attribute `cache`, its running number. Raises `TargetError` for an op
+    that the runtime does not execute, naming the op and its place in the original model.
+    """
+    function = module.function
+    if len(function.args) != 1:
+        raise TargetError(
+            f"@{module.name} takes {len(function.args)} arguments, the runtime gives token ids",
+            help="use --target reference",
+        )
+    names = {function.args[0].value: "ids"}
+    names.update({op.result: f"v{index}" for index, op in enumerate(function.ops)})
+    last = _last_uses(function)
+    steps, caches = [], 0
+    for index, op in enumerate(function.ops):
+        weights, attrs = _step_fields(op)
+        if op.name == "attention":
+            attrs["cache"], caches = caches, caches + 1
+        operands = tuple(op.operands())
+        free = sorted({v.name: v for v in (*operands, op.result)}.values(), key=lambda v: names[v])
+        dropped = tuple(names[v] for v in free if last.get(v, index) == index)
+        inputs = tuple(names[value] for value in operands)
+        steps.append(Step(op.name, inputs, weights, attrs, names[op.result], dropped))
+    return Plan("ids", tuple(steps), names[function.result])
+
+
+def _last_uses(function: Function) -> dict[Value, int]:
+    last = {operand: index for index, op in enumerate(function.ops) for operand in op.operands()}
+    last[function.result] = len(function.ops)
+    return last
+
+
+def _step_fields(op: Op) -> tuple[tuple[str, ...], dict[str, Number]]:
+    """(weights, attributes) of the step of an op."""
+    if op.name not in STEP_RULES:
+        what = op.target if isinstance(op, Aten) else op.name
+        place = f" ({op.loc})" if op.loc else ""
+        raise TargetError(
+            f"the runtime has no op for {what}{place}",
+            help="use --target reference, which runs every op by its torch definition",
+        )
+    if isinstance(op, Permute):
+        return (order_key(op),), {"axis": op.axis}
+    specs = [spec for spec in op_fields(type(op)) if spec.role == "attr"]
+    weights = tuple(symbol.name for symbol in op.symbols())
+    return weights, {spec.name: getattr(op, spec.name) for spec in specs}
+
+
+def order_key(op: Permute) -> str:
+    """The name under which the index vector of a permute op is stored among the weights."""
+    return f"order:{op.order}{':inverse' if op.inverse else ''}"
+
+
+def order_tensors(module: Module) -> dict[str, NDArray[np.int64]]:
+    """order_key -> int64[n], such that a permute is `take(x, index, axis)`; one for each kind."""
+    return {
+        order_key(op): _order_index(module, op)
+        for op in module.function.ops
+        if isinstance(op, Permute)
+    }
+
+
+def _order_index(module: Module, op: Permute) -> NDArray[np.int64]:
+    """Stored element (i, j, ...) of a product axis is natural element (p[i], q[j], ...)."""
+    index = np.zeros(1, np.int64)
+    for factor in parse_dim(op.order).static():
+        inner = np.arange(factor.size) if factor.order is None else module.permutation(factor.order)
+        index = (index[:, None] * factor.size + inner).reshape(-1)
+    return np.argsort(index).astype(np.int64) if op.inverse else index

@@ -1,0 +1,217 @@
+"""Opens an artifact folder: checks its files against the manifest and maps its tensors."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scalebits_compiler.errors import ArtifactError, TargetError
+from scalebits_compiler.numerics.layout import BlockLayout
+from scalebits_compiler.runtime.manifest import (
+    COMPILE_AGAIN,
+    MANIFEST,
+    MODEL_FILE,
+    FileRecord,
+    Manifest,
+    WeightRecord,
+    sha256_of,
+)
+
+# Larger files are checked by size only when an artifact is opened, and in full by `verify`.
+LARGEST_HASHED_AT_OPEN = 256 << 20
+
+_DTYPES = {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I64": np.int64,
+    "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor mapped from its file. bfloat16, which numpy lacks, is held as its 16 raw bits."""
+
+    data: NDArray[Any]
+    dtype: str
+
+    def rows(self, index: NDArray[np.integer]) -> NDArray[np.float32]:
+        """float32 of the rows picked by `index` along the first axis."""
+        return _float32(self.data[index], self.dtype)
+
+    def float32(self) -> NDArray[np.float32]:
+        """The whole tensor as float32, C-contiguous."""
+        return np.ascontiguousarray(_float32(self.data, self.dtype))
+
+
+def _float32(data: NDArray[Any], dtype: str) -> NDArray[np.float32]:
+    if dtype == "BF16":
+        return (data.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return data.astype(np.float32, copy=False)
+
+
+@dataclass(frozen=True)
+class PackedMatrix:
+    """A packed matrix: its layout, the mapped bytes uint8[n], and the bit grid uint8."""
+
+    layout: BlockLayout
+    arena: NDArray[np.uint8]
+    bits: NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An opened artifact. The tensors are mapped: nothing is read before it is used."""
+
+    path: Path
+    manifest: Manifest
+    tensors: Mapping[str, StoredTensor]
+
+    @staticmethod
+    def open(path: str | Path) -> Artifact:
+        """Open a folder that `scalebitsc compile` wrote.
+
+        Sizes of all files are checked, and the sha256 of those up to 256 MiB (`verify` checks all).
+        Raises `ArtifactError` for a folder that is no artifact, a file that is missing, truncated
+        or edited, or another version.
+        """
+        folder = Path(path)
+        manifest = _read_manifest(folder)
+        for name, record in manifest.files.items():
+            _check_file(folder, name, record, record.bytes <= LARGEST_HASHED_AT_OPEN)
+        for name in _needed(manifest):
+            if name not in manifest.files:
+                raise ArtifactError(
+                    f"{folder / MANIFEST}: files: {name} is not listed", help=COMPILE_AGAIN
+                )
+        artifact = Artifact(folder, manifest, map_tensors(folder / MODEL_FILE))
+        for symbol, record in manifest.weights.items():
+            artifact._check_weight(symbol, record)
+        return artifact
+
+    def json(self, name: str) -> dict[str, Any]:
+        """A JSON file of the artifact, {} if it has none of this name."""
+        if name not in self.manifest.files:
+            return {}
+        try:
+            return json.loads((self.path / name).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ArtifactError(f"{self.path / name}: {error}", help=COMPILE_AGAIN) from None
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The Hugging Face config of the model."""
+        return self.json("config.json")
+
+    def matrix(self, symbol: str) -> PackedMatrix:
+        """A weight of kind `packed`."""
+        record = self.manifest.weights[symbol]
+        block, group = record.block, record.group
+        if block is None or group is None:
+            raise ArtifactError(f"{self.path}: the weight {symbol} is not packed")
+        try:
+            rows, cols = record.shape
+            layout = BlockLayout(rows, cols, block[0], block[1], group)
+        except TargetError as error:
+            raise ArtifactError(f"{self.path}: {symbol}: {error.message}") from None
+        arena, bits = (self.tensors[f"{symbol}.{part}"].data for part in ("packed", "bits"))
+        return PackedMatrix(layout, arena, bits)
+
+    def _check_weight(self, symbol: str, record: WeightRecord) -> None:
+        keys = (symbol,) if record.kind == "dense" else (f"{symbol}.packed", f"{symbol}.bits")
+        for key in keys:
+            if key not in self.tensors:
+                raise self._wrong(f"the tensor {key} is missing")
+        if record.kind == "dense":
+            stored = self.tensors[symbol]
+            if (stored.dtype, stored.data.shape) != (record.dtype, record.shape):
+                raise self._wrong(
+                    f"{symbol} is {stored.dtype}{list(stored.data.shape)}, the manifest says"
+                    f" {record.dtype}{list(record.shape)}"
+                )
+            return
+        matrix = self.matrix(symbol)
+        try:
+            expected = matrix.layout.nbytes(matrix.bits)
+        except TargetError as error:
+            raise self._wrong(f"{symbol}: {error.message}") from None
+        if matrix.arena.dtype != np.uint8 or matrix.arena.shape != (expected,):
+            raise self._wrong(f"{symbol} has {matrix.arena.nbytes} packed bytes, not {expected}")
+
+    def _wrong(self, what: str) -> ArtifactError:
+        return ArtifactError(f"{self.path / MODEL_FILE}: {what}", help=COMPILE_AGAIN)
+
+
+def verify(path: str | Path) -> Manifest:
+    """Open an artifact and check the sha256 of every file. Raises `ArtifactError`."""
+    artifact = Artifact.open(path)
+    for name, record in artifact.manifest.files.items():
+        _check_file(artifact.path, name, record, hashed=True)
+    return artifact.manifest
+
+
+def _read_manifest(folder: Path) -> Manifest:
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise ArtifactError(f"{folder} is no folder", help="give the folder of an artifact")
+    if not path.is_file():
+        raise ArtifactError(
+            f"{folder} is no scalebits artifact: it has no {MANIFEST}",
+            help="give a folder that `scalebitsc compile` wrote",
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{path}: cannot be read: {error}", help=COMPILE_AGAIN) from None
+    return Manifest.from_json(text, str(path))
+
+
+def _needed(manifest: Manifest) -> Iterator[str]:
+    yield from (MODEL_FILE, "config.json")
+    if manifest.kernels is not None:
+        yield manifest.kernels.library
+
+
+def _check_file(folder: Path, name: str, record: FileRecord, hashed: bool) -> None:
+    path = folder / name
+    if not path.is_file():
+        raise ArtifactError(f"{path} is missing", help=COMPILE_AGAIN)
+    size = path.stat().st_size
+    if size != record.bytes:
+        raise ArtifactError(
+            f"{path} has {size} bytes, the manifest says {record.bytes}", help=COMPILE_AGAIN
+        )
+    if hashed and sha256_of(path) != record.sha256:
+        raise ArtifactError(f"{path} was changed after the build (checksum)", help=COMPILE_AGAIN)
+
+
+def map_tensors(path: Path) -> dict[str, StoredTensor]:
+    """All tensors of a safetensors file, mapped read-only. Raises `ArtifactError` if damaged."""
+    try:
+        data = np.memmap(path, np.uint8, mode="r")
+        length = int(data[:8].view("<u8")[0])
+        header = json.loads(data[8 : 8 + length].tobytes())
+        body = np.asarray(data)[8 + length :]
+        return {
+            key: _mapped(body, **entry) for key, entry in header.items() if key != "__metadata__"
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ArtifactError(
+            f"{path}: not a readable safetensors file: {error}", help=COMPILE_AGAIN
+        ) from None
+
+
+def _mapped(
+    body: NDArray[np.uint8], dtype: str, shape: list[int], data_offsets: list[int]
+) -> StoredTensor:
+    kind = np.dtype(_DTYPES[dtype])
+    start, end = data_offsets
+    if not 0 <= start <= end <= len(body) or end - start != math.prod(shape) * kind.itemsize:
+        raise ValueError(f"a tensor of {dtype}{shape} cannot lie at {start}..{end}")
+    return StoredTensor(body[start:end].view(kind).reshape(shape), dtype)

@@ -1,0 +1,381 @@
+"""manifest.json: what an artifact holds and how it runs. A strict schema, in frozen dataclasses.
+
+Every object has exactly the fields of its dataclass; an unknown field, a missing one, a wrong type
+or another version is an `ArtifactError` that names the file and the field. `digest` is the sha256
+of the manifest itself without that field, so that an edit of the manifest shows as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple, TypeAlias
+
+from scalebits_compiler.errors import ArtifactError
+
+MANIFEST = "manifest.json"
+MODEL_FILE = "model.safetensors"
+FORMAT = "scalebits"
+VERSION = 1
+TARGETS = ("cpu", "cuda", "reference")
+COMPILE_AGAIN = "the artifact is damaged or was edited; compile the model again"
+
+Kinds: TypeAlias = Mapping[str, type | tuple[type, ...]]
+Number: TypeAlias = int | float
+
+
+class StepRule(NamedTuple):
+    """What a step of one op holds: values read, weights read (least, most), attributes."""
+
+    inputs: int
+    weights: tuple[int, int]
+    attrs: frozenset[str]
+
+
+def _rule(inputs: int, least: int, most: int, *attrs: str) -> StepRule:
+    return StepRule(inputs, (least, most), frozenset(attrs))
+
+
+STEP_RULES: dict[str, StepRule] = {
+    "positions": _rule(1, 0, 0),
+    "embedding": _rule(1, 1, 1),
+    "linear": _rule(1, 1, 2),
+    "qlinear": _rule(1, 1, 2),
+    "rms_norm": _rule(1, 1, 1, "eps"),
+    "silu": _rule(1, 0, 0),
+    "add": _rule(2, 0, 0),
+    "mul": _rule(2, 0, 0),
+    "split_heads": _rule(1, 0, 0, "heads"),
+    "merge_heads": _rule(1, 0, 0),
+    "rope": _rule(2, 1, 1, "scaling"),
+    "attention": _rule(3, 0, 0, "scale", "window", "cache"),
+    "permute": _rule(1, 1, 1, "axis"),
+}
+"""The ops that the runtime executes; `runtime/ops.py` has one function for each."""
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One file of the artifact."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class WeightRecord:
+    """One weight. `dtype` is that of the file for kind `dense`, `packed` for kind `packed`.
+
+    A packed matrix S lies in the tensors `S.packed` (numerics/layout.py) and `S.bits`; it alone
+    has `block` (rows, columns) and `group` (columns per scale).
+    """
+
+    kind: str
+    dtype: str
+    shape: tuple[int, ...]
+    block: tuple[int, int] | None = None
+    group: int | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One op of the plan: reads values and weights, defines `out`, then drops the values `free`."""
+
+    op: str
+    inputs: tuple[str, ...]
+    weights: tuple[str, ...]
+    attrs: Mapping[str, Number]
+    out: str
+    free: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The model as a straight line of steps, from token ids `input` to logits `output`."""
+
+    input: str
+    steps: tuple[Step, ...]
+    output: str
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The kernel library (a file of the artifact) and its table of kernels."""
+
+    library: str
+    dispatch: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What the artifact was made from; enough to build it again, byte for byte.
+
+    source_sha256: file name -> sha256 of the model's files. No paths and no times.
+    """
+
+    pipeline: str
+    seed: int
+    tool_version: str
+    model: str
+    source_sha256: Mapping[str, str]
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """manifest.json.
+
+    plan is None where only `--target reference` can run the model. summary is open, but has at
+    least `code_bits` and `effective_bits` (bits per quantized weight).
+    """
+
+    target: Mapping[str, Any]
+    files: Mapping[str, FileRecord]
+    weights: Mapping[str, WeightRecord]
+    plan: Plan | None
+    kernels: Kernels | None
+    summary: Mapping[str, Any]
+    provenance: Provenance
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of all files, the manifest not counted."""
+        return sum(record.bytes for record in self.files.values())
+
+    def to_json(self) -> str:
+        """The text of manifest.json; equal manifests give equal bytes."""
+        # Through JSON once, so that the digest is of what a reader will see.
+        body = json.loads(json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}))
+        body["digest"] = _digest(body)
+        return json.dumps(body, indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+    @staticmethod
+    def from_json(text: str, where: str = MANIFEST) -> Manifest:
+        """Read and check the text; `where` names the file in errors. Raises `ArtifactError`."""
+        try:
+            body = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ArtifactError(f"{where}: not JSON: {error}", help=COMPILE_AGAIN) from None
+        _check_version(body, where)
+        found = _fields(body, where, _MANIFEST)
+        claimed = found["digest"]
+        if claimed != _digest({key: value for key, value in body.items() if key != "digest"}):
+            raise ArtifactError(
+                f"{where}: digest: the contents were changed after the build", help=COMPILE_AGAIN
+            )
+        manifest = Manifest(
+            target=_target(found["target"], f"{where}: target"),
+            files=dict(_files(found["files"], f"{where}: files")),
+            weights=dict(_weights(found["weights"], f"{where}: weights")),
+            plan=_plan(found["plan"], f"{where}: plan"),
+            kernels=_kernels(found["kernels"], f"{where}: kernels"),
+            summary=_summary(found["summary"], f"{where}: summary"),
+            provenance=_provenance(found["provenance"], f"{where}: provenance"),
+        )
+        check_plan(manifest, f"{where}: plan")
+        return manifest
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file, in hex, read a piece at a time."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _check_version(body: Any, where: str) -> None:
+    if not isinstance(body, dict) or body.get("format") != FORMAT:
+        raise ArtifactError(
+            f"{where}: format: this is not the manifest of a {FORMAT} artifact",
+            help="give a folder that `scalebitsc compile` wrote",
+        )
+    if body.get("version") != VERSION:
+        raise ArtifactError(
+            f"{where}: version: {body.get('version')!r} is unknown, this program reads {VERSION}",
+            help="compile the model again, or run it with the version of scalebits-compiler"
+            " that built it",
+        )
+
+
+def _fields(value: Any, where: str, kinds: Kinds) -> dict[str, Any]:
+    """A JSON object with exactly the fields `kinds`, each of its type (bool is no number)."""
+    if not isinstance(value, dict):
+        raise ArtifactError(f"{where}: expected an object", help=COMPILE_AGAIN)
+    for name in value:
+        if name not in kinds:
+            raise ArtifactError(f"{where}: {name}: unknown field", help=COMPILE_AGAIN)
+    for name, kind in kinds.items():
+        if name not in value:
+            raise ArtifactError(f"{where}: {name}: missing field", help=COMPILE_AGAIN)
+        _expect(value[name], kind, f"{where}: {name}")
+    return value
+
+
+def _expect(value: Any, kind: type | tuple[type, ...], where: str) -> Any:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ArtifactError(
+            f"{where}: a value of type {type(value).__name__} is wrong here", help=COMPILE_AGAIN
+        )
+    return value
+
+
+def _items(value: Any, kind: type | tuple[type, ...], where: str) -> tuple[Any, ...]:
+    _expect(value, list, where)
+    return tuple(_expect(item, kind, f"{where}[{index}]") for index, item in enumerate(value))
+
+
+_MANIFEST: Kinds = {
+    "format": str,
+    "version": int,
+    "digest": str,
+    "target": dict,
+    "files": dict,
+    "weights": dict,
+    "plan": (dict, type(None)),
+    "kernels": (dict, type(None)),
+    "summary": dict,
+    "provenance": dict,
+}
+_WEIGHT: Kinds = {
+    "kind": str,
+    "dtype": str,
+    "shape": list,
+    "block": (list, type(None)),
+    "group": (int, type(None)),
+}
+_STEP: Kinds = {
+    "op": str,
+    "inputs": list,
+    "weights": list,
+    "attrs": dict,
+    "out": str,
+    "free": list,
+}
+_PROVENANCE: Kinds = {
+    "pipeline": str,
+    "seed": int,
+    "tool_version": str,
+    "model": str,
+    "source_sha256": dict,
+    "options": dict,
+}
+
+
+def _target(value: Any, where: str) -> Mapping[str, Any]:
+    if value.get("kind") not in TARGETS:
+        raise ArtifactError(
+            f"{where}: kind: {value.get('kind')!r} is unknown; known are {', '.join(TARGETS)}"
+        )
+    return value
+
+
+def check_name(name: str, where: str) -> None:
+    """Raise `ArtifactError` unless `name` is a plain relative path inside the artifact."""
+    path = PurePosixPath(name)
+    if not name or path.is_absolute() or ".." in path.parts or "\\" in name or str(path) != name:
+        raise ArtifactError(f"{where}: {name!r} is no file name inside the artifact")
+
+
+def _files(value: Any, where: str) -> Iterator[tuple[str, FileRecord]]:
+    for name, record in value.items():
+        check_name(name, where)
+        found = _fields(record, f"{where}: {name}", {"sha256": str, "bytes": int})
+        yield name, FileRecord(**found)
+
+
+def _weights(value: Any, where: str) -> Iterator[tuple[str, WeightRecord]]:
+    for symbol, record in value.items():
+        here = f"{where}: {symbol}"
+        found = _fields(record, here, _WEIGHT)
+        shape = _items(found["shape"], int, f"{here}: shape")
+        block = None if found["block"] is None else _items(found["block"], int, f"{here}: block")
+        packed = block is not None and len(block) == len(shape) == 2 and found["group"] is not None
+        dense = block is None and found["group"] is None
+        if not {"packed": packed, "dense": dense}.get(found["kind"], False):
+            raise ArtifactError(
+                f"{here}: kind: {found['kind']!r} does not fit the other fields", help=COMPILE_AGAIN
+            )
+        yield symbol, WeightRecord(**{**found, "shape": shape, "block": block})
+
+
+def _plan(value: Any, where: str) -> Plan | None:
+    if value is None:
+        return None
+    found = _fields(value, where, {"input": str, "steps": list, "output": str})
+    steps = (_step(step, f"{where}: step {i}") for i, step in enumerate(found["steps"]))
+    return Plan(found["input"], tuple(steps), found["output"])
+
+
+def _step(value: Any, where: str) -> Step:
+    found = _fields(value, where, _STEP)
+    for name, number in found["attrs"].items():
+        _expect(number, (int, float), f"{where}: attrs: {name}")
+    lists = {name: _items(found[name], str, f"{where}: {name}") for name in _LISTS}
+    return Step(**{**found, **lists})
+
+
+_LISTS = ("inputs", "weights", "free")
+
+
+def _kernels(value: Any, where: str) -> Kernels | None:
+    if value is None:
+        return None
+    return Kernels(**_fields(value, where, {"library": str, "dispatch": dict}))
+
+
+def _summary(value: Any, where: str) -> Mapping[str, Any]:
+    for name in ("code_bits", "effective_bits"):
+        _expect(value.get(name), (int, float), f"{where}: {name}")
+    return value
+
+
+def _provenance(value: Any, where: str) -> Provenance:
+    found = _fields(value, where, _PROVENANCE)
+    for name, digest in found["source_sha256"].items():
+        _expect(digest, str, f"{where}: source_sha256: {name}")
+    return Provenance(**found)
+
+
+def check_plan(manifest: Manifest, where: str = "plan") -> None:
+    """Raise `ArtifactError` unless every step obeys its rule and reads what exists."""
+    if manifest.plan is None:
+        return
+    known = {manifest.plan.input}
+    for index, step in enumerate(manifest.plan.steps):
+        problem = _step_problem(step, known, manifest.weights)
+        if problem:
+            raise ArtifactError(f"{where}: step {index} ({step.op}): {problem}", help=COMPILE_AGAIN)
+        known.add(step.out)
+        known -= set(step.free)
+    if manifest.plan.output not in known:
+        raise ArtifactError(f"{where}: output: {manifest.plan.output} is not defined")
+
+
+def _step_problem(step: Step, known: set[str], weights: Mapping[str, WeightRecord]) -> str:
+    rule = STEP_RULES.get(step.op)
+    if rule is None:
+        return "this op is unknown"
+    least, most = rule.weights
+    if len(step.inputs) != rule.inputs or not least <= len(step.weights) <= most:
+        return f"wrong number of inputs ({len(step.inputs)}) or weights ({len(step.weights)})"
+    if set(step.attrs) != rule.attrs:
+        return f"attributes {sorted(step.attrs)}, expected {sorted(rule.attrs)}"
+    missing = [name for name in step.inputs if name not in known]
+    missing += [name for name in step.weights if name not in weights]
+    if missing:
+        return f"{missing[0]} is not defined"
+    kinds = ["packed" if step.op == "qlinear" and not i else "dense" for i in range(most)]
+    for symbol, kind in zip(step.weights, kinds, strict=False):
+        if weights[symbol].kind != kind:
+            return f"the weight {symbol} must be {kind}"
+    return ""

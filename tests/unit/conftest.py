@@ -1,0 +1,178 @@
+"""Small packed modules, written as IR text, and artifacts of them."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+
+from scalebits_compiler.codegen.plan import make_plan
+from scalebits_compiler.codegen.writer import write_artifact
+from scalebits_compiler.ir.parser import parse_module
+from scalebits_compiler.ir.resources import ResourceStore
+from scalebits_compiler.ir.verifier import verify
+from scalebits_compiler.numerics.layout import BlockLayout
+from scalebits_compiler.runtime.manifest import Provenance
+
+BLOCK_ROWS, BLOCK_COLS, GROUP = 16, 64, 32
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama (`qk_norm`: Qwen3, `bias`: Qwen2, `window`: Mistral), small and ragged."""
+
+    vocab: int = 90
+    hidden: int = 72
+    heads: int = 4
+    groups: int = 2
+    head_dim: int = 16
+    inner: int = 104
+    layers: int = 2
+    window: int = 0
+    qk_norm: bool = False
+    bias: bool = False
+    eps: float = 1e-5
+    limit: int = 64
+
+
+class TextBuilder:
+    """Collects weights with random values, and ops, of a module in its text form."""
+
+    def __init__(self, seed):
+        self.rng = np.random.default_rng(seed)
+        self.weights, self.ops, self.tensors = [], [], {}
+
+    def op(self, text, kind):
+        self.ops.append(f"    %{len(self.ops)} = {text} : {kind}")
+        return f"%{len(self.ops) - 1}"
+
+    def dense(self, name, array, dtype=torch.bfloat16):
+        self.tensors[name] = torch.from_numpy(np.float32(array)).to(dtype)
+        shape = ", ".join(map(str, array.shape))
+        self.weights.append(f'  weight @{name} : f32[{shape}] {{data = resource("{name}")}}')
+
+    def packed(self, name, rows, cols):
+        layout = BlockLayout(rows, cols, BLOCK_ROWS, BLOCK_COLS, GROUP)
+        bits = self.rng.integers(1, 9, layout.grid).astype(np.uint8)
+        wide = bits.repeat(BLOCK_ROWS, 0)[:rows].repeat(BLOCK_COLS, 1)[:, :cols]
+        codes = self.rng.integers(0, 1 << wide.astype(np.int64)).astype(np.uint8)
+        spread = np.ldexp(1.0, -bits.astype(int)).repeat(BLOCK_ROWS, 0)[:rows]
+        spread = spread.repeat(BLOCK_COLS // GROUP, 1)[:, : layout.groups]
+        scales = (spread * 2 / np.sqrt(cols)).astype(np.float16)
+        zeros = self.rng.integers(118, 138, scales.shape).astype(np.uint8)
+        self.tensors[f"{name}.arena"] = torch.from_numpy(layout.pack(codes, scales, zeros, bits))
+        grid = [list(map(int, row)) for row in bits]
+        self.weights.append(
+            f'  weight @{name} : packed[{rows}, {cols}] {{data = resource("{name}.arena"),'
+            f" quantize = true, block = [{BLOCK_ROWS}, {BLOCK_COLS}], group = {GROUP},"
+            f" bits = grid({grid})}}"
+        )
+
+
+def build(shape, seed=0):
+    """The packed module of a Llama-like model with random weights."""
+    b, s = TextBuilder(seed), shape
+    hid = f"f32[?, ?, {s.hidden}]"
+    b.dense("embed", b.rng.normal(size=(s.vocab, s.hidden)))
+    b.dense("norm", b.rng.normal(1, 0.1, s.hidden), torch.float32)
+    b.dense("head", b.rng.normal(size=(s.vocab, s.hidden)) / 4, torch.float16)
+    frequency = 10000.0 ** -(np.arange(0, s.head_dim, 2) / s.head_dim)
+    b.dense("frequency", frequency, torch.float32)
+    x = b.op("embedding %ids, @embed", hid)
+    positions = b.op("positions %ids", "i64[?, ?]")
+    for layer in range(s.layers):
+        x = _layer(b, s, f"layers.{layer}", x, positions, hid)
+    x = b.op(f"rms_norm {x}, @norm {{eps = {s.eps}}}", hid)
+    x = b.op(f"linear {x}, @head", f"f32[?, ?, {s.vocab}]")
+    text = "\n".join(
+        ['module @tiny {facts = ["bits", "packed"]} {', *b.weights,
+         f"  func @forward(%ids: i64[?, ?]) -> f32[?, ?, {s.vocab}] {{", *b.ops,
+         f"    return {x}", "  }", "}"]
+    )  # fmt: skip
+    module, source = parse_module(text)
+    verify(module, source)
+    return replace(module, resources=ResourceStore(b.tensors))
+
+
+def _layer(b, s, name, x, positions, hid):
+    y = _norm(b, f"{name}.norm1", x, s.hidden, s.eps, hid)
+    heads = {
+        part: _heads(b, s, name, part, count, y, positions)
+        for part, count in (("q", s.heads), ("k", s.groups), ("v", s.groups))
+    }
+    scale = s.head_dim**-0.5
+    y = b.op(
+        f"attention {heads['q']}, {heads['k']}, {heads['v']}"
+        f" {{scale = {scale}, window = {s.window}}}",
+        f"f32[?, {s.heads}, ?, {s.head_dim}]",
+    )
+    y = b.op(f"merge_heads {y}", f"f32[?, ?, {s.heads * s.head_dim}]")
+    x = b.op(f"add {x}, {_qlinear(b, f'{name}.o', y, s.hidden, s.heads * s.head_dim)}", hid)
+    y = _norm(b, f"{name}.norm2", x, s.hidden, s.eps, hid)
+    gate = _qlinear(b, f"{name}.gate", y, s.inner, s.hidden)
+    up = _qlinear(b, f"{name}.up", y, s.inner, s.hidden)
+    wide = f"f32[?, ?, {s.inner}]"
+    y = b.op(f"mul {b.op(f'silu {gate}', wide)}, {up}", wide)
+    return b.op(f"add {x}, {_qlinear(b, f'{name}.down', y, s.hidden, s.inner)}", hid)
+
+
+def _heads(b, s, name, part, count, y, positions):
+    size, kind = count * s.head_dim, f"f32[?, {count}, ?, {s.head_dim}]"
+    y = _qlinear(b, f"{name}.{part}", y, size, s.hidden, s.bias)
+    y = b.op(f"split_heads {y} {{heads = {count}}}", kind)
+    if part == "v":
+        return y
+    if s.qk_norm:
+        y = _norm(b, f"{name}.{part}norm", y, s.head_dim, s.eps, kind)
+    return b.op(f"rope {y}, {positions}, @frequency", kind)
+
+
+def _norm(b, name, x, size, eps, kind):
+    b.dense(name, b.rng.normal(1, 0.2, size))
+    return b.op(f"rms_norm {x}, @{name} {{eps = {eps}}}", kind)
+
+
+def _qlinear(b, name, x, rows, cols, bias=False):
+    b.packed(name, rows, cols)
+    extra = ""
+    if bias:
+        b.dense(f"{name}.bias", b.rng.normal(size=rows) / 3)
+        extra = f", @{name}.bias"
+    return b.op(f"qlinear {x}, @{name}{extra}", f"f32[?, ?, {rows}]")
+
+
+def provenance():
+    return Provenance("pack-blocks", 0, "0.1.0", "tiny", {"model.safetensors": "0" * 64}, {})
+
+
+@pytest.fixture
+def module_shape():
+    return Shape
+
+
+@pytest.fixture
+def build_module():
+    return build
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a module as an artifact; gives the folder."""
+
+    def _write(module, out=None, limit=64, kernels=None, files=None, force=False):
+        out = tmp_path / "out" if out is None else out
+        write_artifact(
+            out,
+            module,
+            target={"kind": "cpu" if kernels else "reference"},
+            plan=make_plan(module),
+            kernels=kernels,
+            files={"generation_config.json": b'{"eos_token_id": 0}', **(files or {})},
+            config={"model_type": "llama", "max_position_embeddings": limit},
+            summary={"code_bits": 4.5, "effective_bits": 5.0},
+            provenance=provenance(),
+            force=force,
+        )
+        return out
+
+    return _write

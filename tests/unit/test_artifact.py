@@ -1,0 +1,197 @@
+"""Artifacts: byte-identical, atomic, and every damage is noticed and named."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from scalebits_compiler.codegen.output import check_output, output_folder
+from scalebits_compiler.errors import ArtifactError, TargetError, UsageError
+from scalebits_compiler.ir.parser import read_module
+from scalebits_compiler.ir.verifier import verify as verify_module
+from scalebits_compiler.runtime import artifact as artifact_module
+from scalebits_compiler.runtime.artifact import Artifact, map_tensors, verify
+
+
+@pytest.fixture
+def module(build_module, module_shape):
+    return build_module(module_shape(layers=1))
+
+
+def test_equal_arguments_give_equal_bytes(module, write, tmp_path):
+    first, second = write(module, tmp_path / "a"), write(module, tmp_path / "b")
+    names = sorted(p.relative_to(first) for p in first.rglob("*"))
+    assert names == sorted(p.relative_to(second) for p in second.rglob("*"))
+    for name in names:
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
+
+
+def test_no_path_of_the_machine_is_stored(module, write, tmp_path):
+    for path in write(module).rglob("*"):
+        assert str(tmp_path).encode() not in path.read_bytes()
+
+
+def test_official_library_reads_the_tensors(module, write):
+    path = write(module) / "model.safetensors"
+    mapped = map_tensors(path)
+    with safe_open(path, framework="pt") as handle:
+        assert set(handle.keys()) == set(mapped)
+        for key, stored in mapped.items():
+            tensor = handle.get_tensor(key)
+            assert tuple(tensor.shape) == stored.data.shape
+            np.testing.assert_array_equal(tensor.to(torch.float32).numpy(), stored.float32())
+            assert stored.data.ctypes.data % stored.data.itemsize == 0
+
+
+def test_weights_are_mapped_not_copied(module, write):
+    opened = Artifact.open(write(module))
+    matrix = opened.matrix("layers.0.q")
+    base = matrix.arena
+    while isinstance(base, np.ndarray) and not isinstance(base, np.memmap):
+        base = base.base
+    assert isinstance(base, np.memmap)
+    assert not matrix.arena.flags.writeable
+
+
+def test_module_text_reads_back_with_its_tensors(module, write):
+    again, source = read_module(write(module) / "module.sbir")
+    verify_module(again, source)
+    assert again.function == module.function
+    weight = again.weight("layers.0.q")
+    expected = module.resources.torch(module.weight("layers.0.q").data.key)
+    assert torch.equal(again.resources.torch(weight.data.key), expected)
+
+
+def test_not_packed_is_refused(module, write, tmp_path):
+    from dataclasses import replace
+
+    with pytest.raises(TargetError, match="pack-blocks"):
+        write(replace(module, facts=frozenset({"bits"})))
+    assert list(tmp_path.iterdir()) == []
+
+
+def files_of(folder):
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+
+
+def test_every_damaged_file_is_named(module, write):
+    out = write(module)
+    for name in files_of(out):
+        path, good = out / name, (out / name).read_bytes()
+        middle = len(good) // 2
+        flipped = good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :]
+        for bad in (good[:-2], good[:middle], b"", flipped, good + b" {"):
+            path.write_bytes(bad)
+            with pytest.raises(ArtifactError, match=name) as caught:
+                Artifact.open(out)
+            assert caught.value.help
+        path.unlink()
+        with pytest.raises(ArtifactError, match=name):
+            Artifact.open(out)
+        path.write_bytes(good)
+    assert verify(out).summary["code_bits"] == 4.5
+
+
+def test_large_files_are_hashed_by_verify(module, write, monkeypatch):
+    out = write(module)
+    path = out / "model.safetensors"
+    good = path.read_bytes()
+    first_code = 8 + int.from_bytes(good[:8], "little")
+    path.write_bytes(good[:first_code] + bytes([good[first_code] ^ 1]) + good[first_code + 1 :])
+    monkeypatch.setattr(artifact_module, "LARGEST_HASHED_AT_OPEN", 100)
+    Artifact.open(out)
+    with pytest.raises(ArtifactError, match=r"model\.safetensors was changed"):
+        verify(out)
+
+
+def test_no_artifact(tmp_path):
+    with pytest.raises(ArtifactError, match="no folder"):
+        Artifact.open(tmp_path / "missing")
+    with pytest.raises(ArtifactError, match=r"it has no manifest\.json"):
+        Artifact.open(tmp_path)
+
+
+def test_force_is_needed_and_replaces(module, write, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    write(module)
+    (out / "extra").write_text("x")
+    with pytest.raises(UsageError, match="--force"):
+        write(module)
+    write(module, force=True)
+    assert not (out / "extra").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_failure_leaves_nothing_and_keeps_the_old(module, write, tmp_path):
+    out = write(module)
+    before = files_of(out)
+    with pytest.raises(UsageError, match="cannot write the output"):
+        write(module, force=True, files={"tokenizer.json": tmp_path / "missing"})
+    assert files_of(out) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_bad_outputs(tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    file.write_text("x")
+    with pytest.raises(UsageError, match="is a file"):
+        check_output(file, force=True)
+    for out in (Path("/proc/none/out"), file / "out"):
+        with pytest.raises(UsageError, match="cannot write the output"):
+            check_output(out, force=False)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="holds the current folder"):
+        check_output(Path(), force=True)
+
+
+def test_killed_compile_leaves_no_half_artifact(tmp_path):
+    """SIGKILL in the middle of writing: OUT is not there; the next run clears the leftover."""
+    out = tmp_path / "out"
+    code = (
+        "import sys, time; from pathlib import Path\n"
+        "from scalebits_compiler.codegen.output import output_folder\n"
+        "with output_folder(Path(sys.argv[1]), False) as folder:\n"
+        "    (folder / 'half').write_text('x'); print('ready', flush=True); time.sleep(60)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(out)], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        check_output(out, force=False)
+        assert len(list(tmp_path.iterdir())) == 1  # a living run's folder is left alone
+        process.send_signal(signal.SIGKILL)
+    assert not out.exists()
+    deadline = time.monotonic() + 5
+    while list(tmp_path.iterdir()) and time.monotonic() < deadline:
+        check_output(out, force=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_kill_between_the_two_renames_is_repaired(tmp_path):
+    previous = tmp_path / ".out.previous"
+    previous.mkdir()
+    (previous / "kept").write_text("x")
+    with pytest.raises(UsageError, match="not empty"):
+        check_output(tmp_path / "out", force=False)
+    assert files_of(tmp_path / "out") == ["kept"]
+
+
+def test_output_through_a_link(tmp_path):
+    real = tmp_path / "real"
+    real.mkdir()
+    (tmp_path / "link").symlink_to(real)
+    with output_folder(tmp_path / "link", force=False) as folder:
+        (folder / "f").write_text("x")
+    assert (tmp_path / "link" / "f").read_text() == "x"
+    assert os.readlink(tmp_path / "link") == str(real)
+    shutil.rmtree(real)

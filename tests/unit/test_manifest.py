@@ -1,0 +1,111 @@
+"""manifest.json: reads back what it wrote, and refuses everything else by field name."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from scalebits_compiler.codegen.plan import make_plan
+from scalebits_compiler.errors import ArtifactError
+from scalebits_compiler.runtime import manifest as m
+
+
+@pytest.fixture
+def manifest(build_module, module_shape):
+    module = build_module(module_shape(layers=1, bias=True))
+    weights = {}
+    for weight in module.weights.values():
+        packed = weight.type.dtype == "packed"
+        kind, dtype = ("packed", "packed") if packed else ("dense", "F32")
+        weights[weight.symbol] = m.WeightRecord(
+            kind, dtype, weight.type.static_shape(), weight.block, weight.group
+        )
+    return m.Manifest(
+        target={"kind": "cpu"},
+        files={"model.safetensors": m.FileRecord("0" * 64, 12)},
+        weights=weights,
+        plan=make_plan(module),
+        kernels=m.Kernels("kernels/cpu.so", {"version": 1, "sizes": {1: 2}}),
+        summary={"code_bits": 3.0, "effective_bits": 3.25},
+        provenance=m.Provenance("a,b", 0, "0.1.0", "tiny", {}, {"group": 32}),
+    )
+
+
+def edited(manifest, *path, value=None, remove=False):
+    """The text with one place changed and the digest made right again."""
+    body = json.loads(manifest.to_json())
+    place = body
+    for key in path[:-1]:
+        place = place[key]
+    if remove:
+        del place[path[-1]]
+    else:
+        place[path[-1]] = value
+    body["digest"] = m._digest({key: item for key, item in body.items() if key != "digest"})
+    return json.dumps(body)
+
+
+def test_round_trip(manifest):
+    text = manifest.to_json()
+    again = m.Manifest.from_json(text)
+    assert again.to_json() == text
+    assert again.plan == manifest.plan
+    assert again.weights == manifest.weights
+    assert again.file_bytes == 12
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (["version"], 2, r"version: 2 is unknown"),
+        (["format"], "gguf", "format"),
+        (["extra"], 1, "extra: unknown field"),
+        (["target", "kind"], "tpu", "target: kind"),
+        (["files", "../x"], {"sha256": "", "bytes": 1}, "no file name"),
+        (["files", "/x"], {"sha256": "", "bytes": 1}, "no file name"),
+        (["files", "model.safetensors", "bytes"], "1", "bytes: a value of type str"),
+        (["files", "model.safetensors", "bytes"], True, "bytes: a value of type bool"),
+        (["weights", "embed", "kind"], "packed", "embed: kind"),
+        (["weights", "embed", "shape"], [1.5], r"shape\[0\]"),
+        (["weights", "embed", "colour"], 1, "colour: unknown field"),
+        (["plan", "steps", 0, "op"], "conv", r"step 0 \(conv\): this op is unknown"),
+        (["plan", "steps", 0, "inputs"], ["nothing"], "nothing is not defined"),
+        (["plan", "steps", 0, "weights"], ["nothing"], "nothing is not defined"),
+        (["plan", "steps", 0, "weights"], ["layers.0.q"], "must be dense"),
+        (["plan", "steps", 0, "inputs"], [], "wrong number of inputs"),
+        (["plan", "steps", 0, "attrs"], {"x": 1}, "attributes"),
+        (["plan", "steps", 2, "attrs", "eps"], "x", "eps: a value of type str"),
+        (["plan", "output"], "nothing", "output"),
+        (["kernels", "library"], None, "library: a value of type NoneType"),
+        (["summary", "code_bits"], "3", "code_bits"),
+        (["provenance", "seed"], None, "seed"),
+        (["provenance", "source_sha256"], {"a": 1}, "source_sha256: a"),
+    ],
+)
+def test_strict(manifest, path, value, message):
+    with pytest.raises(ArtifactError, match=message) as caught:
+        m.Manifest.from_json(edited(manifest, *path, value=value), "OUT/manifest.json")
+    assert "OUT/manifest.json" in str(caught.value)
+
+
+@pytest.mark.parametrize("field", ["plan", "kernels", "summary", "files", "weights"])
+def test_missing_field(manifest, field):
+    with pytest.raises(ArtifactError, match=f"{field}: missing field"):
+        m.Manifest.from_json(edited(manifest, field, remove=True))
+
+
+def test_any_edit_breaks_the_digest(manifest):
+    text = manifest.to_json().replace('"code_bits": 3.0', '"code_bits": 2.0')
+    with pytest.raises(ArtifactError, match="digest"):
+        m.Manifest.from_json(text)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "[" * 100000])
+def test_not_json(text):
+    with pytest.raises(ArtifactError, match=r"manifest\.json"):
+        m.Manifest.from_json(text)
+
+
+def test_optional_parts(manifest):
+    bare = replace(manifest, plan=None, kernels=None)
+    assert m.Manifest.from_json(bare.to_json()) == bare
