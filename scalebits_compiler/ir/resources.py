@@ -6,6 +6,7 @@ integers (permutations, bit grids) reads numpy, so that checking a text does not
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,19 @@ class Lazy:
     key: str
     shape: tuple[int, ...]
     dtype: str
+
+
+def _spelling(dtype: str) -> str:
+    """`torch.bfloat16` as safetensors spells it: `BF16`."""
+    name = dtype.removeprefix("torch.")
+    for long, short in (("bfloat", "BF"), ("float", "F"), ("uint", "U"), ("int", "I")):
+        if name.startswith(long):
+            return name.replace(long, short, 1).upper()
+    return name.upper()
+
+
+def _same(a: object, b: object) -> bool:
+    return a is b or (isinstance(a, Lazy) and isinstance(b, Lazy) and a == b)
 
 
 class ResourceStore(Mapping[str, object]):
@@ -63,6 +77,16 @@ class ResourceStore(Mapping[str, object]):
     def shape(self, key: str) -> tuple[int, ...]:
         """The shape of a tensor, without reading it."""
         return tuple(self._entry(key).shape)
+
+    def dtype(self, key: str) -> str:
+        """The element type as safetensors spells it (`F32`, `BF16`, `U8`), without reading."""
+        entry = self._entry(key)
+        return entry.dtype if isinstance(entry, Lazy) else _spelling(str(entry.dtype))
+
+    def byte_size(self, key: str) -> int:
+        """Bytes of the tensor's elements, without reading it."""
+        bits = int("".join(filter(str.isdigit, self.dtype(key).partition("_")[0])) or 8)
+        return math.prod(self.shape(key)) * bits // 8
 
     def files(self) -> set[Path]:
         """The files that tensors would still be read from."""
@@ -104,6 +128,10 @@ class ResourceStore(Mapping[str, object]):
         """A copy with only these keys (those that exist)."""
         wanted = set(keys)
         return ResourceStore({k: v for k, v in self._entries.items() if k in wanted})
+
+    def missing_from(self, other: ResourceStore, keys: Iterable[str]) -> list[str]:
+        """Those of the keys whose tensor `other` does not hold: another object, or another file."""
+        return [key for key in keys if not _same(self._entries[key], other._entries.get(key))]
 
     def changed_since(self, other: ResourceStore) -> dict[str, torch.Tensor]:
         """The tensors that are not the very same object in `other`."""

@@ -1,0 +1,45 @@
+"""The passes by name, resolved on first use, so that listing names imports nothing heavy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from importlib import import_module
+
+from scalebits_compiler.errors import UsageError
+from scalebits_compiler.passes.base import Pass
+
+# name -> "module:Class", or the class itself (plugins)
+PassTable = Mapping[str, str | type[Pass]]
+
+_HOME = "scalebits_compiler.passes"
+PASSES: dict[str, str | type[Pass]] = {
+    "canonicalize": f"{_HOME}.canonicalize:Canonicalize",
+    "annotate-sensitivity": f"{_HOME}.annotate_sensitivity:AnnotateSensitivity",
+    "reorder-channels": f"{_HOME}.reorder_channels:ReorderChannels",
+    "fold-permutes": f"{_HOME}.fold_permutes:FoldPermutes",
+    "assign-bits": f"{_HOME}.assign_bits:AssignBits",
+    "round-weights": f"{_HOME}.round_weights:RoundWeights",
+    "pack-blocks": f"{_HOME}.pack_blocks:PackBlocks",
+}
+
+# Named pipelines are data: a name in a pipeline stands for this text.
+PIPELINES: dict[str, str] = {
+    "default": "canonicalize,annotate-sensitivity,reorder-channels,fold-permutes,assign-bits,"
+    "round-weights,pack-blocks",
+}
+
+
+def find_pass(name: str, table: PassTable = PASSES) -> type[Pass]:
+    """The class of a pass. UsageError with the nearest name if there is none."""
+    entry = table.get(name)
+    if entry is None:
+        near = get_close_matches(name, [*table, *PIPELINES], n=1)
+        raise UsageError(
+            f"there is no pass '{name}'",
+            help=f"did you mean '{near[0]}'?" if near else f"the passes are {', '.join(table)}",
+        )
+    if isinstance(entry, str):
+        module, _, attribute = entry.partition(":")
+        return getattr(import_module(module), attribute)
+    return entry
