@@ -1,0 +1,256 @@
+"""Values that depend on nothing but the shape of the ids: attention masks and rotary tables.
+
+How a library writes them changes often; what they are does not. So they are recognised by
+evaluating them at small shapes, through the evaluator that the driver injects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from scalebits_compiler.ir.attrs import Symbol, Value
+from scalebits_compiler.ir.module import Function
+from scalebits_compiler.ir.op import Op
+from scalebits_compiler.ir.ops import Aten, Positions, Rope
+from scalebits_compiler.ir.types import TensorType
+from scalebits_compiler.passes.base import PassContext
+from scalebits_compiler.passes.raising import Graph, Replacement, is_call
+
+if TYPE_CHECKING:
+    import torch
+
+_SHAPES = ((2, 12), (1, 19))
+_TABLE_TOLERANCE = 1e-6
+_ARITHMETIC = ("add", "sub", "rsub", "mul", "lt", "le", "gt", "ge")
+_END = 2**62
+
+
+class PositionOnly:
+    """Evaluates position-only values of a graph; every answer is kept."""
+
+    def __init__(self, graph: Graph, ctx: PassContext) -> None:
+        self.graph = graph
+        self.ctx = ctx
+        self._windows: dict[Value, int | None] = {}
+        self._tables: dict[tuple[Value, Value], tuple[Symbol, float] | None] = {}
+        self._positions: Value | None = None
+
+    def window_of(self, mask: Value) -> int | None:
+        """How far back the mask lets a query see (0: no limit); None if it is no causal mask."""
+        if mask not in self._windows:
+            self._windows[mask] = None if mask in self.graph.of_tokens else self._window(mask)
+        return self._windows[mask]
+
+    def _window(self, mask: Value) -> int | None:
+        # A window longer than the shapes that are tried cannot be seen. So the one constant it
+        # can come from is replaced by small ones: the window must follow it.
+        ops = self._closure(mask)
+        constants = {c for op in ops for c in _constants(op)}
+        if len(constants) > 1 or any(_hides_a_constant(op) for op in ops):
+            return None
+        if not constants:
+            return self._measure(ops, mask)
+        (constant,) = constants
+        small = [self._measure([_exchange(op, constant, c) for op in ops], mask) for c in (3, 5)]
+        if small == [0, 0]:
+            return 0
+        return constant if small == [3, 5] else None
+
+    def _measure(self, ops: list[Op], mask: Value) -> int | None:
+        windows = {_window_seen(self._run(ops, mask, shape), shape) for shape in _SHAPES}
+        return windows.pop() if len(windows) == 1 else None
+
+    def raise_rope(self, op: Op) -> Replacement:
+        """x·cos + rotate(x)·sin, with tables that are cos and sin of position · frequency."""
+        if not is_call(op, "add") or not isinstance(op, Aten) or op.kwargs:
+            return None
+        for straight, turned in (op.args[:2], op.args[1::-1]):
+            match = self._match_rotation(straight, turned)
+            if match is None:
+                continue
+            x, cos, sin = match
+            table = self.table_of(cos, sin)
+            if table is None:
+                return None
+            frequency, scaling = table
+            rope = Rope(
+                result=op.result,
+                type=op.type,
+                loc=op.loc,
+                x=x,
+                positions=self._position_value(),
+                frequency=frequency,
+                scaling=scaling,
+            )
+            made = self.graph.typed(rope, op.type)
+            return None if made is None else [made]
+        return None
+
+    def _position_value(self) -> Value:
+        if self._positions is None:
+            self._positions = self.graph.fresh()
+            made = Positions(
+                result=self._positions,
+                type=TensorType("i64", self.graph.module.function.args[0].type.dims),
+                ids=self.graph.ids,
+            )
+            self.graph.emit(made, at=0)
+        return self._positions
+
+    def _match_rotation(
+        self, straight: object, turned: object
+    ) -> tuple[Value, Value, Value] | None:
+        """(x, cos, sin) without the axis for the heads."""
+        first, second = self.graph.factors(straight), self.graph.factors(turned)
+        if first is None or second is None:
+            return None
+        for x, cos in (first, first[::-1]):
+            for rotated, sin in (second, second[::-1]):
+                cos_table, sin_table = self._unsqueezed(cos), self._unsqueezed(sin)
+                found = isinstance(x, Value) and self._rotates(rotated, x)
+                if found and isinstance(x, Value) and cos_table and sin_table:
+                    return x, cos_table, sin_table
+        return None
+
+    def _unsqueezed(self, value: object) -> Value | None:
+        call = self.graph.call(value, "unsqueeze")
+        table = call.args[0] if call and call.args[1] == 1 else None
+        known = isinstance(table, Value) and table not in self.graph.of_tokens
+        return table if known and isinstance(table, Value) else None
+
+    def _rotates(self, value: object, x: Value) -> bool:
+        """Whether a value is cat(-second half of x, first half of x) on the last axis."""
+        cat = self.graph.call(value, "cat")
+        kind = self.graph.tensor(x)
+        if cat is None or kind is None or kind.rank != 4 or kind.dims[-1].size is None:
+            return False
+        parts, axis = cat.args[0], (*cat.args, 0)[1]
+        if not isinstance(parts, tuple) or len(parts) != 2 or axis not in (-1, 3):
+            return False
+        half = kind.dims[-1].size // 2
+        negated = self.graph.call(parts[0], "neg")
+        return (
+            negated is not None
+            and self._is_slice(negated.args[0], x, half, 2 * half)
+            and self._is_slice(parts[1], x, 0, half)
+        )
+
+    def _is_slice(self, value: object, x: Value, start: int, end: int) -> bool:
+        call = self.graph.call(value, "slice")
+        if call is None or call.args[0] != x or call.args[1] not in (-1, 3):
+            return False
+        first, last = call.args[2], call.args[3]
+        reaches = last == end or (isinstance(last, int) and last >= _END and start > 0)
+        return (first or 0) == start and reaches and call.args[4:] in ((), (1,))
+
+    def table_of(self, cos: Value, sin: Value) -> tuple[Symbol, float] | None:
+        """(frequency weight, scaling) such that the tables are cos, sin of position · frequency."""
+        if (cos, sin) not in self._tables:
+            self._tables[cos, sin] = self._table(cos, sin)
+        return self._tables[cos, sin]
+
+    def _table(self, cos: Value, sin: Value) -> tuple[Symbol, float] | None:
+        ops = self._closure(cos)
+        module = self.graph.module
+        for symbol in dict.fromkeys(symbol for op in ops for symbol in op.symbols()):
+            weight = module.weights[symbol.name]
+            if weight.type.rank != 1 or weight.data is None:
+                continue
+            frequency = module.resources.torch(weight.data.key)
+            scalings = {
+                _scaling(
+                    self._run(ops, cos, shape),
+                    self._run(self._closure(sin), sin, shape),
+                    frequency,
+                )
+                for shape in _SHAPES
+            }
+            scaling = scalings.pop()
+            if not scalings and scaling is not None:
+                return symbol, scaling
+        return None
+
+    def _closure(self, value: Value) -> list[Op]:
+        """The ops that a value needs, in order."""
+        wanted, kept = {value}, []
+        for op in reversed(self.graph.ops):
+            if op.result in wanted:
+                wanted.update(op.operands())
+                kept.append(op)
+        return kept[::-1]
+
+    def _run(self, ops: list[Op], value: Value, shape: tuple[int, int]) -> torch.Tensor:
+        import torch
+
+        kind = self.graph.types[value]
+        module = self.graph.module
+        assert isinstance(kind, TensorType)
+        probe = Function("probe", module.function.args, tuple(ops), value, kind)
+        evaluator = self.ctx.evaluator(replace(module, function=probe), "canonicalize")
+        with torch.no_grad():
+            return evaluator.run(torch.zeros(shape, dtype=torch.long))
+
+
+def _constants(op: Op) -> list[int]:
+    """Whole numbers above 1 in the arithmetic of positions."""
+    if not isinstance(op, Aten) or not is_call(op, *_ARITHMETIC):
+        return []
+    return [abs(arg) for arg in op.args if type(arg) is int and abs(arg) > 1]
+
+
+def _hides_a_constant(op: Op) -> bool:
+    """Whether a number beyond what the shapes show occurs where it is not understood."""
+    if not isinstance(op, Aten) or is_call(op, *_ARITHMETIC):
+        return False
+    limit = _SHAPES[0][1]
+    leaves = [arg for arg in (*op.args, *op.kwargs.values()) if type(arg) is int]
+    leaves += [a for arg in op.args if isinstance(arg, tuple) for a in arg if type(a) is int]
+    return any(limit <= abs(leaf) < _END for leaf in leaves) or is_call(
+        op, "floor_divide", "remainder", "div", "bitwise_right_shift"
+    )
+
+
+def _exchange(op: Op, constant: int, by: int) -> Op:
+    if not isinstance(op, Aten) or not is_call(op, *_ARITHMETIC):
+        return op
+    images: Mapping[int, int] = {constant: by, -constant: -by}
+    args = tuple(images.get(arg, arg) if type(arg) is int else arg for arg in op.args)
+    return replace(op, args=args)
+
+
+def _window_seen(mask: torch.Tensor, shape: tuple[int, int]) -> int | None:
+    """The window of an evaluated mask [batch or 1, 1, s, s]; 0 for plain causal, else None."""
+    import torch
+
+    length = shape[1]
+    if mask.dtype != torch.bool:
+        blocked = mask <= -1e4
+        if not bool(((mask == 0) | blocked).all()):
+            return None
+        mask = ~blocked
+    if mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[2:] != (length, length):
+        return None
+    query, key = torch.arange(length)[:, None], torch.arange(length)[None, :]
+    window = int(mask[0, 0, -1].sum())
+    causal = (key <= query) & (key > query - window)
+    if not bool((mask == causal).all()):
+        return None
+    return 0 if window == length else window
+
+
+def _scaling(cos: torch.Tensor, sin: torch.Tensor, frequency: torch.Tensor) -> float | None:
+    """The factor of tables [batch or 1, s, d] of these frequencies [d/2]; None if they are not."""
+    import torch
+
+    if cos.dim() != 3 or cos.shape != sin.shape or cos.shape[-1] != 2 * frequency.shape[0]:
+        return None
+    positions = torch.arange(cos.shape[1], dtype=torch.float32)
+    angles = (positions[:, None] * frequency.to(torch.float32)).repeat(1, 2)
+    scaling = float(cos[0, 0, 0])
+    error = max(
+        float((cos - torch.cos(angles) * scaling).abs().max()),
+        float((sin - torch.sin(angles) * scaling).abs().max()),
+    )
+    return scaling if error <= _TABLE_TOLERANCE else None
