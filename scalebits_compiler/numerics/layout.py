@@ -168,7 +168,7 @@ class BlockLayout:
         padded = -(-self.rows // LANES) * LANES
         return next(p for p in PANEL_HEIGHTS if self.block_rows % p == 0 and padded % p == 0)
 
-    @property
+    @cached_property
     def panels(self) -> int:
         """Number of panels."""
         return -(-self.rows // self.panel)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tvm_ffi
@@ -26,14 +26,6 @@ THREAD_WORK = 1 << 23
 
 F32 = NDArray[np.float32]
 Function = Callable[..., None]
-
-
-class TokenSizes(NamedTuple):
-    """Up to `gemv` tokens take the gemv kernel; gemm takes tiles of `tile`, `chunk` at a time."""
-
-    gemv: int
-    tile: int
-    chunk: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,13 +54,16 @@ class KernelLibrary:
 
     variant: name of the chosen variant. mode: its arithmetic, "a16" (two int8 passes, about 3e-5
     relative error), "a8" (one pass, about 6e-3) or "f32" (for processors without int8 products).
-    threads: how many threads large products are split over.
+    threads: how many threads large products are split over. gemv_tokens: up to so many tokens use
+    the gemv kernel; beyond, gemm works on multiples of tile_tokens, chunk_tokens at a time.
     """
 
-    def __init__(self, module: Any, variant: dict[str, Any], tokens: TokenSizes, mode: str) -> None:
+    def __init__(self, module: Any, variant: dict[str, Any], mode: str) -> None:
         self.variant: str = variant["name"]
         self.mode = mode
-        self.tokens = tokens
+        self.gemv_tokens: int = variant["gemv_tokens"]
+        self.tile_tokens: int = variant["tile_tokens"]
+        self.chunk_tokens: int = variant["chunk_tokens"]
         self.threads = 1
         self._module = module
         self._kernels = {
@@ -103,8 +98,13 @@ class KernelLibrary:
         if not path.is_file():
             raise ArtifactError(f"kernel file {path} is missing", help="compile the model again")
         chosen = mode if mode in variant["modes"] else variant["modes"][0]
-        module = tvm_ffi.load_module(str(path))
-        return cls(module, variant, TokenSizes(**dispatch["tokens"]), chosen)
+        try:
+            module = tvm_ffi.load_module(str(path))
+        except (RuntimeError, OSError) as error:
+            raise ArtifactError(
+                f"kernel file {path} cannot be loaded: {error}", help="compile the model again"
+            ) from None
+        return cls(module, variant, chosen)
 
     def function(
         self,
@@ -122,7 +122,13 @@ class KernelLibrary:
                 f" panel {panel}, block columns {block_cols} and widths {sorted(bits)}",
                 help="compile the model again; its kernels and its weights do not belong together",
             )
-        return self._module.get_function(kernel["symbol"])
+        try:
+            return self._module.get_function(kernel["symbol"])
+        except AttributeError:
+            raise ArtifactError(
+                f"the kernel file has no function {kernel['symbol']}",
+                help="compile the model again; its kernels and its manifest do not belong together",
+            ) from None
 
     def quantize(self, x: F32, group: int) -> QuantizedInput:
         """Quantise x f32[tokens, K] once for all matrices that read it in groups of `group`."""
@@ -131,8 +137,8 @@ class KernelLibrary:
                 f"activations must be float32[tokens, K], found {x.dtype}{list(x.shape)}"
             )
         tokens, cols = x.shape
-        groups, tile = -(-cols // group), self.tokens.tile
-        padded = tokens if tokens <= self.tokens.gemv else -(-tokens // tile) * tile
+        groups, tile = -(-cols // group), self.tile_tokens
+        padded = tokens if tokens <= self.gemv_tokens else -(-tokens // tile) * tile
         if cols % group:
             source = np.zeros((tokens, groups * group), np.float32)
             source[:, :cols] = x
@@ -158,7 +164,7 @@ class KernelLibrary:
         return {}
 
     def each_range(self, panels: int, work: int, run: Callable[[int, int], None]) -> None:
-        """Cover 0..panels by run(lo, hi), on several threads if `work` multiply-adds are worth it."""
+        """Cover 0..panels by run(lo, hi), on threads if `work` multiply-adds are worth it."""
         parts = max(1, min(self.threads, panels, work // THREAD_WORK))
         bounds = [panels * part // parts for part in range(parts + 1)]
         if parts == 1:
@@ -214,7 +220,7 @@ class PackedLinear:
                 f" a matrix of {layout.cols} columns, groups of {layout.group}, mode {library.mode}"
             )
         y = np.empty((x.tokens, layout.rows), np.float32)
-        run = self._gemv_range if x.tokens <= library.tokens.gemv else self._gemm_range
+        run = self._gemv_range if x.tokens <= library.gemv_tokens else self._gemm_range
         work = layout.rows * layout.cols * x.tokens
         library.each_range(layout.panels, work, run(x, _view(y)))
         return y
@@ -229,7 +235,7 @@ class PackedLinear:
 
         def run(lo: int, hi: int) -> None:
             codes = np.empty(panel * group, dtype)
-            total = np.empty((self.library.tokens.chunk, panel), np.float32)
+            total = np.empty((self.library.chunk_tokens, panel), np.float32)
             scratch = (_view(codes), _view(total))
             self._gemm(*self._tables, *x.arguments, y, *scratch, self.layout.cols, lo, hi)
 

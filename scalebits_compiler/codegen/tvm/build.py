@@ -66,7 +66,8 @@ def build_module(variant: str, functions: Mapping[str, Any]) -> Any:
             f"kernels of variant {variant!r} cannot be compiled on this machine",
             help=f"compile for {', '.join(variants)}, or on another machine",
         )
-    return tvm.compile(tvm.IRModule(dict(functions)), target=variants[variant].target()).mod
+    target = tvm.target.Target(variants[variant].target())
+    return tvm.compile(tvm.IRModule(dict(functions)), target=target).mod
 
 
 def write_object(variant: str, functions: Mapping[str, Any], path: Path) -> None:

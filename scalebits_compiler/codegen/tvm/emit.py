@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from tvm.script.ir_builder import IRBuilder
-from tvm.tirx.script import builder as T
+from tvm.tirx.script import builder
 
 from scalebits_compiler.codegen.tvm.spec import KernelSpec
 from scalebits_compiler.numerics.layout import LANES, MAX_BITS, PIECES, STEP, SUBS, UNIT_CODES
 
-Expr = Any  # a TVM PrimExpr; TVM has no useful types for what its builder accepts
+# TVM annotates its builder more narrowly than it behaves: it takes Python numbers for expressions.
+T: Any = builder
+Expr = Any
 ELEMENT_BYTES = {"uint8": 1, "int8": 1, "int32": 4, "int64": 8, "float32": 4}
 VECTOR = SUBS * 8  # bytes of one stored vector
 
@@ -59,6 +61,13 @@ def splat(value: Expr, lanes: int = LANES) -> Expr:
 def to_f32(value: Expr) -> Expr:
     """A vector of 16 integers or halves as float32."""
     return T.cast(value, f"float32x{LANES}")
+
+
+@contextmanager
+def loop(first: Expr, last: Expr) -> Iterator[Expr]:
+    """A serial loop over first..last. TVM 0.27 miscompiles loops that do not count from zero."""
+    with T.serial(0, last - first) as nth:
+        yield T.bind(first + nth)
 
 
 @dataclass

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from tvm.tirx.script import builder as T
-
 from scalebits_compiler.codegen.tvm.emit import (
     VECTOR,
     Expr,
@@ -17,6 +15,7 @@ from scalebits_compiler.codegen.tvm.emit import (
     Input,
     Scalar,
     Slots,
+    T,
     Tables,
     buffer_arg,
     code_column,
@@ -24,6 +23,7 @@ from scalebits_compiler.codegen.tvm.emit import (
     form_code,
     i64,
     load_words,
+    loop,
     prim_func,
     splat,
     store_rows,
@@ -52,7 +52,7 @@ def build_gemm(spec: KernelSpec) -> Any:
         tile = _FloatTile(x, codes, total) if spec.mode == "f32" else _IntegerTile(x, codes, total)
         tile.allocate(tables)
         at, spill = Scalar(), Slots.alloc(1, "float32")
-        with T.serial(lo, hi) as panel, T.serial(0, _ceildiv(x.tokens, CHUNK_TOKENS)) as chunk:
+        with loop(lo, hi) as panel, T.serial(0, _ceildiv(x.tokens, CHUNK_TOKENS)) as chunk:
             first = T.bind(chunk * CHUNK_TOKENS)
             count = T.bind(T.min(x.tokens - first, i64(CHUNK_TOKENS)))
             _clear(total, count)

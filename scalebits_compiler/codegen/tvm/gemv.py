@@ -6,8 +6,6 @@ from functools import reduce
 from operator import add
 from typing import Any
 
-from tvm.tirx.script import builder as T
-
 from scalebits_compiler.codegen.tvm.emit import (
     VECTOR,
     Expr,
@@ -15,12 +13,14 @@ from scalebits_compiler.codegen.tvm.emit import (
     Input,
     Scalar,
     Slots,
+    T,
     Tables,
     buffer_arg,
     code_column,
     dot,
     form_code,
     load_words,
+    loop,
     prim_func,
     splat,
     store_rows,
@@ -47,7 +47,7 @@ def build_gemv(spec: KernelSpec) -> Any:
             Slots.alloc(spec.row_groups, "float32"),
             Slots.alloc(1, "float32"),
         )
-        with T.serial(lo, hi) as panel, T.serial(0, y.shape[0]) as token:
+        with loop(lo, hi) as panel, T.serial(0, y.shape[0]) as token:
             total.clear()
             at.set(tables.offsets[panel])
             for bits in spec.bits:
@@ -84,7 +84,7 @@ def _segment(
         at.set(footer.at + 3 * tables.spec.panel)
 
     first, last = tables.start(panel, bits - 1), tables.start(panel, bits)
-    with T.serial(first, last) as block:
+    with loop(first, last) as block:
         tables.each_group(panel, block, x.groups, cols, body)
 
 

@@ -10,12 +10,11 @@ from collections.abc import Callable
 from operator import add
 from typing import Any
 
-from tvm.tirx.script import builder as T
-
 from scalebits_compiler.codegen.tvm.emit import (
     Expr,
     Input,
     Slots,
+    T,
     buffer_arg,
     i64,
     prim_func,

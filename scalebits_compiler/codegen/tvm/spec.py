@@ -16,7 +16,6 @@ from scalebits_compiler.numerics.layout import LANES, BlockLayout
 Kind = Literal["gemv", "gemm", "quantize"]
 Mode = Literal["a16", "a8", "f32"]
 DISPATCH_VERSION = 1
-GEMV_TOKENS = 2  # up to this many tokens the gemv kernel is faster than the gemm kernel
 TILE_TOKENS = 4  # the gemm kernel computes this many tokens at a time
 CHUNK_TOKENS = 64  # tokens for which the gemm kernel uses an unpacked group
 
@@ -26,6 +25,7 @@ class Variant:
     """A machine that kernels are compiled for: what LLVM may use, and what the processor must have.
 
     `features` are the flags as Linux names them. A kernel of this variant must never run elsewhere.
+    Up to `gemv_tokens` tokens its gemv kernel is faster than its gemm kernel (measured).
     """
 
     name: str
@@ -34,6 +34,7 @@ class Variant:
     mattr: tuple[str, ...]
     features: tuple[str, ...]
     modes: tuple[Mode, ...]
+    gemv_tokens: int
 
     def target(self) -> dict[str, Any]:
         """The TVM target of this variant."""
@@ -54,8 +55,9 @@ VNNI = Variant(
     ("+avx512vnni",),
     (*_X86_64_V4, "avx512_vnni"),
     ("a16", "a8"),
+    8,
 )
-PLAIN_X86 = Variant("plain", "x86_64", "x86-64-v3", (), _X86_64_V3, ("f32",))
+PLAIN_X86 = Variant("plain", "x86_64", "x86-64-v3", (), _X86_64_V3, ("f32",), 2)
 
 
 def host_variants() -> dict[str, Variant]:
@@ -63,7 +65,7 @@ def host_variants() -> dict[str, Variant]:
     machine = platform.machine()
     if machine in ("x86_64", "AMD64"):
         return {variant.name: variant for variant in (VNNI, PLAIN_X86)}
-    return {"plain": Variant("plain", machine, "", (), (), ("f32",))}
+    return {"plain": Variant("plain", machine, "", (), (), ("f32",), 2)}
 
 
 @dataclass(frozen=True)
@@ -142,8 +144,10 @@ def _dispatch(specs: dict[str, list[KernelSpec]]) -> dict[str, Any]:
                 "arch": variant.arch,
                 "features": list(variant.features),
                 "modes": list(variant.modes),
+                "gemv_tokens": variant.gemv_tokens,
+                "tile_tokens": TILE_TOKENS,
+                "chunk_tokens": CHUNK_TOKENS,
                 "kernels": kernels,
             }
         )
-    sizes = {"gemv": GEMV_TOKENS, "tile": TILE_TOKENS, "chunk": CHUNK_TOKENS}
-    return {"version": DISPATCH_VERSION, "tokens": sizes, "variants": variants}
+    return {"version": DISPATCH_VERSION, "variants": variants}

@@ -1,0 +1,276 @@
+"""The CPU kernels against float64 on dequantized weights, in every mode this processor can run."""
+
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scalebits_compiler.errors import ArtifactError, TargetError
+from scalebits_compiler.numerics.layout import BlockLayout
+from scalebits_compiler.runtime import kernels
+from scalebits_compiler.runtime.cpu_features import cpu_features
+from scalebits_compiler.runtime.kernels import KernelLibrary, PackedLinear
+
+pytest.importorskip("tvm", reason="the kernel compiler needs apache-tvm")
+from scalebits_compiler.codegen.tvm.build import (
+    build_function,
+    build_module,
+    compile_kernels,
+    find_linker,
+)
+from scalebits_compiler.codegen.tvm.spec import VNNI, KernelSpec, host_variants, select_specs
+
+TOLERANCE = {"a16": 5e-5, "a8": 2e-2, "f32": 1e-5}
+ALL = tuple(range(1, 9))
+X86 = platform.machine() in ("x86_64", "AMD64")
+
+# Layout and widths; together every panel height, ragged rows and columns, and small blocks.
+CASES = {
+    "panel128": (BlockLayout(256, 300, 128, 128, 128), ALL),
+    "panel64": (BlockLayout(192, 200, 64, 64, 32), (2, 3, 4)),
+    "panel32": (BlockLayout(96, 100, 32, 32, 32), (1, 5, 7)),
+    "panel16": (BlockLayout(65, 130, 16, 64, 32), ALL),
+    "one": (BlockLayout(1, 1, 16, 64, 32), (3,)),
+}
+
+
+@dataclass
+class Matrix:
+    layout: BlockLayout
+    arena: np.ndarray
+    bits: np.ndarray
+    weights: np.ndarray
+
+
+def make_matrix(layout, widths, seed=0):
+    rng = np.random.default_rng(seed)
+    bits = rng.choice(np.array(widths, np.uint8), size=layout.grid)
+    # Every width must occur, so that the kernels know it.
+    bits.flat[: len(widths)] = np.array(widths, np.uint8)[: bits.size]
+    wide = bits.repeat(layout.block_rows, 0)[: layout.rows]
+    wide = wide.repeat(layout.block_cols, 1)[:, : layout.cols].astype(np.uint32)
+    codes = rng.integers(0, 1 << wide, dtype=np.uint32).astype(np.uint8)
+    shape = (layout.rows, layout.groups)
+    scales = rng.uniform(0.01, 0.1, shape).astype(np.float16)
+    zeros = rng.integers(0, 256, shape, dtype=np.uint8)
+    arena = layout.pack(codes, scales, zeros, bits)
+    return Matrix(layout, arena, bits, layout.dequantize(arena, bits).astype(np.float64))
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """(kernel file, dispatch table) for all cases and all widths in them."""
+    path = tmp_path_factory.mktemp("kernels") / "kernels.so"
+    grids = [(layout, np.array([widths], np.uint8)) for layout, widths in CASES.values()]
+    specs, dispatch = select_specs(grids)
+    sources = compile_kernels(specs, path)
+    assert set(sources) == {spec.key for group in specs.values() for spec in group}
+    assert all("T.prim_func" in source for source in sources.values())
+    return path, dispatch
+
+
+def open_mode(compiled, mode):
+    path, dispatch = compiled
+    if mode == "f32":
+        return KernelLibrary.open(path, dispatch, cpu_features() - {"avx512_vnni"})
+    missing = set(VNNI.features) - cpu_features()
+    if not X86 or missing:
+        pytest.skip(f"this processor lacks {', '.join(sorted(missing)) or 'x86'}")
+    return KernelLibrary.open(path, dispatch, mode=mode)
+
+
+@pytest.fixture(params=["a16", "a8", "f32"])
+def library(compiled, request):
+    return open_mode(compiled, request.param)
+
+
+def error(found, expected):
+    return np.linalg.norm(found - expected) / np.linalg.norm(expected)
+
+
+def check(library, matrix, tokens, seed=1):
+    shape = (tokens, matrix.layout.cols)
+    x = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+    found = PackedLinear(library, matrix.layout, matrix.arena, matrix.bits)(x)
+    assert found.dtype == np.float32
+    assert found.shape == (tokens, matrix.layout.rows)
+    assert error(found, x @ matrix.weights.T) < TOLERANCE[library.mode]
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 8, 33, 70])
+@pytest.mark.parametrize("case", CASES)
+def test_mixed_widths(library, case, tokens):
+    check(library, make_matrix(*CASES[case]), tokens)
+
+
+@pytest.mark.parametrize("tokens", [1, 12])
+@pytest.mark.parametrize("width", ALL)
+def test_uniform_width(library, width, tokens):
+    for case in ("panel128", "panel16"):
+        layout, widths = CASES[case]
+        matrix = make_matrix(layout, (width,), seed=width)
+        assert width in widths
+        check(library, matrix, tokens)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    rows=st.integers(1, 90),
+    cols=st.integers(1, 300),
+    tokens=st.integers(1, 20),
+    seed=st.integers(0, 1000),
+)
+def test_any_shape(compiled, rows, cols, tokens, seed):
+    """16-row blocks have 16-row panels at every size, so one kernel serves them all."""
+    library = open_mode(compiled, "a16")
+    check(library, make_matrix(BlockLayout(rows, cols, 16, 64, 32), ALL, seed), tokens, seed)
+
+
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_extreme_activations(library, tokens):
+    """Zero groups, very large, very small and offset values keep the relative error."""
+    matrix = make_matrix(*CASES["panel64"])
+    linear = PackedLinear(library, matrix.layout, matrix.arena, matrix.bits)
+    rng = np.random.default_rng(2)
+    base = rng.normal(size=(tokens, 200)).astype(np.float32)
+    assert not linear(np.zeros_like(base)).any()
+    half = base * (np.arange(200) >= 64)
+    cases = [half, base * np.float32(1e30), base * np.float32(1e-20), base + np.float32(100)]
+    for x in cases:
+        expected = x.astype(np.float64) @ matrix.weights.T
+        assert error(linear(x.astype(np.float32)), expected) < 2 * TOLERANCE[library.mode]
+
+
+def test_shared_input_and_threads(library, monkeypatch):
+    """One quantised input serves siblings; threads give the same bits as one thread."""
+    matrix = make_matrix(*CASES["panel16"])
+    linear = PackedLinear(library, matrix.layout, matrix.arena, matrix.bits)
+    for tokens in (1, 9):
+        x = np.random.default_rng(3).normal(size=(tokens, 130)).astype(np.float32)
+        alone = linear(x)
+        np.testing.assert_array_equal(linear(library.quantize(x, 32)), alone)
+        monkeypatch.setattr(kernels, "THREAD_WORK", 1)
+        library.threads = 3
+        np.testing.assert_array_equal(linear(x), alone)
+        library.threads = 1
+
+
+def test_unaligned_read_only_map(library, tmp_path):
+    matrix = make_matrix(*CASES["panel64"])
+    path = tmp_path / "arena.bin"
+    path.write_bytes(b"x" + matrix.arena.tobytes())
+    matrix.arena = np.memmap(path, np.uint8, mode="r", offset=1)
+    check(library, matrix, 1)
+    check(library, matrix, 12)
+
+
+def test_wrong_input(library):
+    matrix = make_matrix(*CASES["panel64"])
+    linear = PackedLinear(library, matrix.layout, matrix.arena, matrix.bits)
+    with pytest.raises(TargetError, match="float32"):
+        linear(np.zeros((1, 200)))
+    with pytest.raises(TargetError, match="do not fit"):
+        linear(np.zeros((1, 199), np.float32))
+    with pytest.raises(TargetError, match="do not fit"):
+        linear(library.quantize(np.zeros((1, 200), np.float32), 128))
+    with pytest.raises(ArtifactError, match="bytes"):
+        PackedLinear(library, matrix.layout, matrix.arena[1:], matrix.bits)
+
+
+def test_kernels_that_are_not_there(library):
+    strange = make_matrix(BlockLayout(192, 200, 64, 64, 64), (2,))
+    with pytest.raises(ArtifactError, match=r"group 64.*\n.*compile the model again"):
+        PackedLinear(library, strange.layout, strange.arena, strange.bits)
+    wider = make_matrix(CASES["panel64"][0], (8,))
+    with pytest.raises(ArtifactError, match=r"widths \[8\]"):
+        PackedLinear(library, wider.layout, wider.arena, wider.bits)
+
+
+def test_refuses_a_processor_without_the_features(compiled):
+    path, dispatch = compiled
+    if not X86:
+        pytest.skip("needs x86: elsewhere there is one variant, without features")
+    only = {**dispatch, "variants": [v for v in dispatch["variants"] if v["name"] == "vnni"]}
+    with pytest.raises(ArtifactError, match="avx512_vnni") as caught:
+        KernelLibrary.open(path, only, frozenset())
+    assert "--target reference" in caught.value.help
+    assert KernelLibrary.open(path, dispatch, frozenset(VNNI.features)).variant == "vnni"
+    plain = KernelLibrary.open(path, dispatch, frozenset(VNNI.features) - {"avx512_vnni"})
+    assert (plain.variant, plain.mode) == ("plain", "f32")
+
+
+def test_refuses_another_architecture_version_mode_and_file(compiled, tmp_path):
+    path, dispatch = compiled
+    other = [{**variant, "arch": "sparc"} for variant in dispatch["variants"]]
+    with pytest.raises(ArtifactError, match="sparc"):
+        KernelLibrary.open(path, {**dispatch, "variants": other})
+    with pytest.raises(ArtifactError, match="version 0"):
+        KernelLibrary.open(path, {**dispatch, "version": 0})
+    with pytest.raises(TargetError, match="int4"):
+        KernelLibrary.open(path, dispatch, mode="int4")
+    with pytest.raises(ArtifactError, match="missing"):
+        KernelLibrary.open(tmp_path / "none.so", dispatch)
+    damaged = tmp_path / "damaged.so"
+    damaged.write_bytes(b"not an object")
+    with pytest.raises(ArtifactError, match="cannot be loaded"):
+        KernelLibrary.open(damaged, dispatch)
+
+
+def small_specs():
+    return {
+        name: [KernelSpec(name, "gemv", variant.modes[0], 32, 16, 32, (3, 4))]
+        for name, variant in host_variants().items()
+    }
+
+
+def test_same_specs_same_bytes(tmp_path):
+    compile_kernels(small_specs(), tmp_path / "a" / "k.so")
+    compile_kernels(small_specs(), tmp_path / "b" / "other.so")
+    first = (tmp_path / "a" / "k.so").read_bytes()
+    assert first == (tmp_path / "b" / "other.so").read_bytes()
+    assert b"scalebits-" not in first  # the temporary folder
+
+
+@pytest.mark.skipif(not X86, reason="x86 assembly")
+def test_instructions():
+    assembly = {}
+    for name, (spec,) in small_specs().items():
+        module = build_module(name, {spec.key: build_function(spec)})
+        assembly[name] = module.inspect_source("asm")
+    assert "vpdpbusd" in assembly["vnni"]
+    assert "vfmadd" in assembly["plain"]
+    assert "zmm" not in assembly["plain"]
+
+
+def test_compile_errors(monkeypatch, tmp_path):
+    with pytest.raises(TargetError, match="cannot be compiled on this machine"):
+        build_module("quantum", {})
+    with pytest.raises(TargetError, match="no packed matrix"):
+        select_specs([])
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(TargetError, match="no linker found"):
+        find_linker()
+
+
+def test_cpu_features(tmp_path):
+    path = tmp_path / "cpuinfo"
+    path.write_text("processor\t: 0\nflags\t\t: fpu avx2  fma\n\nflags\t: other\n")
+    assert cpu_features(path) == {"fpu", "avx2", "fma"}
+    path.write_text("processor\t: 0\nFeatures\t: asimd\n")
+    assert cpu_features(path) == {"asimd"}
+    assert cpu_features(tmp_path / "none") == frozenset()
+
+
+def test_runtime_needs_no_compiler():
+    """Imports where these packages are missing (tvm_ffi by itself imports torch where there is one)."""
+    code = (
+        "import sys\n"
+        "sys.modules.update(dict.fromkeys(['tvm', 'torch', 'transformers', 'lark']))\n"
+        "import scalebits_compiler.runtime.kernels"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
