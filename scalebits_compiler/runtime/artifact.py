@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,8 +56,7 @@ def _float32(data: NDArray[Any], dtype: str) -> NDArray[np.float32]:
     return data.astype(np.float32, copy=False)
 
 
-@dataclass(frozen=True)
-class PackedMatrix:
+class PackedMatrix(NamedTuple):
     """A packed matrix: its layout, the mapped bytes uint8[n], and the bit grid uint8."""
 
     layout: BlockLayout

@@ -20,7 +20,7 @@ MANIFEST = "manifest.json"
 MODEL_FILE = "model.safetensors"
 FORMAT = "scalebits"
 VERSION = 1
-TARGETS = ("cpu", "cuda", "reference")
+TARGETS = ("cpu", "reference")
 COMPILE_AGAIN = "the artifact is damaged or was edited; compile the model again"
 
 Kinds: TypeAlias = Mapping[str, type | tuple[type, ...]]

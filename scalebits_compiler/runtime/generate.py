@@ -1,0 +1,177 @@
+"""Text generation: prompts to tokens, a batch with padding on the left, text piece by piece."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scalebits_compiler.errors import UsageError
+from scalebits_compiler.runtime.sampling import Sampling
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from scalebits_compiler.runtime.session import Session
+
+Tokens: TypeAlias = Sequence[int] | NDArray[np.integer]
+Prompts: TypeAlias = str | Tokens | Sequence[str] | Sequence[Tokens]
+Stream: TypeAlias = Callable[[int, str], None]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What was generated after one prompt.
+
+    tokens: the new tokens, without the one that ended the text. text: what they add to the prompt's
+    text, None without a tokenizer. finish: "stop" (end of text) or "length".
+    """
+
+    prompt: tuple[int, ...]
+    tokens: tuple[int, ...]
+    text: str | None
+    finish: str
+
+
+@dataclass
+class _Row:
+    """One prompt of a batch while it grows."""
+
+    index: int
+    prompt: tuple[int, ...]
+    rng: np.random.Generator
+    text: TextStream | None
+    stream: Stream | None
+    tokens: list[int] = field(default_factory=list)
+    stopped: bool = False
+
+    def push(self, token: int) -> None:
+        self.tokens.append(token)
+        if self.text is not None:
+            self._tell(self.text.push(token))
+
+    def finish(self) -> Generation:
+        if self.text is not None:
+            self._tell(self.text.flush())
+        text = None if self.text is None else self.text.text
+        reason = "stop" if self.stopped else "length"
+        return Generation(self.prompt, tuple(self.tokens), text, reason)
+
+    def _tell(self, piece: str) -> None:
+        if self.stream is not None and piece:
+            self.stream(self.index, piece)
+
+
+class TextStream:
+    """Tokens to text, piece by piece. The pieces join to `text`.
+
+    Decoded with the tokens before them, because what a token adds can depend on its neighbours
+    (leading spaces); an unfinished character waits for its remaining bytes.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
+        self.text = ""
+        self._tokenizer = tokenizer
+        self._context = list(prompt[-4:])
+        self._waiting: list[int] = []
+
+    def push(self, token: int) -> str:
+        """What one more token adds; empty while a character is unfinished."""
+        self._waiting.append(token)
+        before, after = self._decoded()
+        if after.endswith("\N{REPLACEMENT CHARACTER}") or len(after) <= len(before):
+            return ""
+        return self._emit(after[len(before) :])
+
+    def flush(self) -> str:
+        """What is left at the end, unfinished characters included."""
+        before, after = self._decoded()
+        return self._emit(after[len(before) :])
+
+    def _decoded(self) -> tuple[str, str]:
+        decode = self._tokenizer.decode
+        return decode(self._context), decode(self._context + self._waiting)
+
+    def _emit(self, piece: str) -> str:
+        self._context, self._waiting = self._waiting or self._context, []
+        self.text += piece
+        return piece
+
+
+def generate(
+    session: Session,
+    prompts: Prompts,
+    max_new_tokens: int,
+    sampling: Sampling,
+    stream: Stream | None = None,
+) -> list[Generation]:
+    """Continue every prompt by up to `max_new_tokens`, or to the end of the text; in prompt order.
+
+    A prompt is text or token ids; several run as one batch, and each gets what it would get alone
+    (up to rounding). `stream(prompt index, piece of text)` is called as text appears. Raises
+    `UsageError` for an empty prompt, or more tokens than the model knows positions for.
+    """
+    if max_new_tokens < 1:
+        raise UsageError(f"max-new-tokens is {max_new_tokens}, it must be 1 or more")
+    encoded = [_encode(session, prompt) for prompt in _as_list(prompts)]
+    tokenizer = session.tokenizer
+    rows = [
+        _Row(
+            index,
+            prompt,
+            sampling.generator(index),
+            None if tokenizer is None else TextStream(tokenizer, prompt),
+            stream,
+        )
+        for index, prompt in enumerate(encoded)
+    ]
+    longest = max(map(len, encoded))
+    session.check_length(longest + max_new_tokens, "prompt and new tokens together")
+    ids = np.zeros((len(rows), longest), np.int64)
+    for row in rows:
+        ids[row.index, longest - len(row.prompt) :] = row.prompt
+    pad = [longest - len(prompt) for prompt in encoded]
+    logits, cache = session.prefill(ids, pad, capacity=longest + max_new_tokens)
+    for count in range(1, max_new_tokens + 1):
+        picked = [sampling.pick(logits[row.index], row.rng) for row in rows]
+        _advance(rows, picked, session.stop_tokens)
+        if count == max_new_tokens or all(row.stopped for row in rows):
+            break
+        logits = session.decode(picked, cache)
+    return [row.finish() for row in rows]
+
+
+def _advance(rows: Sequence[_Row], picked: Sequence[int], stop_tokens: frozenset[int]) -> None:
+    for row, token in zip(rows, picked, strict=True):
+        row.stopped = row.stopped or token in stop_tokens
+        if not row.stopped:
+            row.push(token)
+
+
+def _as_list(prompts: Prompts) -> list[str | Tokens]:
+    """One prompt or several as a list of prompts."""
+    if isinstance(prompts, str):
+        return [prompts]
+    items: list[object] = list(prompts)
+    if not items:
+        raise UsageError("there is no prompt", help='give one, e.g. --prompt "Once upon a time"')
+    if isinstance(items[0], (int, np.integer)):
+        return [np.asarray(items)]
+    return items  # type: ignore[return-value]
+
+
+def _encode(session: Session, prompt: str | Tokens) -> tuple[int, ...]:
+    if not isinstance(prompt, str):
+        tokens = tuple(int(token) for token in prompt)
+    elif session.tokenizer is None:
+        raise UsageError(
+            f"{session.artifact.path} has no tokenizer.json", help="give the prompt as token ids"
+        )
+    else:
+        tokens = tuple(session.tokenizer.encode(prompt).ids) if prompt else ()
+    if not tokens:
+        raise UsageError("the prompt is empty", help="give at least one token of text")
+    return tokens

@@ -1,0 +1,218 @@
+"""The ops of a plan in numpy float32: one function for each of `manifest.STEP_RULES`.
+
+Activations are [batch, sequence, channels] or [batch, heads, sequence, d]. What the ops mean is
+defined by the torch rules in `codegen/reference`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scalebits_compiler.runtime.cache import KVCache
+from scalebits_compiler.runtime.manifest import Step
+from scalebits_compiler.runtime.weights import Weights
+
+F32 = NDArray[np.float32]
+Array = NDArray[Any]
+
+# Queries that attention scores at once: bounds the memory of a long prefill.
+_QUERIES = 256
+
+
+@dataclass
+class Frame:
+    """The live values of one run. Without a cache a run sees its own tokens only."""
+
+    weights: Weights
+    cache: KVCache | None
+    pad: NDArray[np.int64] | None
+    values: dict[str, Array]
+    _quantized: dict[tuple[str, int], Any] = field(default_factory=dict)
+    _tables: dict[tuple[str, str, float], tuple[F32, F32]] = field(default_factory=dict)
+
+    def run(self, step: Step) -> None:
+        """Execute one step and drop what no later step reads."""
+        self.values[step.out] = OPS[step.op](self, step)
+        for name in step.free:
+            self.drop(name)
+
+    def replace(self, name: str, value: Array) -> None:
+        """Give a value another content."""
+        self.drop(name)
+        self.values[name] = value
+
+    def drop(self, name: str) -> None:
+        """Forget a value and what was derived from it."""
+        del self.values[name]
+        for key in [key for key in self._quantized if key[0] == name]:
+            del self._quantized[key]
+
+    def quantized(self, name: str, group: int) -> Any:
+        """The input of a packed matrix, quantised once for all matrices that read it."""
+        if (name, group) not in self._quantized:
+            x = self.values[name]
+            flat = np.ascontiguousarray(x.reshape(-1, x.shape[-1]), np.float32)
+            library = self.weights.library
+            ready = flat if library is None else library.quantize(flat, group)
+            self._quantized[name, group] = ready
+        return self._quantized[name, group]
+
+    def rotation(self, name: str, frequency: str, scaling: float) -> tuple[F32, F32]:
+        """(cos, sin) f32[batch, 1, sequence, d/2] of the positions `name`, shared by all layers."""
+        key = (name, frequency, scaling)
+        if key not in self._tables:
+            # In float32, as the model was trained: the angles themselves are rounded.
+            positions = self.values[name][:, None, :, None].astype(np.float32)
+            angles = positions * self.weights.float32(frequency)
+            scale = np.float32(scaling)
+            self._tables[key] = (np.cos(angles) * scale, np.sin(angles) * scale)
+        return self._tables[key]
+
+
+def _positions(frame: Frame, step: Step) -> Array:
+    batch, count = frame.values[step.inputs[0]].shape
+    past = 0 if frame.cache is None else frame.cache.length
+    positions = np.broadcast_to(np.arange(past, past + count), (batch, count))
+    return positions if frame.pad is None else np.maximum(positions - frame.pad[:, None], 0)
+
+
+def _embedding(frame: Frame, step: Step) -> F32:
+    return frame.weights.rows(step.weights[0], frame.values[step.inputs[0]])
+
+
+def _linear(frame: Frame, step: Step) -> F32:
+    return _biased(
+        frame, step, frame.values[step.inputs[0]] @ frame.weights.float32(step.weights[0]).T
+    )
+
+
+def _qlinear(frame: Frame, step: Step) -> F32:
+    name, symbol = step.inputs[0], step.weights[0]
+    leading = frame.values[name].shape[:-1]
+    x = frame.quantized(name, frame.weights.group(symbol))
+    y = frame.weights.packed(symbol)(x)
+    return _biased(frame, step, y.reshape(*leading, -1))
+
+
+def _biased(frame: Frame, step: Step, y: F32) -> F32:
+    if len(step.weights) == 2:
+        y += frame.weights.float32(step.weights[1])
+    return y
+
+
+def _rms_norm(frame: Frame, step: Step) -> F32:
+    x = frame.values[step.inputs[0]]
+    spread = np.square(x).mean(-1, keepdims=True, dtype=np.float32)
+    spread += np.float32(step.attrs["eps"])
+    return x / np.sqrt(spread, out=spread) * frame.weights.float32(step.weights[0])
+
+
+def _silu(frame: Frame, step: Step) -> F32:
+    x = frame.values[step.inputs[0]]
+    with np.errstate(over="ignore"):  # exp gives inf where the quotient is 0
+        divisor = np.exp(-x)
+    divisor += 1
+    return np.divide(x, divisor, out=divisor)
+
+
+def _add(frame: Frame, step: Step) -> F32:
+    return frame.values[step.inputs[0]] + frame.values[step.inputs[1]]
+
+
+def _mul(frame: Frame, step: Step) -> F32:
+    return frame.values[step.inputs[0]] * frame.values[step.inputs[1]]
+
+
+def _split_heads(frame: Frame, step: Step) -> F32:
+    x = frame.values[step.inputs[0]]
+    return x.reshape(*x.shape[:-1], int(step.attrs["heads"]), -1).swapaxes(1, 2)
+
+
+def _merge_heads(frame: Frame, step: Step) -> F32:
+    x = frame.values[step.inputs[0]].swapaxes(1, 2)
+    return x.reshape(*x.shape[:2], -1)
+
+
+def _rope(frame: Frame, step: Step) -> F32:
+    x = frame.values[step.inputs[0]]
+    cos, sin = frame.rotation(step.inputs[1], step.weights[0], step.attrs["scaling"])
+    first, second = np.split(x, 2, axis=-1)
+    return np.concatenate((first * cos - second * sin, second * cos + first * sin), -1)
+
+
+def _permute(frame: Frame, step: Step) -> Array:
+    index = frame.weights.raw(step.weights[0])
+    return np.take(frame.values[step.inputs[0]], index, axis=int(step.attrs["axis"]))
+
+
+def _attention(frame: Frame, step: Step) -> F32:
+    q, k, v = (frame.values[name] for name in step.inputs)
+    if frame.cache is not None:
+        k, v = frame.cache.extend(int(step.attrs["cache"]), k, v)
+    return attend(q, k, v, step.attrs["scale"], int(step.attrs["window"]), frame.pad)
+
+
+def attend(q: F32, k: F32, v: F32, scale: float, window: int, pad: NDArray[np.int64] | None) -> F32:
+    """Causal attention of the newest positions q [b, H, s, d] to k [b, G, t, d], v [b, G, t, e].
+
+    The last query stands at position t - 1; H is a multiple of G. `window` > 0 limits how many
+    positions a query sees; the first pad[row] keys of a row are hidden. Gives [b, H, s, e].
+    """
+    batch, heads, count, _ = q.shape
+    groups, total = k.shape[1:3]
+    out = np.empty((batch, heads, count, v.shape[3]), np.float32)
+    q = q * np.float32(scale)
+    for start in range(0, count, _QUERIES):
+        stop = min(start + _QUERIES, count)
+        end = total - count + stop
+        first = max(0, end - (stop - start) - window + 1) if window else 0
+        # The queries of all heads that share keys form one matrix.
+        rows = q[:, :, start:stop].reshape(batch, groups, -1, q.shape[3])
+        scores = rows @ k[:, :, first:end].swapaxes(-1, -2)
+        scores = scores.reshape(batch, heads, stop - start, end - first)
+        _hide(scores, first, end, window, pad)
+        scores -= scores.max(-1, keepdims=True)
+        np.exp(scores, out=scores)
+        scores /= scores.sum(-1, keepdims=True)
+        part = scores.reshape(batch, groups, -1, end - first) @ v[:, :, first:end]
+        out[:, :, start:stop] = part.reshape(batch, heads, stop - start, -1)
+    return out
+
+
+def _hide(scores: F32, first: int, end: int, window: int, pad: NDArray[np.int64] | None) -> None:
+    """Set to -inf, in scores [b, H, queries, keys first..end], what a query does not see."""
+    count = scores.shape[2]
+    if count == 1 and pad is None:
+        return
+    query, key = np.arange(end - count, end)[:, None], np.arange(first, end)
+    hidden = key > query
+    if window:
+        hidden |= key <= query - window
+    if pad is None:
+        scores[:, :, hidden] = -np.inf
+        return
+    # A padding position sees itself, so that its row stays finite.
+    padded = (key < pad[:, None, None]) & (key != query)
+    np.copyto(scores, -np.inf, where=(hidden | padded)[:, None])
+
+
+OPS: dict[str, Callable[[Frame, Step], Array]] = {
+    "positions": _positions,
+    "embedding": _embedding,
+    "linear": _linear,
+    "qlinear": _qlinear,
+    "rms_norm": _rms_norm,
+    "silu": _silu,
+    "add": _add,
+    "mul": _mul,
+    "split_heads": _split_heads,
+    "merge_heads": _merge_heads,
+    "rope": _rope,
+    "attention": _attention,
+    "permute": _permute,
+}

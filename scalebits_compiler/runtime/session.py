@@ -1,0 +1,223 @@
+"""A loaded artifact: logits, prefill and decode with a cache, generation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from scalebits_compiler.errors import ArtifactError, UsageError
+from scalebits_compiler.runtime.artifact import Artifact
+from scalebits_compiler.runtime.cache import KVCache
+from scalebits_compiler.runtime.manifest import COMPILE_AGAIN, Plan
+from scalebits_compiler.runtime.ops import Frame
+from scalebits_compiler.runtime.weights import Weights
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from scalebits_compiler.runtime.generate import Generation, Prompts
+    from scalebits_compiler.runtime.kernels import KernelLibrary
+
+F32 = NDArray[np.float32]
+I64 = NDArray[np.int64]
+
+
+def load(
+    path: str | Path,
+    *,
+    activations: str = "a16",
+    threads: int = 1,
+    features: frozenset[str] | None = None,
+) -> Session:
+    """Open an artifact and make it ready to run.
+
+    activations: "a16" (weight-only semantics, about 3e-5 relative error) or "a8" (int8 activations,
+    faster). threads: for large packed matrices. features: processor flags, those of this machine
+    if None. Raises `ArtifactError` for a damaged artifact or one that this machine cannot run.
+    """
+    if activations not in ("a16", "a8"):
+        raise UsageError(f"unknown activations {activations!r}", help='use "a16" or "a8"')
+    if threads < 1:
+        raise UsageError(f"threads is {threads}, it must be 1 or more")
+    artifact = Artifact.open(path)
+    library = _open_kernels(artifact, activations, features)
+    if library is not None:
+        library.threads = threads
+    return Session(artifact, library)
+
+
+def _open_kernels(
+    artifact: Artifact, activations: str, features: frozenset[str] | None
+) -> KernelLibrary | None:
+    kernels = artifact.manifest.kernels
+    if kernels is None:
+        return None
+    try:
+        from scalebits_compiler.runtime.kernels import KernelLibrary
+    except ImportError as error:
+        raise ArtifactError(
+            f"{artifact.path} has compiled kernels, and {error.name} is not installed to load them",
+            help='pip install "scalebits-compiler[cpu]"',
+        ) from error
+    path = artifact.path / kernels.library
+    return KernelLibrary.open(path, dict(kernels.dispatch), features, activations)
+
+
+class Session:
+    """Runs one artifact. Made by `load`; safe to use for several caches in turn.
+
+    variant: which compiled kernels run ("reference": none, packed matrices are dequantized).
+    vocabulary: number of token ids. limit: longest sequence that the model knows, None if unknown.
+    """
+
+    def __init__(self, artifact: Artifact, library: KernelLibrary | None) -> None:
+        self.artifact = artifact
+        self.variant = "reference" if library is None else library.variant
+        self._plan = _runnable(artifact)
+        self._weights = Weights(artifact, library)
+        for step in self._plan.steps:
+            if step.op == "qlinear" and library is not None:
+                self._weights.packed(step.weights[0])
+        self.vocabulary = self._vocabulary()
+        self.limit: int | None = artifact.config.get("max_position_embeddings")
+
+    def forward(self, ids: ArrayLike, pad: ArrayLike | None = None) -> F32:
+        """Logits f32[batch, sequence, vocabulary] of token ids i64[batch, sequence].
+
+        pad: i64[batch], how many ids on the left of each row are padding. Raises `UsageError` for
+        ids that do not fit the model.
+        """
+        tokens = self._tokens(ids)
+        return self._run(tokens, None, self._pad(pad, tokens), last=False)
+
+    def prefill(
+        self, ids: ArrayLike, pad: ArrayLike | None = None, capacity: int = 0
+    ) -> tuple[F32, KVCache]:
+        """Logits f32[batch, vocabulary] after the last id of each row, and a cache to go on with.
+
+        pad as in `forward`; capacity: positions to make room for.
+        """
+        tokens = self._tokens(ids)
+        cache = KVCache(self._pad(pad, tokens), capacity)
+        return self._extend(tokens, cache), cache
+
+    def decode(self, ids: ArrayLike, cache: KVCache) -> F32:
+        """Logits f32[batch, vocabulary] after one more token i64[batch]; the cache grows by it."""
+        return self._extend(self._tokens(np.asarray(ids)[:, None], cache.length), cache)
+
+    def generate(
+        self,
+        prompts: Prompts,
+        max_new_tokens: int = 64,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stream: Callable[[int, str], None] | None = None,
+    ) -> list[Generation]:
+        """Continue one prompt or several, text or token ids; see `generate.generate`."""
+        from scalebits_compiler.runtime.generate import generate
+        from scalebits_compiler.runtime.sampling import Sampling
+
+        sampling = Sampling(temperature, top_k, top_p, seed)
+        return generate(self, prompts, max_new_tokens, sampling, stream)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """The artifact's tokenizer, None if it has none. Raises `ArtifactError` if unreadable."""
+        path = self.artifact.path / "tokenizer.json"
+        if "tokenizer.json" not in self.artifact.manifest.files:
+            return None
+        from tokenizers import Tokenizer
+
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing narrower
+            raise ArtifactError(f"{path}: {error}", help=COMPILE_AGAIN) from error
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        return tokenizer
+
+    @cached_property
+    def stop_tokens(self) -> frozenset[int]:
+        """The token ids that end a text."""
+        for source in (self.artifact.json("generation_config.json"), self.artifact.config):
+            found = source.get("eos_token_id")
+            if found is not None:
+                return frozenset([found] if isinstance(found, int) else found)
+        return frozenset()
+
+    def _extend(self, tokens: I64, cache: KVCache) -> F32:
+        logits = self._run(tokens, cache, cache.pad, last=True)
+        cache.advance(tokens.shape[1])
+        return logits[:, -1]
+
+    def _run(self, tokens: I64, cache: KVCache | None, pad: I64 | None, last: bool) -> F32:
+        """All steps; with `last` the final product is computed for the last position only."""
+        frame = Frame(self._weights, cache, pad, {self._plan.input: tokens})
+        for step in self._plan.steps[:-1]:
+            frame.run(step)
+        final = self._plan.steps[-1]
+        if last and final.op in ("linear", "qlinear"):
+            frame.replace(final.inputs[0], frame.values[final.inputs[0]][:, -1:])
+        frame.run(final)
+        return frame.values[self._plan.output]
+
+    def _tokens(self, ids: ArrayLike, past: int = 0) -> I64:
+        tokens = np.asarray(ids)
+        if tokens.ndim != 2 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
+            raise UsageError(
+                f"token ids must be integers [batch, sequence], found {tokens.dtype}"
+                f"{list(tokens.shape)}",
+                help="give at least one token; padded rows need pad",
+            )
+        if tokens.min() < 0 or tokens.max() >= self.vocabulary:
+            raise UsageError(
+                f"token id {tokens.min() if tokens.min() < 0 else tokens.max()} is not in the"
+                f" model's vocabulary of {self.vocabulary}",
+                help="use the tokenizer of this model",
+            )
+        self.check_length(past + tokens.shape[1])
+        return tokens.astype(np.int64)
+
+    def check_length(self, length: int, what: str = "the sequence") -> None:
+        """Raise `UsageError` if `length` tokens are more than the model knows positions for."""
+        if self.limit is not None and length > self.limit:
+            raise UsageError(
+                f"{what} would have {length} tokens, the model knows {self.limit} positions",
+                help="shorten the prompt or ask for fewer new tokens",
+            )
+
+    def _pad(self, pad: ArrayLike | None, tokens: I64) -> I64 | None:
+        if pad is None:
+            return None
+        counts: Any = np.asarray(pad)
+        fits = counts.shape == tokens.shape[:1] and np.issubdtype(counts.dtype, np.integer)
+        if not fits or counts.min() < 0 or counts.max() >= tokens.shape[1]:
+            raise UsageError(
+                f"pad must hold for each of {tokens.shape[0]} rows a count in"
+                f" 0..{tokens.shape[1] - 1}, found {counts.tolist()}"
+            )
+        return counts.astype(np.int64) if counts.any() else None
+
+    def _vocabulary(self) -> int:
+        for step in self._plan.steps:
+            if step.op == "embedding" and step.inputs[0] == self._plan.input:
+                return self.artifact.manifest.weights[step.weights[0]].shape[0]
+        raise ArtifactError(f"{self.artifact.path}: the plan has no embedding", help=COMPILE_AGAIN)
+
+
+def _runnable(artifact: Artifact) -> Plan:
+    plan = artifact.manifest.plan
+    if plan is None or not plan.steps or plan.steps[-1].out != plan.output:
+        raise ArtifactError(
+            f"{artifact.path} has no plan that this runtime executes",
+            help="run it with --target reference",
+        )
+    return plan

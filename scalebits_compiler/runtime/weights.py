@@ -1,0 +1,68 @@
+"""The weights of an artifact in the form that ops read, made on first use and kept."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scalebits_compiler.runtime.artifact import Artifact
+
+if TYPE_CHECKING:
+    from scalebits_compiler.runtime.kernels import KernelLibrary, PackedLinear
+
+F32 = NDArray[np.float32]
+
+
+class DequantizedLinear:
+    """A packed matrix as plain float32: what runs where an artifact has no kernels."""
+
+    def __init__(self, matrix: F32) -> None:
+        self.matrix = matrix
+
+    def __call__(self, x: F32) -> F32:
+        """f32[tokens, N] for x f32[tokens, K]."""
+        return x @ self.matrix.T
+
+
+class Weights:
+    """Weights by symbol. With a kernel library, packed bytes are used where they are mapped."""
+
+    def __init__(self, artifact: Artifact, library: KernelLibrary | None) -> None:
+        self.library = library
+        self._artifact = artifact
+        self._dense: dict[str, F32] = {}
+        self._packed: dict[str, PackedLinear | DequantizedLinear] = {}
+
+    def float32(self, symbol: str) -> F32:
+        """A dense weight as float32, converted once."""
+        if symbol not in self._dense:
+            self._dense[symbol] = self._artifact.tensors[symbol].float32()
+        return self._dense[symbol]
+
+    def rows(self, symbol: str, index: NDArray[np.int64]) -> F32:
+        """float32 rows of a dense weight; only these are read from the file."""
+        return self._artifact.tensors[symbol].rows(index)
+
+    def raw(self, symbol: str) -> NDArray[Any]:
+        """A dense weight as stored."""
+        return self._artifact.tensors[symbol].data
+
+    def group(self, symbol: str) -> int:
+        """Columns per scale of a packed matrix."""
+        return self._artifact.manifest.weights[symbol].group or 0
+
+    def packed(self, symbol: str) -> PackedLinear | DequantizedLinear:
+        """A packed matrix, ready to be applied."""
+        if symbol not in self._packed:
+            self._packed[symbol] = self._apply(symbol)
+        return self._packed[symbol]
+
+    def _apply(self, symbol: str) -> PackedLinear | DequantizedLinear:
+        layout, arena, bits = self._artifact.matrix(symbol)
+        if self.library is None:
+            return DequantizedLinear(layout.dequantize(arena, bits))
+        from scalebits_compiler.runtime.kernels import PackedLinear
+
+        return PackedLinear(self.library, layout, arena, bits)

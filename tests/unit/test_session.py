@@ -1,0 +1,208 @@
+"""The runtime against an independent float64 computation; caches, padding, limits, errors."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from scalebits_compiler.errors import ArtifactError, UsageError
+from scalebits_compiler.numerics.layout import BlockLayout
+from scalebits_compiler.runtime.manifest import STEP_RULES
+from scalebits_compiler.runtime.ops import OPS, attend
+from scalebits_compiler.runtime.session import load
+
+VARIANTS = {
+    "llama": {},
+    "qwen3": {"qk_norm": True},
+    "qwen2": {"bias": True, "groups": 1},
+    "mistral": {"window": 5, "groups": 4},
+}
+
+
+class Float64:
+    """The same model in float64, written from the formulas, one row at a time without a cache."""
+
+    def __init__(self, module, shape):
+        self.module, self.shape = module, shape
+
+    def weight(self, name):
+        weight = self.module.weight(name)
+        data = self.module.resources.torch(weight.data.key)
+        if weight.type.dtype != "packed":
+            return data.double().numpy()
+        layout = BlockLayout(*weight.type.static_shape(), *weight.block, weight.group)
+        return layout.dequantize(data.numpy(), self.module.bits(weight)).astype(np.float64)
+
+    def norm(self, x, name):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + self.shape.eps) * self.weight(name)
+
+    def heads(self, y, name, part, count):
+        out = y @ self.weight(f"{name}.{part}").T
+        if self.shape.bias:
+            out = out + self.weight(f"{name}.{part}.bias")
+        out = out.reshape(len(y), count, -1).transpose(1, 0, 2)
+        if part == "v":
+            return out
+        if self.shape.qk_norm:
+            out = self.norm(out, f"{name}.{part}norm")
+        angle = np.arange(len(y))[:, None] * self.weight("frequency")
+        turned = np.exp(1j * angle) * (out[..., : angle.shape[1]] + 1j * out[..., angle.shape[1] :])
+        return np.concatenate([turned.real, turned.imag], -1)
+
+    def attention(self, y, name):
+        s, length = self.shape, len(y)
+        q = self.heads(y, name, "q", s.heads)
+        k, v = (
+            np.repeat(self.heads(y, name, part, s.groups), s.heads // s.groups, 0) for part in "kv"
+        )
+        score = q @ k.transpose(0, 2, 1) * s.head_dim**-0.5
+        back = np.arange(length)[:, None] - np.arange(length)
+        score = np.where((back >= 0) & ((back < s.window) | (s.window == 0)), score, -np.inf)
+        weight = np.exp(score - score.max(-1, keepdims=True))
+        mixed = weight / weight.sum(-1, keepdims=True) @ v
+        return mixed.transpose(1, 0, 2).reshape(length, -1) @ self.weight(f"{name}.o").T
+
+    def __call__(self, row):
+        x = self.weight("embed")[row]
+        for layer in range(self.shape.layers):
+            name = f"layers.{layer}"
+            x = x + self.attention(self.norm(x, f"{name}.norm1"), name)
+            y = self.norm(x, f"{name}.norm2")
+            gate, up = (y @ self.weight(f"{name}.{part}").T for part in ("gate", "up"))
+            x = x + (gate / (1 + np.exp(-gate)) * up) @ self.weight(f"{name}.down").T
+        return self.norm(x, "norm") @ self.weight("head").T
+
+
+@pytest.fixture
+def ids():
+    return np.random.default_rng(5).integers(0, 90, (3, 12))
+
+
+@pytest.fixture
+def loaded(build_module, module_shape, write):
+    def _loaded(**changes):
+        shape = module_shape(**changes)
+        module = build_module(shape)
+        return load(write(module)), Float64(module, shape)
+
+    return _loaded
+
+
+def close(found, expected, tolerance):
+    assert found.dtype == np.float32
+    error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+    assert error < tolerance, error
+
+
+def test_every_rule_has_a_function():
+    assert OPS.keys() == STEP_RULES.keys()
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_forward_equals_float64(loaded, ids, name):
+    session, exact = loaded(**VARIANTS[name])
+    close(session.forward(ids), np.stack([exact(row) for row in ids]), 1e-5)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_decode_equals_forward(loaded, ids, name):
+    session, _ = loaded(**VARIANTS[name])
+    expected = session.forward(ids)
+    logits, cache = session.prefill(ids[:, :4], capacity=8)
+    close(logits, expected[:, 3], 1e-5)
+    for position in range(4, ids.shape[1]):
+        close(session.decode(ids[:, position], cache), expected[:, position], 1e-5)
+    assert cache.length == ids.shape[1]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_padding_changes_nothing(loaded, ids, name):
+    session, _ = loaded(**VARIANTS[name])
+    pad = np.array([0, 3, 7])
+    padded = np.zeros((3, 12), np.int64)
+    for row, count in enumerate(pad):
+        padded[row, count:] = ids[row, : 12 - count]
+    found = session.forward(padded, pad)
+    logits, cache = session.prefill(padded[:, :9], pad)
+    for row, count in enumerate(pad):
+        alone = session.forward(ids[row : row + 1, : 12 - count])[0]
+        close(found[row, count:], alone, 1e-5)
+        close(logits[row], alone[8 - count], 1e-5)
+    for position in range(9, 12):
+        close(session.decode(padded[:, position], cache), found[:, position], 1e-5)
+
+
+def test_long_attention_is_cut_into_pieces():
+    rng = np.random.default_rng(0)
+    q = rng.normal(size=(1, 2, 600, 8)).astype(np.float32)
+    k, v = rng.normal(size=(2, 1, 1, 700, 8)).astype(np.float32)
+    for window in (0, 40):
+        whole = attend(q, k, v, 0.5, window, None)
+        pieces = [
+            attend(q[:, :, i : i + 1], k[:, :, : 101 + i], v[:, :, : 101 + i], 0.5, window, None)
+            for i in range(600)
+        ]
+        np.testing.assert_allclose(whole, np.concatenate(pieces, 2), atol=2e-6)
+
+
+def test_same_ids_same_logits(loaded, ids):
+    session, _ = loaded()
+    np.testing.assert_array_equal(session.forward(ids), session.forward(ids))
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ([[]], "integers"),
+        ([1, 2], "integers"),
+        ([[1.5]], "integers"),
+        ([[90]], "token id 90 is not in the model's vocabulary of 90"),
+        ([[-1]], "token id -1"),
+        ([[1] * 65], "65 tokens, the model knows 64 positions"),
+    ],
+)
+def test_bad_ids(loaded, bad, message):
+    with pytest.raises(UsageError, match=message):
+        loaded()[0].forward(bad)
+
+
+@pytest.mark.parametrize("pad", [[1], [0, 0, 12], [-1, 0, 0], [0.5, 0, 0]])
+def test_bad_pad(loaded, ids, pad):
+    with pytest.raises(UsageError, match="pad must hold"):
+        loaded()[0].forward(ids, pad)
+
+
+def test_the_cache_ends_at_the_last_position(loaded):
+    session, _ = loaded()
+    _, cache = session.prefill([[1] * 64])
+    with pytest.raises(UsageError, match="65 tokens"):
+        session.decode([1], cache)
+
+
+def test_bad_options(build_module, module_shape, write):
+    out = write(build_module(module_shape(layers=1)))
+    with pytest.raises(UsageError, match="activations"):
+        load(out, activations="fp8")
+    with pytest.raises(UsageError, match="threads"):
+        load(out, threads=0)
+
+
+def test_damaged_config(build_module, module_shape, write):
+    out = write(build_module(module_shape(layers=1)))
+    (out / "config.json").write_text("{")
+    with pytest.raises(ArtifactError, match=r"config\.json"):
+        load(out)
+
+
+def test_the_compiler_is_not_imported(build_module, module_shape, write):
+    code = (
+        "import sys\n"
+        "from scalebits_compiler.runtime.session import load\n"
+        "print(load(sys.argv[1]).generate([1, 2], 3)[0].tokens)\n"
+        "for name in ('torch', 'tvm', 'lark', 'transformers', 'scalebits_compiler.ir',\n"
+        "             'scalebits_compiler.codegen', 'scalebits_compiler.passes'):\n"
+        "    assert name not in sys.modules, name\n"
+    )
+    out = write(build_module(module_shape(layers=1)))
+    subprocess.run([sys.executable, "-c", code, str(out)], check=True, capture_output=True)
