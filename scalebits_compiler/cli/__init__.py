@@ -1,0 +1,1 @@
+"""The command line (layer L4): argparse only; the work is done below."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -126,11 +127,13 @@ class DumpIR(Observer):
     Each dump restarts the pipeline: its header names every tensor file it needs, of which one per
     dump holds only what is new; a later file overrides an earlier one. Older dumps in the folder
     are deleted first. `source` is the file the input came from, which must not be among them.
+    `flags` go into the command that reproduces a failure, e.g. ` --plugin f.py`.
     """
 
-    def __init__(self, folder: Path, source: Path | None = None) -> None:
+    def __init__(self, folder: Path, source: Path | None = None, flags: str = "") -> None:
         self.folder = folder
         self.source = source
+        self.flags = flags
         self._count = 0
         self._files: tuple[str, ...] = ()
         self._dumped = ResourceStore()
@@ -161,10 +164,10 @@ class DumpIR(Observer):
         """Name the last valid dump and the command that goes on from it."""
         if self._last is None:
             return []
-        pipeline = print_passes([item]).replace("'", "'\\''")
+        pipeline = shlex.quote(print_passes([item]))
         return [
             f"the last valid module is {self._last}",
-            f"to reproduce: scalebitsc opt {self._last} -p '{pipeline}'",
+            f"to reproduce: scalebitsc opt{self.flags} {self._last} -p {pipeline}",
         ]
 
     def _write(self, name: str, module: Module) -> None:

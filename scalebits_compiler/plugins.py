@@ -1,0 +1,141 @@
+"""Ops, passes and targets from outside: installed packages and files given with `--plugin`.
+
+A package names a `Plugin` in the entry-point group `scalebits_compiler.plugins`. A file holds one
+in a variable `PLUGIN`; without it, the passes and ops that the file defines are taken.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint, entry_points
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from scalebits_compiler.errors import UsageError
+from scalebits_compiler.ir.op import Op
+from scalebits_compiler.ir.ops import OPS
+from scalebits_compiler.passes.base import Pass
+from scalebits_compiler.passes.table import PASSES, PIPELINES
+
+GROUP = "scalebits_compiler.plugins"
+OWN = "scalebits_compiler itself"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plugin:
+    """What a plugin adds. `rules` are the slow torch rules of its ops: (op, scope) -> tensor.
+
+    A target class has a `name`, like passes and ops.
+    """
+
+    ops: tuple[type[Op], ...] = ()
+    passes: tuple[type[Pass], ...] = ()
+    targets: tuple[type[Any], ...] = ()
+    rules: Mapping[type[Op], Callable[[Any, Any], Any]] = field(default_factory=dict)
+
+
+@dataclass
+class Registry:
+    """All ops, passes and targets by name: ours and the plugins'. `targets` holds only plugins'."""
+
+    ops: dict[str, type[Op]] = field(default_factory=lambda: dict(OPS))
+    passes: dict[str, str | type[Pass]] = field(default_factory=lambda: dict(PASSES))
+    targets: dict[str, type[Any]] = field(default_factory=dict)
+    rules: dict[type[Op], Callable[[Any, Any], Any]] = field(default_factory=dict)
+    origins: dict[tuple[str, str], str] = field(default_factory=dict)
+
+    def add(self, plugin: Plugin, origin: str) -> None:
+        """Add what a plugin brings; UsageError naming both origins if a name is taken."""
+        for op in plugin.ops:
+            self._claim("op", op.name, origin, self.ops)
+            self.ops[op.name] = op
+        for item in plugin.passes:
+            self._claim("pass", item.name, origin, {**self.passes, **PIPELINES})
+            self.passes[item.name] = item
+        for target in plugin.targets:
+            self._claim("target", target.name, origin, self.targets)
+            self.targets[target.name] = target
+        self.rules.update(plugin.rules)
+
+    def _claim(self, kind: str, name: str, origin: str, taken: Mapping[str, object]) -> None:
+        if name in taken:
+            owner = self.origins.get((kind, name), OWN)
+            raise UsageError(
+                f"two plugins bring the {kind} '{name}': {owner} and {origin}",
+                help="rename one of them, or leave one plugin out",
+            )
+        self.origins[kind, name] = origin
+
+    def install_rules(self) -> None:
+        """Make the plugins' ops run in the reference target. Imports torch if there are any."""
+        if self.rules:
+            from scalebits_compiler.codegen.reference.rules import RULES
+
+            RULES.update(self.rules)
+
+
+def load_plugins(files: Sequence[Path] = ()) -> Registry:
+    """The registry with all installed plugins and the given files.
+
+    UsageError if one cannot be loaded or two bring one name.
+    """
+    registry = Registry()
+    points = sorted(entry_points(group=GROUP), key=lambda point: (point.name, point.value))
+    for point in points:
+        registry.add(*_installed(point))
+    for path in files:
+        registry.add(_from_file(path), str(path))
+    return registry
+
+
+def _installed(point: EntryPoint) -> tuple[Plugin, str]:
+    package = f"{point.dist.name} {point.dist.version}" if point.dist else point.value
+    origin = f"the package {package} (entry point '{point.name}')"
+    try:
+        plugin = point.load()
+    except Exception as error:
+        raise UsageError(
+            f"{origin} cannot be loaded: {type(error).__name__}: {error}",
+            help="repair or uninstall it",
+        ) from error
+    if not isinstance(plugin, Plugin):
+        raise UsageError(f"{origin} gives a {type(plugin).__name__}, not a Plugin")
+    return plugin, origin
+
+
+def _from_file(path: Path) -> Plugin:
+    name = f"scalebits_plugin_{path.stem}"
+    spec = spec_from_file_location(name, path) if path.is_file() else None
+    if spec is None or spec.loader is None:
+        raise UsageError(f"--plugin {path}: there is no such Python file")
+    module = module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and type hints look their module up by name
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UsageError(
+            f"--plugin {path} cannot be loaded: {type(error).__name__}: {error}"
+        ) from error
+    found = getattr(module, "PLUGIN", None)
+    if found is None:
+        found = Plugin(passes=tuple(_defined(module, Pass)), ops=tuple(_defined(module, Op)))
+    if not isinstance(found, Plugin):
+        raise UsageError(f"--plugin {path}: PLUGIN is a {type(found).__name__}, not a Plugin")
+    if found == Plugin():
+        raise UsageError(
+            f"--plugin {path} brings nothing", help="define a subclass of Pass with a `name`"
+        )
+    return found
+
+
+def _defined(module: ModuleType, base: type[Any]) -> Iterable[type[Any]]:
+    """The concrete subclasses that the module itself defines and names, in order."""
+    for item in vars(module).values():
+        own = inspect.isclass(item) and item.__module__ == module.__name__
+        if own and issubclass(item, base) and not inspect.isabstract(item):
+            yield item
