@@ -1,0 +1,109 @@
+"""Text file -> token windows, drawn by a seed; calibration and acceptance never overlap."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from scalebits_compiler.errors import FrontendError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+# Text is tokenized in pieces of about this many characters, cut at line ends, so that a long file
+# neither takes one huge buffer nor one core.
+_PIECE = 1 << 16
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer.json of a model folder; FrontendError if it is missing or broken."""
+    from tokenizers import Tokenizer
+
+    file = Path(folder) / "tokenizer.json"
+    if not file.is_file():
+        raise FrontendError(
+            f"{folder} has no tokenizer.json",
+            help="save the model's fast tokenizer there: tokenizer.save_pretrained(folder)",
+        )
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare Exception for a broken file
+        raise FrontendError(f"{file} cannot be read: {error}") from error
+
+
+def read_windows(
+    text: str | Path, tokenizer: Tokenizer, seq_len: int, count: int | None = None, seed: int = 0
+) -> torch.Tensor:
+    """Windows i64[n, seq_len] of a text file, without overlap and without special tokens.
+
+    `count` windows drawn by `seed`, or all of them in the order of the text. FrontendError if the
+    file cannot be read, is empty, or has too few tokens.
+    """
+    return _draw(Path(text), tokenizer, seq_len, count, seed)
+
+
+def split_text(
+    text: str | Path,
+    tokenizer: Tokenizer,
+    seq_len: int,
+    calibration: int,
+    acceptance: int,
+    seed: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(calibration i64[calibration, seq_len], acceptance i64[acceptance, seq_len]), disjoint.
+
+    Both are drawn by `seed` from one text file. FrontendError as in `read_windows`.
+    """
+    windows = _draw(Path(text), tokenizer, seq_len, calibration + acceptance, seed)
+    return windows[:calibration].clone(), windows[calibration:].clone()
+
+
+def _draw(
+    file: Path, tokenizer: Tokenizer, seq_len: int, count: int | None, seed: int
+) -> torch.Tensor:
+    if seq_len < 2 or (count is not None and count < 1):
+        raise FrontendError(
+            f"{count} windows of {seq_len} tokens were asked of {file}",
+            help="at least one window of at least two tokens is needed",
+        )
+    tokens = _tokens(file, tokenizer)
+    available = len(tokens) // seq_len
+    needed = 1 if count is None else count
+    if available < needed:
+        raise FrontendError(
+            f"{file} has {len(tokens)} tokens, {needed} windows of {seq_len} need"
+            f" {needed * seq_len}",
+            help="give a longer text, or ask for fewer or shorter windows",
+        )
+    windows = tokens[: available * seq_len].reshape(available, seq_len)
+    if count is not None:
+        windows = windows[np.random.default_rng(seed).permutation(available)[:count]]
+    return torch.from_numpy(np.ascontiguousarray(windows))
+
+
+def _tokens(file: Path, tokenizer: Tokenizer) -> np.ndarray:
+    """int64[n]: the tokens of a whole file."""
+    try:
+        content = file.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise FrontendError(f"the text {file} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise FrontendError(
+            f"{file} is not UTF-8 text, the byte at {error.start} cannot be decoded",
+            help="give a plain text file in UTF-8",
+        ) from error
+    encoded = tokenizer.encode_batch_fast(_pieces(content), add_special_tokens=False)
+    parts = [np.array(piece.ids, dtype=np.int64) for piece in encoded]
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+
+
+def _pieces(content: str) -> list[str]:
+    pieces, start = [], 0
+    while start < len(content):
+        end = content.find("\n", start + _PIECE) + 1 or len(content)
+        pieces.append(content[start:end])
+        start = end
+    return pieces

@@ -1,0 +1,88 @@
+"""Fixtures that all tests share: the shared models, and small random models made on the spot."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+}
+_KINDS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"head_dim": 16, "sliding_window": None},
+    "qwen2": {},
+    "qwen3": {"head_dim": 32},
+}
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The folder with the trained models and texts beside the repository."""
+    folder = Path(__file__).resolve().parents[2] / "shared"
+    if not (folder / "models").is_dir():
+        pytest.skip("the shared models are not beside this repository")
+    return folder
+
+
+def _save_tokenizer(folder: Path) -> None:
+    """One token per byte: no merges, so nothing has to be trained."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 128}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def _save_model(folder: Path, kind: str, changes: dict[str, Any], seed: int) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(kind, **{**_SIZES, **_KINDS.get(kind, {}), **changes})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        # The initial gains are 1 and biases 0, which would hide a gain or bias that is left out.
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    model.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`tiny_llama(kind="llama", seed=0, **config)` -> folder of a small random model.
+
+    Kinds: any model type of transformers; llama, mistral, qwen2 and qwen3 have fitting defaults.
+    The folder has a byte-level tokenizer (256 tokens). Equal calls share one folder: do not write.
+    """
+    made: dict[str, Path] = {}
+
+    def make(kind: str = "llama", seed: int = 0, **config: Any) -> Path:
+        key = json.dumps([kind, seed, config], sort_keys=True)
+        if key not in made:
+            folder = tmp_path_factory.mktemp("model") / f"tiny-{kind}"
+            folder.mkdir()
+            _save_model(folder, kind, config, seed)
+            _save_tokenizer(folder)
+            made[key] = folder
+        return made[key]
+
+    return make

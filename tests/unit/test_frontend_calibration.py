@@ -1,0 +1,88 @@
+"""Token windows: deterministic, disjoint, and clear errors for files that do not serve."""
+
+import pytest
+import torch
+
+from scalebits_compiler.errors import FrontendError
+from scalebits_compiler.frontend.calibration import load_tokenizer, read_windows, split_text
+
+
+@pytest.fixture
+def tokenizer(tiny_llama):
+    return load_tokenizer(tiny_llama())
+
+
+@pytest.fixture
+def text(tmp_path):
+    """1000 bytes, so 1000 tokens of the byte-level tokenizer, all windows different."""
+    file = tmp_path / "text.txt"
+    file.write_text("".join(f"{i:04d}\n" for i in range(200)))
+    return file
+
+
+def test_windows_in_the_order_of_the_text(tokenizer, text):
+    windows = read_windows(text, tokenizer, 300)
+    assert windows.shape == (3, 300)
+    assert windows.dtype == torch.int64
+    assert tokenizer.decode(windows[0].tolist()) == text.read_text()[:300]
+    assert tokenizer.decode(windows[2].tolist()) == text.read_text()[600:900]
+
+
+def test_windows_are_drawn_by_the_seed_alone(tokenizer, text):
+    state = torch.get_rng_state()
+    first, again = (read_windows(text, tokenizer, 10, 20, seed=1) for _ in range(2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, read_windows(text, tokenizer, 10, 20, seed=2))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_split_is_disjoint(tokenizer, text):
+    calibration, acceptance = split_text(text, tokenizer, 10, 60, 40, seed=5)
+    assert calibration.shape == (60, 10)
+    assert acceptance.shape == (40, 10)
+    seen = {tuple(row) for row in torch.cat((calibration, acceptance)).tolist()}
+    assert len(seen) == 100
+
+
+def test_long_text_is_cut_at_line_ends(tokenizer, tmp_path):
+    file = tmp_path / "long.txt"
+    content = "a line of text\r\n" * 9000
+    file.write_bytes(content.encode())
+    windows = read_windows(file, tokenizer, 1000)
+    assert tokenizer.decode(windows.flatten().tolist()) == content[: windows.numel()]
+
+
+def test_too_little_text_says_how_much(tokenizer, text):
+    with pytest.raises(FrontendError) as caught:
+        split_text(text, tokenizer, 100, 8, 4)
+    for part in (str(text), "1000 tokens", "12 windows", "1200"):
+        assert part in str(caught.value)
+
+
+def test_empty_missing_and_binary_files(tokenizer, tmp_path):
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    with pytest.raises(FrontendError, match="has 0 tokens"):
+        read_windows(empty, tokenizer, 8)
+    with pytest.raises(FrontendError, match=r"no\.txt cannot be read"):
+        read_windows(tmp_path / "no.txt", tokenizer, 8)
+    with pytest.raises(FrontendError, match="cannot be read"):
+        read_windows(tmp_path, tokenizer, 8)
+    binary = tmp_path / "binary.txt"
+    binary.write_bytes(b"text\xff\xfe")
+    with pytest.raises(FrontendError, match="byte at 4"):
+        read_windows(binary, tokenizer, 8)
+
+
+@pytest.mark.parametrize(("seq_len", "count"), [(1, 3), (8, 0), (8, -1)])
+def test_senseless_windows_are_refused(tokenizer, text, seq_len, count):
+    with pytest.raises(FrontendError, match="at least one window"):
+        read_windows(text, tokenizer, seq_len, count)
+
+
+def test_missing_and_broken_tokenizer(tmp_path):
+    with pytest.raises(FrontendError, match=r"no tokenizer\.json"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(FrontendError, match="cannot be read"):
+        load_tokenizer(tmp_path)
