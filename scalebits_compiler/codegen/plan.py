@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from scalebits_compiler.codegen.reference.rules import stored_order
 from scalebits_compiler.errors import TargetError
 from scalebits_compiler.ir.attrs import Value
 from scalebits_compiler.ir.module import Function, Module
 from scalebits_compiler.ir.op import Op, op_fields
-from scalebits_compiler.ir.ops import Aten, Permute, parse_dim
+from scalebits_compiler.ir.ops import Aten, Permute
 from scalebits_compiler.runtime.manifest import STEP_RULES, Number, Plan, Step
 
 
@@ -78,9 +79,5 @@ def order_tensors(module: Module) -> dict[str, NDArray[np.int64]]:
 
 
 def _order_index(module: Module, op: Permute) -> NDArray[np.int64]:
-    """Stored element (i, j, ...) of a product axis is natural element (p[i], q[j], ...)."""
-    index = np.zeros(1, np.int64)
-    for factor in parse_dim(op.order).static():
-        inner = np.arange(factor.size) if factor.order is None else module.permutation(factor.order)
-        index = (index[:, None] * factor.size + inner).reshape(-1)
-    return np.argsort(index).astype(np.int64) if op.inverse else index
+    index = stored_order(op.order, module.permutation)
+    return np.argsort(index) if op.inverse else index

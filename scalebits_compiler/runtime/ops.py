@@ -141,7 +141,8 @@ def _merge_heads(frame: Frame, step: Step) -> F32:
 def _rope(frame: Frame, step: Step) -> F32:
     x = frame.values[step.inputs[0]]
     cos, sin = frame.rotation(step.inputs[1], step.weights[0], step.attrs["scaling"])
-    first, second = np.split(x, 2, axis=-1)
+    half = x.shape[-1] // 2
+    first, second = x[..., :half], x[..., half:]
     return np.concatenate((first * cos - second * sin, second * cos + first * sin), -1)
 
 

@@ -145,12 +145,12 @@ def provenance():
     return Provenance("pack-blocks", 0, "0.1.0", "tiny", {"model.safetensors": "0" * 64}, {})
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def module_shape():
     return Shape
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def build_module():
     return build
 

@@ -2,11 +2,15 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from scalebits_compiler.errors import ArtifactError, UsageError
+from scalebits_compiler.ir.parser import parse_module
+from scalebits_compiler.ir.resources import ResourceStore
 from scalebits_compiler.numerics.layout import BlockLayout
 from scalebits_compiler.runtime.manifest import STEP_RULES
 from scalebits_compiler.runtime.ops import OPS, attend
@@ -144,6 +148,32 @@ def test_long_attention_is_cut_into_pieces():
             for i in range(600)
         ]
         np.testing.assert_allclose(whole, np.concatenate(pieces, 2), atol=2e-6)
+
+
+PERMUTED = """module @m {facts = ["bits", "packed"]} {
+  perm @p : i32[3] {data = [2, 0, 1]}
+  weight @embed : f32[9, 6] {data = resource("embed")}
+  weight @head : f32[9, 2*3@p] {data = resource("head")}
+  func @forward(%ids: i64[?, ?]) -> f32[?, ?, 9] {
+    %0 = embedding %ids, @embed : f32[?, ?, 6]
+    %1 = permute %0 {axis = 2, order = "2*3@p"} : f32[?, ?, 2*3@p]
+    %2 = permute %1 {axis = 2, order = "2*3@p", inverse = true} : f32[?, ?, 6]
+    %3 = permute %2 {axis = 2, order = "2*3@p"} : f32[?, ?, 2*3@p]
+    %4 = linear %3, @head : f32[?, ?, 9]
+    return %4
+  }
+}
+"""
+
+
+def test_permutes_that_stayed(write):
+    embed, head = np.random.default_rng(0).normal(size=(2, 9, 6)).astype(np.float32)
+    store = ResourceStore({"embed": torch.from_numpy(embed), "head": torch.from_numpy(head)})
+    module = replace(parse_module(PERMUTED)[0], resources=store)
+    session = load(write(module))
+    expected = embed[[4, 8]][:, [2, 0, 1, 5, 3, 4]] @ head.T
+    np.testing.assert_allclose(session.forward([[4, 8]])[0], expected, atol=1e-5)
+    np.testing.assert_allclose(session.prefill([[4, 8]])[0][0], expected[1], atol=1e-5)
 
 
 def test_same_ids_same_logits(loaded, ids):

@@ -1,0 +1,124 @@
+"""The runtime on compiled kernels: both variants, against float64 of the dequantized weights."""
+
+import hashlib
+
+import numpy as np
+import pytest
+
+from scalebits_compiler.codegen.reference.executor import Executor
+from scalebits_compiler.errors import ArtifactError
+from scalebits_compiler.ir.parser import read_module
+from scalebits_compiler.numerics.layout import BlockLayout
+from scalebits_compiler.runtime.cpu_features import cpu_features
+from scalebits_compiler.runtime.manifest import Kernels
+from scalebits_compiler.runtime.session import load
+
+torch = pytest.importorskip("torch")
+spec = pytest.importorskip("scalebits_compiler.codegen.tvm.spec", reason="needs apache-tvm")
+
+
+def compile_module(module, folder):
+    """(Kernels, files of the artifact) for all packed matrices of a module."""
+    from scalebits_compiler.codegen.tvm.build import compile_kernels
+
+    matrices = [
+        (BlockLayout(*w.type.static_shape(), *w.block, w.group), module.bits(w))
+        for w in module.quantized()
+    ]
+    specs, dispatch = spec.select_specs(matrices)
+    compile_kernels(specs, folder / "cpu.so")
+    return Kernels("kernels/cpu.so", dispatch), {"kernels/cpu.so": folder / "cpu.so"}
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory, build_module, module_shape):
+    """(module, kernels, files), compiled once."""
+    module = build_module(module_shape())
+    return module, *compile_module(module, tmp_path_factory.mktemp("kernels"))
+
+
+@pytest.fixture
+def out(compiled, write):
+    module, kernels, files = compiled
+    return write(module, kernels=kernels, files=files)
+
+
+@pytest.fixture
+def ids():
+    return np.random.default_rng(5).integers(0, 90, (3, 12))
+
+
+def variants(out):
+    """The variants of this artifact that this machine runs, with the features to ask for."""
+    found = {}
+    for features in (cpu_features(), cpu_features() - {"avx512_vnni", "avx512vnni"}):
+        session = load(out, features=features)
+        found[session.variant] = features
+    return found
+
+
+def error(found, expected):
+    return np.linalg.norm(found - expected) / np.linalg.norm(expected)
+
+
+def test_each_variant_equals_the_reference(out, ids):
+    module, _ = read_module(out / "module.sbir")
+    expected = Executor(module).run(torch.from_numpy(ids)).numpy()
+    for features in variants(out).values():
+        session = load(out, features=features)
+        assert error(session.forward(ids), expected) < 3e-4
+        assert error(session.forward(ids[:1, :1]), expected[:1, :1]) < 3e-4
+
+
+def test_decode_equals_forward(out, ids):
+    for features in variants(out).values():
+        session = load(out, features=features, threads=2)
+        expected = session.forward(ids)
+        logits, cache = session.prefill(ids[:, :5])
+        assert error(logits, expected[:, 4]) < 3e-4
+        for position in range(5, 12):
+            assert error(session.decode(ids[:, position], cache), expected[:, position]) < 3e-4
+
+
+def test_int8_activations_are_close(out, ids):
+    exact, fast = load(out).forward(ids), load(out, activations="a8").forward(ids)
+    assert error(fast, exact) < 0.1
+
+
+def test_generate(out):
+    session = load(out)
+    together = session.generate([[3], [5, 7, 9, 11, 2]], 6)
+    alone = [session.generate(prompt, 6)[0] for prompt in ([3], [5, 7, 9, 11, 2])]
+    assert together == alone
+
+
+def test_siblings_share_one_quantised_input(out, monkeypatch):
+    session = load(out)
+    library = session._weights.library
+    calls, quantize = [], library.quantize
+    monkeypatch.setattr(library, "quantize", lambda x, group: calls.append(1) or quantize(x, group))
+    session.forward([[1, 2, 3]])
+    # qkv, o, gate and up, down in each of two layers
+    assert len(calls) == 8
+
+
+def test_a_machine_without_the_features_is_told(out):
+    with pytest.raises(ArtifactError, match="none of the compiled kernels") as caught:
+        load(out, features=frozenset())
+    assert "--target reference" in caught.value.help
+
+
+def test_an_edited_library_is_never_loaded(out):
+    path = out / "kernels/cpu.so"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(ArtifactError, match=r"kernels/cpu\.so was changed"):
+        load(out)
+
+
+def test_equal_builds(compiled, write, tmp_path):
+    module, kernels, files = compiled
+    outs = [write(module, tmp_path / name, kernels=kernels, files=files) for name in "ab"]
+    digests = [hashlib.sha256((out / "manifest.json").read_bytes()).hexdigest() for out in outs]
+    assert digests[0] == digests[1]
