@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from scalebits_compiler.errors import ArtifactError, TargetError
 
+FORMAT_VERSION = 1  # of the packed bytes and of the kernels that read them
 MAX_BITS = 8
 UNIT_CODES = 512
 LANES = 16  # rows of one vector
@@ -149,12 +150,9 @@ class BlockLayout:
     def __post_init__(self) -> None:
         if min(self.rows, self.cols, self.block_rows, self.block_cols, self.group) < 1:
             raise TargetError(f"{self}: every size must be at least 1")
-        rules = (
-            ("block rows", self.block_rows, LANES),
-            ("group", self.group, 32),
-            ("block columns", self.block_cols, self.group),
-        )
-        for name, value, divisor in rules:
+        sizes = (self.block_rows, self.group, self.block_cols)
+        names = ("block rows", "group", "block columns")
+        for name, value, divisor in zip(names, sizes, (LANES, 32, self.group), strict=True):
             if value % divisor:
                 raise TargetError(
                     f"{self}: {name} = {value} is not a multiple of {divisor}",
@@ -298,27 +296,25 @@ class BlockLayout:
                     continue
                 blocks = tables.columns[panel, first:last].astype(np.int64)
                 groups = (blocks[:, None] * per_block + np.arange(per_block)).reshape(-1)
-                segment = _Segment(width, groups[groups < self.groups], offset)
+                groups = groups[groups < self.groups]
+                segment = _Segment(width, groups, bool(groups[-1] == self.groups - 1), offset)
                 segments.append(segment)
                 offset += self._segment_bytes(segment)
             panels.append(segments)
         return panels
-
-    def _has_last(self, segment: _Segment) -> bool:
-        return bool(segment.groups[-1] == self.groups - 1)
 
     def _group_bytes(self, cols: int, width: int) -> int:
         return self.panel * cols * width // 8 + 3 * self.panel
 
     def _segment_bytes(self, segment: _Segment) -> int:
         full = len(segment.groups) * self._group_bytes(self.group, segment.width)
-        missing = self.group - self.last_group_cols if self._has_last(segment) else 0
+        missing = self.group - self.last_group_cols if segment.has_last else 0
         return full - self.panel * missing * segment.width // 8
 
     def _parts(self, segment: _Segment) -> list[tuple[NDArray[np.int64], int, int]]:
         """(groups, stored columns, first byte): full groups, then perhaps a shorter last."""
         groups, size = segment.groups, self._group_bytes(self.group, segment.width)
-        if not self._has_last(segment) or self.last_group_cols == self.group:
+        if not segment.has_last or self.last_group_cols == self.group:
             return [(groups, self.group, segment.offset)]
         end = segment.offset + (len(groups) - 1) * size
         parts = [
@@ -397,4 +393,5 @@ class _Segment(NamedTuple):
 
     width: int
     groups: NDArray[np.int64]
+    has_last: bool  # whether the last group of the row, perhaps shorter, is its last
     offset: int

@@ -17,10 +17,9 @@ import tvm_ffi
 from numpy.typing import NDArray
 
 from scalebits_compiler.errors import ArtifactError, TargetError
-from scalebits_compiler.numerics.layout import BlockLayout
+from scalebits_compiler.numerics.layout import FORMAT_VERSION, BlockLayout
 from scalebits_compiler.runtime.cpu_features import cpu_features
 
-DISPATCH_VERSION = 1
 THREAD_WORK = 1 << 23
 """Multiply-adds below which a thread is not worth its ~25 us of hand-over."""
 
@@ -88,12 +87,14 @@ class KernelLibrary:
         """
         if mode not in ("a16", "a8"):
             raise TargetError(f"unknown activation mode {mode!r}", help='use "a16" or "a8"')
-        if dispatch.get("version") != DISPATCH_VERSION:
+        if dispatch.get("version") != FORMAT_VERSION:
             raise ArtifactError(
-                f"kernel table of version {dispatch.get('version')}, expected {DISPATCH_VERSION}",
+                f"kernel table of version {dispatch.get('version')}, expected {FORMAT_VERSION}",
                 help="compile the model again with this version of scalebits_compiler",
             )
         flags = cpu_features() if features is None else features
+        if "variants" not in dispatch:
+            raise ArtifactError("the kernel table lacks 'variants'", help="compile the model again")
         variant = _choose(dispatch["variants"], flags)
         if not path.is_file():
             raise ArtifactError(f"kernel file {path} is missing", help="compile the model again")
@@ -132,7 +133,7 @@ class KernelLibrary:
 
     def quantize(self, x: F32, group: int) -> QuantizedInput:
         """Quantise x f32[tokens, K] once for all matrices that read it in groups of `group`."""
-        if x.ndim != 2 or x.dtype != np.float32:
+        if x.ndim != 2 or x.dtype != np.float32 or not x.size:
             raise TargetError(
                 f"activations must be float32[tokens, K], found {x.dtype}{list(x.shape)}"
             )
@@ -207,7 +208,7 @@ class PackedLinear:
         self._gemv = library.function("gemv", *shape)
         self._gemm = library.function("gemm", *shape)
         self._arrays = (np.ascontiguousarray(arena), *layout.metadata(bits))
-        self._tables = tuple(_view(array) for array in self._arrays)
+        self._tables = (*(_view(array) for array in self._arrays), layout.cols)
 
     def __call__(self, x: F32 | QuantizedInput) -> F32:
         """f32[tokens, N] for x f32[tokens, K], given as such or quantised by this library."""
@@ -226,7 +227,7 @@ class PackedLinear:
         return y
 
     def _gemv_range(self, x: QuantizedInput, y: Any) -> Callable[[int, int], None]:
-        arguments = (*self._tables, *x.arguments, y, self.layout.cols)
+        arguments = (*self._tables, *x.arguments, y)
         return lambda lo, hi: self._gemv(*arguments, lo, hi)
 
     def _gemm_range(self, x: QuantizedInput, y: Any) -> Callable[[int, int], None]:
@@ -237,7 +238,7 @@ class PackedLinear:
             codes = np.empty(panel * group, dtype)
             total = np.empty((self.library.chunk_tokens, panel), np.float32)
             scratch = (_view(codes), _view(total))
-            self._gemm(*self._tables, *x.arguments, y, *scratch, self.layout.cols, lo, hi)
+            self._gemm(*self._tables, *x.arguments, y, *scratch, lo, hi)
 
         return run
 

@@ -1,5 +1,6 @@
 """The CPU kernels against float64 on dequantized weights, in every mode this processor can run."""
 
+import json
 import platform
 import subprocess
 import sys
@@ -146,6 +147,28 @@ def test_extreme_activations(library, tokens):
         assert error(linear(x.astype(np.float32)), expected) < 2 * TOLERANCE[library.mode]
 
 
+@pytest.mark.parametrize("tokens", [1, 16])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_bad_activations_show(library, value, tokens):
+    """A NaN or an infinity makes its token not finite, and no other."""
+    matrix = make_matrix(*CASES["panel64"])
+    x = np.ones((tokens, 200), np.float32)
+    x[-1, 77] = value
+    y = PackedLinear(library, matrix.layout, matrix.arena, matrix.bits)(x)
+    assert not np.isfinite(y[-1]).any()
+    assert np.isfinite(y[:-1]).all()
+
+
+def test_large_group(tmp_path):
+    """One group a row, and a dispatch table that went through JSON."""
+    matrix = make_matrix(BlockLayout(48, 1100, 16, 2048, 2048), (4,))
+    specs, dispatch = select_specs([(matrix.layout, matrix.bits)])
+    compile_kernels(specs, tmp_path / "k.so")
+    library = KernelLibrary.open(tmp_path / "k.so", json.loads(json.dumps(dispatch)))
+    check(library, matrix, 1)
+    check(library, matrix, 9)
+
+
 def test_shared_input_and_threads(library, monkeypatch):
     """One quantised input serves siblings; threads give the same bits as one thread."""
     matrix = make_matrix(*CASES["panel16"])
@@ -172,8 +195,9 @@ def test_unaligned_read_only_map(library, tmp_path):
 def test_wrong_input(library):
     matrix = make_matrix(*CASES["panel64"])
     linear = PackedLinear(library, matrix.layout, matrix.arena, matrix.bits)
-    with pytest.raises(TargetError, match="float32"):
-        linear(np.zeros((1, 200)))
+    for bad in (np.zeros((1, 200)), np.zeros(200, np.float32), np.zeros((0, 200), np.float32)):
+        with pytest.raises(TargetError, match="float32"):
+            linear(bad)
     with pytest.raises(TargetError, match="do not fit"):
         linear(np.zeros((1, 199), np.float32))
     with pytest.raises(TargetError, match="do not fit"):
@@ -211,6 +235,8 @@ def test_refuses_another_architecture_version_mode_and_file(compiled, tmp_path):
         KernelLibrary.open(path, {**dispatch, "variants": other})
     with pytest.raises(ArtifactError, match="version 0"):
         KernelLibrary.open(path, {**dispatch, "version": 0})
+    with pytest.raises(ArtifactError, match="lacks 'variants'"):
+        KernelLibrary.open(path, {"version": dispatch["version"]})
     with pytest.raises(TargetError, match="int4"):
         KernelLibrary.open(path, dispatch, mode="int4")
     with pytest.raises(ArtifactError, match="missing"):
@@ -267,7 +293,7 @@ def test_cpu_features(tmp_path):
 
 
 def test_runtime_needs_no_compiler():
-    """Imports where these packages are missing (tvm_ffi by itself imports torch where there is one)."""
+    """It imports where these are missing (tvm_ffi itself imports torch where there is one)."""
     code = (
         "import sys\n"
         "sys.modules.update(dict.fromkeys(['tvm', 'torch', 'transformers', 'lark']))\n"

@@ -16,13 +16,19 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder
 
 from scalebits_compiler.codegen.tvm.spec import KernelSpec
-from scalebits_compiler.numerics.layout import LANES, MAX_BITS, PIECES, STEP, SUBS, UNIT_CODES
+from scalebits_compiler.numerics.layout import (
+    LANES,
+    MAX_BITS,
+    PIECES,
+    STEP,
+    UNIT_CODES,
+    VECTOR_BYTES,
+)
 
 # TVM annotates its builder more narrowly than it behaves: it takes Python numbers for expressions.
 T: Any = builder
 Expr = Any
 ELEMENT_BYTES = {"uint8": 1, "int8": 1, "int32": 4, "int64": 8, "float32": 4}
-VECTOR = SUBS * 8  # bytes of one stored vector
 
 
 def buffer_arg(name: str, shape: tuple[Expr, ...], dtype: str) -> Expr:
@@ -35,12 +41,9 @@ def i64(value: int) -> Expr:
     return T.int64(value)
 
 
-def flat(buffer: Expr, *indices: Expr) -> Expr:
-    """Flat index of a row-major element."""
-    index: Expr = i64(0)
-    for size, part in zip(buffer.shape, indices, strict=True):
-        index = index * size + part
-    return index
+def ceildiv(value: Expr, divisor: int) -> Expr:
+    """value / divisor, rounded up."""
+    return T.floordiv(value + (divisor - 1), i64(divisor))
 
 
 def vload(buffer: Expr, indices: list[Expr], dtype: str) -> Expr:
@@ -112,10 +115,9 @@ class Scalar:
 
 def load_words(arena: Expr, at: Expr, bits: int) -> list[Expr]:
     """The vectors of a unit at byte `at`, as uint32x16."""
-    return [
-        T.bind(T.reinterpret("uint32x16", vload(arena, [at + vector * VECTOR], f"uint8x{VECTOR}")))
-        for vector in range(bits)
-    ]
+    dtype = f"uint8x{VECTOR_BYTES}"
+    vectors = [vload(arena, [at + vector * VECTOR_BYTES], dtype) for vector in range(bits)]
+    return [T.bind(T.reinterpret("uint32x16", vector)) for vector in vectors]
 
 
 def _mask(width: int, bit: int) -> Expr:
@@ -168,17 +170,18 @@ class Footer:
 
 @dataclass(frozen=True)
 class Tables:
-    """The arguments every matrix kernel begins with; see `layout.KernelTables`."""
+    """The arguments every matrix kernel begins with: arena, `layout.KernelTables`, K."""
 
     spec: KernelSpec
     arena: Expr
     offsets: Expr
     starts: Expr
     columns: Expr
+    cols: Expr
 
     @classmethod
     def declare(cls, spec: KernelSpec) -> Tables:
-        """Declare the four buffers."""
+        """Declare the four buffers and `cols`."""
         nbytes, panels, blocks = T.int64(), T.int64(), T.int64()
         return cls(
             spec,
@@ -186,6 +189,7 @@ class Tables:
             buffer_arg("offsets", (panels,), "int64"),
             buffer_arg("starts", (panels, i64(MAX_BITS + 1)), "int32"),
             buffer_arg("columns", (panels, blocks), "int32"),
+            T.arg("cols", T.int64()),
         )
 
     def start(self, panel: Expr, width: int) -> Expr:
@@ -201,20 +205,16 @@ class Tables:
         """Columns of a unit."""
         return UNIT_CODES // self.spec.panel
 
-    def each_group(
-        self, panel: Expr, block: Expr, groups: Expr, cols: Expr, body: Callable[[Expr, Expr], None]
-    ) -> None:
-        """Call body(group, units) for each group of a block of the panel, in stored order.
-
-        `groups` and `cols` are those of the whole matrix.
-        """
-        per_block = self.spec.block_cols // self.spec.group
+    def each_group(self, panel: Expr, block: Expr, body: Callable[[Expr, Expr], None]) -> None:
+        """Call body(group, units) for each group of a block of the panel, in stored order."""
+        size = self.spec.group
+        per_block = self.spec.block_cols // size
+        groups = ceildiv(self.cols, size)
         first = T.bind(T.cast(self.columns[panel, block], "int64") * per_block)
         with T.serial(0, T.min(i64(per_block), groups - first)) as nth:
             group = T.bind(first + nth)
-            width = T.min(i64(self.spec.group), cols - group * self.spec.group)
-            units = T.bind(T.floordiv(width + (self.unit_cols - 1), i64(self.unit_cols)))
-            body(group, units)
+            width = T.min(i64(size), self.cols - group * size)
+            body(group, T.bind(ceildiv(width, self.unit_cols)))
 
 
 @dataclass(frozen=True)
@@ -236,11 +236,6 @@ class Input:
         )
 
     @property
-    def groups(self) -> Expr:
-        """Groups of a row."""
-        return self.values.shape[0]
-
-    @property
     def tokens(self) -> Expr:
         """Tokens, padding included."""
         return self.values.shape[1]
@@ -248,12 +243,12 @@ class Input:
     def dword(self, group: Expr, token: Expr, plane: int, col: Expr) -> Expr:
         """Four int8 values from `col` on, in every lane (int8x64)."""
         four = vload(self.values, [group, token, i64(plane), col], f"int8x{STEP}")
-        return T.reinterpret(f"int8x{VECTOR}", splat(T.reinterpret("int32", four)))
+        return T.reinterpret(f"int8x{VECTOR_BYTES}", splat(T.reinterpret("int32", four)))
 
 
 def dot(acc: Expr, codes: Expr, values: Expr) -> Expr:
     """acc int32x16 += dot of unsigned codes (uint32x16 words) and int8x64 values, four a lane."""
-    unsigned = T.reinterpret(f"uint8x{VECTOR}", codes)
+    unsigned = T.reinterpret(f"uint8x{VECTOR_BYTES}", codes)
     name = "llvm.x86.avx512.vpdpbusd.512"
     return T.call_llvm_pure_intrin("int32x16", name, acc, unsigned, values)
 

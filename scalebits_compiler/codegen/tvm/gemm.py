@@ -6,10 +6,10 @@ by.
 
 from __future__ import annotations
 
-from typing import Any
+from functools import reduce
+from typing import Any, NamedTuple
 
 from scalebits_compiler.codegen.tvm.emit import (
-    VECTOR,
     Expr,
     Footer,
     Input,
@@ -18,6 +18,7 @@ from scalebits_compiler.codegen.tvm.emit import (
     T,
     Tables,
     buffer_arg,
+    ceildiv,
     code_column,
     dot,
     form_code,
@@ -32,7 +33,7 @@ from scalebits_compiler.codegen.tvm.emit import (
     vstore,
 )
 from scalebits_compiler.codegen.tvm.spec import CHUNK_TOKENS, TILE_TOKENS, KernelSpec
-from scalebits_compiler.numerics.layout import LANES, PIECES, STEP, SUBS
+from scalebits_compiler.numerics.layout import LANES, MAX_BITS, PIECES, STEP, SUBS, VECTOR_BYTES
 
 
 def build_gemm(spec: KernelSpec) -> Any:
@@ -48,22 +49,17 @@ def build_gemm(spec: KernelSpec) -> Any:
         dtype = "float32" if spec.mode == "f32" else "uint8"
         codes = buffer_arg("codes", (i64(spec.panel * spec.group),), dtype)
         total = buffer_arg("total", (i64(CHUNK_TOKENS), i64(spec.panel)), "float32")
-        cols, lo, hi = (T.arg(name, T.int64()) for name in ("cols", "lo", "hi"))
-        tile = _FloatTile(x, codes, total) if spec.mode == "f32" else _IntegerTile(x, codes, total)
-        tile.allocate(tables)
+        lo, hi = T.arg("lo", T.int64()), T.arg("hi", T.int64())
+        tile = (_FloatTile if spec.mode == "f32" else _IntegerTile)(tables, x, codes, total)
         at, spill = Scalar(), Slots.alloc(1, "float32")
-        with loop(lo, hi) as panel, T.serial(0, _ceildiv(x.tokens, CHUNK_TOKENS)) as chunk:
+        with loop(lo, hi) as panel, T.serial(0, ceildiv(x.tokens, CHUNK_TOKENS)) as chunk:
             first = T.bind(chunk * CHUNK_TOKENS)
             count = T.bind(T.min(x.tokens - first, i64(CHUNK_TOKENS)))
             _clear(total, count)
             at.set(tables.offsets[panel])
-            _panel(tables, tile, panel, first, count, cols, at)
+            _panel(tile, panel, first, count, at)
             _store(spec, y, total, panel, first, spill)
     return builder.get()
-
-
-def _ceildiv(value: Expr, divisor: int) -> Expr:
-    return T.floordiv(value + (divisor - 1), i64(divisor))
 
 
 def _clear(total: Expr, count: Expr) -> None:
@@ -82,136 +78,119 @@ def _store(spec: KernelSpec, y: Expr, total: Expr, panel: Expr, first: Expr, spi
 
 
 def _panel(
-    tables: Tables,
-    tile: _IntegerTile | _FloatTile,
-    panel: Expr,
-    first: Expr,
-    count: Expr,
-    cols: Expr,
-    at: Scalar,
+    tile: _IntegerTile | _FloatTile, panel: Expr, first: Expr, count: Expr, at: Scalar
 ) -> None:
-    """All blocks of a panel for a chunk of tokens. Only the unpacking depends on the width."""
+    """All blocks of a panel for `count` tokens. Only the unpacking depends on the width."""
+    tables = tile.tables
     code_bytes, offset = Scalar(), T.alloc_buffer((1,), "float32", scope="local")
-    blocks = tables.start(panel, 8)
-    with T.serial(0, blocks) as block:
+    with T.serial(0, tables.start(panel, MAX_BITS)) as block:
 
         def body(group: Expr, units: Expr) -> None:
             start = T.bind(at.get())
             for bits in tables.spec.bits:
-                inside = T.And(
-                    tables.start(panel, bits - 1) <= block, block < tables.start(panel, bits)
-                )
-                with T.If(inside), T.Then():
+                above, below = tables.start(panel, bits - 1), tables.start(panel, bits)
+                with T.If(T.And(above <= block, block < below)), T.Then():
                     tile.unpack(bits, start, units)
-                    code_bytes.set(units * (bits * VECTOR))
+                    code_bytes.set(units * (bits * VECTOR_BYTES))
                     T.buffer_store(offset, T.float32(2.0**bits / 256), [0])
             footer = tables.footer(T.bind(start + code_bytes.get()))
             with T.serial(0, T.floordiv(count, i64(TILE_TOKENS))) as nth:
-                tile.run(group, first, T.bind(nth * TILE_TOKENS), units, footer, offset[0])
+                slot = T.bind(nth * TILE_TOKENS)
+                tile.run(_Place(group, first + slot, slot), units, footer, offset[0])
             at.set(footer.at + 3 * tables.spec.panel)
 
-        tables.each_group(panel, block, tile.x.groups, cols, body)
+        tables.each_group(panel, block, body)
+
+
+class _Place(NamedTuple):
+    """What a tile works on: a group, its first token, and the row of that token in the outputs."""
+
+    group: Expr
+    token: Expr
+    slot: Expr
 
 
 class _IntegerTile:
     """TILE_TOKENS tokens x 16-row groups with vpdpbusd; codes are u8[row group][step][16 x 4]."""
 
-    def __init__(self, x: Input, codes: Expr, total: Expr) -> None:
-        self.x, self.codes, self.total = x, codes, total
-
-    def allocate(self, tables: Tables) -> None:
-        """Allocate the accumulators: 16 in all, or fewer for low panels."""
-        self.tables, self.spec = tables, tables.spec
+    def __init__(self, tables: Tables, x: Input, codes: Expr, total: Expr) -> None:
+        self.tables, self.spec, self.x = tables, tables.spec, x
+        self.codes, self.total = codes, total
+        # 16 accumulators in all: more would not stay in registers beside the codes.
         self.width = min(self.spec.row_groups, 16 // (TILE_TOKENS * self.spec.planes))
         count = TILE_TOKENS * self.width
         self.sums = [Slots.alloc(count, "int32") for _ in range(self.spec.planes)]
 
     def _vector(self, row_group: Expr, step: Expr) -> Expr:
         """First byte of the codes of 16 rows x 4 columns."""
-        return (row_group * (self.spec.group // STEP) + step) * VECTOR
+        return (row_group * (self.spec.group // STEP) + step) * VECTOR_BYTES
 
     def unpack(self, bits: int, start: Expr, units: Expr) -> None:
         """Unpack the codes of a group that starts at byte `start`."""
         steps = SUBS // self.spec.row_groups
         with T.serial(0, units) as unit:
-            words = load_words(self.tables.arena, start + unit * (bits * VECTOR), bits)
+            words = load_words(self.tables.arena, start + unit * (bits * VECTOR_BYTES), bits)
             for sub in range(SUBS):
                 step, row_group = divmod(sub, self.spec.row_groups)
                 shift = splat(T.uint32(PIECES[bits][sub].shift))
                 code = T.shift_right(form_code(words, bits, sub), shift)
                 at = self._vector(i64(row_group), unit * steps + step)
-                vstore(self.codes, T.reinterpret("uint8x64", code), [at], VECTOR)
+                vstore(self.codes, T.reinterpret("uint8x64", code), [at], VECTOR_BYTES)
 
-    def run(
-        self, group: Expr, first: Expr, token: Expr, units: Expr, footer: Footer, offset: Expr
-    ) -> None:
+    def run(self, place: _Place, units: Expr, footer: Footer, offset: Expr) -> None:
         """Add one group to the outputs of TILE_TOKENS tokens."""
         with T.serial(0, self.spec.row_groups // self.width) as nth:
             base = T.bind(nth * self.width)
             for sums in self.sums:
                 sums.clear()
             with T.serial(0, units * (SUBS // self.spec.row_groups)) as step:
-                self._step(group, first + token, base, step)
+                self._step(place, base, step)
             for row in range(self.width):
                 scale = T.bind(footer.scale(base + row))
                 zero = T.bind(footer.zero(base + row) * splat(offset))
                 for lane in range(TILE_TOKENS):
-                    self._add(group, first, token + lane, base + row, row, lane, scale, zero)
+                    centred = self._centred(place, row, lane, zero)
+                    at = [place.slot + lane, (base + row) * LANES]
+                    vstore(self.total, vload(self.total, at, "float32x16") + scale * centred, at)
 
-    def _step(self, group: Expr, token: Expr, base: Expr, step: Expr) -> None:
+    def _step(self, place: _Place, base: Expr, step: Expr) -> None:
+        """Multiply four columns."""
         codes = [
             T.bind(vload(self.codes, [self._vector(base + row, step)], "uint8x64"))
             for row in range(self.width)
         ]
         for lane in range(TILE_TOKENS):
             for plane, sums in enumerate(self.sums):
-                value = T.bind(self.x.dword(group, token + lane, plane, step * STEP))
+                value = T.bind(self.x.dword(place.group, place.token + lane, plane, step * STEP))
                 for row, code in enumerate(codes):
                     slot = lane * self.width + row
                     sums[slot] = dot(sums[slot], code, value)
 
-    def _add(
-        self,
-        group: Expr,
-        first: Expr,
-        token: Expr,
-        row_group: Expr,
-        row: int,
-        lane: int,
-        scale: Expr,
-        zero: Expr,
-    ) -> None:
-        """total += scale * (sum of code * x - zero * sum of x) for 16 rows of one token."""
-        value = None
-        for sums in self.sums:
-            plane = to_f32(sums[lane * self.width + row])
-            value = plane if value is None else value * splat(T.float32(256)) + plane
-        step, total_x = (self.x.scales[group, first + token, part] for part in range(2))
-        centred = value * splat(step) - zero * splat(total_x)
-        at = [token, row_group * LANES]
-        vstore(self.total, vload(self.total, at, "float32x16") + scale * centred, at)
+    def _centred(self, place: _Place, row: int, lane: int, zero: Expr) -> Expr:
+        """Sum of code * x less zero * sum of x, for 16 rows of one token."""
+        planes = [to_f32(sums[lane * self.width + row]) for sums in self.sums]
+        value = reduce(lambda high, low: high * splat(T.float32(256)) + low, planes)
+        step, total_x = (self.x.scales[place.group, place.token + lane, part] for part in range(2))
+        return value * splat(step) - zero * splat(total_x)
 
 
 class _FloatTile:
     """TILE_TOKENS tokens x 16 rows with multiply-add; weights are f32[column][panel row]."""
 
-    def __init__(self, x: Input, codes: Expr, total: Expr) -> None:
-        self.x, self.weights, self.total = x, codes, total
-
-    def allocate(self, tables: Tables) -> None:
-        """Allocate the accumulators."""
-        self.tables, self.spec = tables, tables.spec
+    def __init__(self, tables: Tables, x: Input, weights: Expr, total: Expr) -> None:
+        self.tables, self.spec, self.x = tables, tables.spec, x
+        self.weights, self.total = weights, total
         self.sums = Slots.alloc(TILE_TOKENS, "float32")
 
     def unpack(self, bits: int, start: Expr, units: Expr) -> None:
         """Dequantise the group that starts at byte `start`."""
-        footer = self.tables.footer(T.bind(start + units * (bits * VECTOR)))
+        footer = self.tables.footer(T.bind(start + units * (bits * VECTOR_BYTES)))
         groups = range(self.spec.row_groups)
         scales = [T.bind(footer.scale(row_group)) for row_group in groups]
         step = splat(T.float32(2.0**bits / 256))
         zeros = [T.bind(footer.zero(row_group) * step) for row_group in groups]
         with T.serial(0, units) as unit:
-            words = load_words(self.tables.arena, start + unit * (bits * VECTOR), bits)
+            words = load_words(self.tables.arena, start + unit * (bits * VECTOR_BYTES), bits)
             for sub in range(SUBS):
                 step_number, row_group = divmod(sub, self.spec.row_groups)
                 formed = T.bind(form_code(words, bits, sub))
@@ -221,18 +200,16 @@ class _FloatTile:
                     col = unit * self.tables.unit_cols + step_number * STEP + column
                     vstore(self.weights, weight, [col * self.spec.panel + row_group * LANES])
 
-    def run(
-        self, group: Expr, first: Expr, token: Expr, units: Expr, footer: Footer, offset: Expr
-    ) -> None:
+    def run(self, place: _Place, units: Expr, footer: Footer, offset: Expr) -> None:
         """Add one group to the outputs of TILE_TOKENS tokens. The weights are complete."""
         with T.serial(0, self.spec.row_groups) as row_group:
             row = T.bind(row_group * LANES)
             for lane in range(TILE_TOKENS):
-                self.sums[lane] = vload(self.total, [token + lane, row], "float32x16")
+                self.sums[lane] = vload(self.total, [place.slot + lane, row], "float32x16")
             with T.serial(0, units * self.tables.unit_cols) as col:
                 weight = T.bind(vload(self.weights, [col * self.spec.panel + row], "float32x16"))
                 for lane in range(TILE_TOKENS):
-                    x = splat(self.x.values[group, first + token + lane, 0, col])
+                    x = splat(self.x.values[place.group, place.token + lane, 0, col])
                     self.sums[lane] = self.sums[lane] + weight * x
             for lane in range(TILE_TOKENS):
-                vstore(self.total, self.sums[lane], [token + lane, row])
+                vstore(self.total, self.sums[lane], [place.slot + lane, row])

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import reduce
 from operator import add
 from typing import Any
 
 from scalebits_compiler.codegen.tvm.emit import (
-    VECTOR,
     Expr,
     Footer,
     Input,
@@ -27,31 +27,27 @@ from scalebits_compiler.codegen.tvm.emit import (
     to_f32,
 )
 from scalebits_compiler.codegen.tvm.spec import KernelSpec
-from scalebits_compiler.numerics.layout import LANES, PIECES, STEP, SUBS
+from scalebits_compiler.numerics.layout import LANES, PIECES, STEP, SUBS, VECTOR_BYTES
 
 
 def build_gemv(spec: KernelSpec) -> Any:
     """The TVM function of a `gemv` spec.
 
-    Arguments: `Tables`, `Input`, y f32[tokens, N], K, panel range lo..hi (int64).
+    Arguments: `Tables`, `Input`, y f32[tokens, N], panel range lo..hi (int64).
     """
     with prim_func(spec.key) as builder:
         tables, x = Tables.declare(spec), Input.declare(spec)
         y = buffer_arg("y", (T.int64(), T.int64()), "float32")
-        cols, lo, hi = (T.arg(name, T.int64()) for name in ("cols", "lo", "hi"))
-        group_sum = (
-            _IntegerSum(spec, tables, x) if spec.mode != "f32" else _FloatSum(spec, tables, x)
-        )
-        at, total, spill = (
-            Scalar(),
-            Slots.alloc(spec.row_groups, "float32"),
-            Slots.alloc(1, "float32"),
-        )
+        lo, hi = T.arg("lo", T.int64()), T.arg("hi", T.int64())
+        inner = (_FloatSum if spec.mode == "f32" else _IntegerSum)(spec, tables, x)
+        at, total = Scalar(), Slots.alloc(spec.row_groups, "float32")
+        spill = Slots.alloc(1, "float32")
         with loop(lo, hi) as panel, T.serial(0, y.shape[0]) as token:
             total.clear()
             at.set(tables.offsets[panel])
             for bits in spec.bits:
-                _segment(tables, x, bits, panel, token, cols, at, total, group_sum)
+                with loop(tables.start(panel, bits - 1), tables.start(panel, bits)) as block:
+                    tables.each_group(panel, block, _group_body(inner, bits, token, at, total))
             for row_group in range(spec.row_groups):
                 row = panel * spec.panel + row_group * LANES
                 with T.If(row < y.shape[1]), T.Then():
@@ -59,33 +55,22 @@ def build_gemv(spec: KernelSpec) -> Any:
     return builder.get()
 
 
-def _segment(
-    tables: Tables,
-    x: Input,
-    bits: int,
-    panel: Expr,
-    token: Expr,
-    cols: Expr,
-    at: Scalar,
-    total: Slots,
-    group_sum: _IntegerSum | _FloatSum,
-) -> None:
-    """All blocks of one width of a panel."""
+def _group_body(
+    inner: _IntegerSum | _FloatSum, bits: int, token: Expr, at: Scalar, total: Slots
+) -> Callable[[Expr, Expr], None]:
+    """Adds one group of a block of width `bits` to `total` and moves `at` behind it."""
 
     def body(group: Expr, units: Expr) -> None:
         start = T.bind(at.get())
-        group_sum.run(bits, group, token, start, units)
-        footer = tables.footer(T.bind(start + units * (bits * VECTOR)))
-        offset = T.bind(x.scales[group, token, 1] * T.float32(2.0**bits / 256))
-        for row_group in range(tables.spec.row_groups):
-            _accumulate(
-                total, row_group, footer, offset, group_sum.result(bits, group, token, row_group)
-            )
-        at.set(footer.at + 3 * tables.spec.panel)
+        inner.run(bits, group, token, start, units)
+        footer = inner.tables.footer(T.bind(start + units * (bits * VECTOR_BYTES)))
+        offset = T.bind(inner.x.scales[group, token, 1] * T.float32(2.0**bits / 256))
+        for row_group in range(inner.spec.row_groups):
+            value = inner.result(bits, group, token, row_group)
+            _accumulate(total, row_group, footer, offset, value)
+        at.set(footer.at + 3 * inner.spec.panel)
 
-    first, last = tables.start(panel, bits - 1), tables.start(panel, bits)
-    with loop(first, last) as block:
-        tables.each_group(panel, block, x.groups, cols, body)
+    return body
 
 
 def _accumulate(total: Slots, row_group: int, footer: Footer, offset: Expr, value: Expr) -> None:
@@ -110,7 +95,7 @@ class _IntegerSum:
         for sums in self.sums:
             sums.clear()
         with T.serial(0, units) as unit:
-            words = load_words(self.tables.arena, start + unit * (bits * VECTOR), bits)
+            words = load_words(self.tables.arena, start + unit * (bits * VECTOR_BYTES), bits)
             for step in range(SUBS // self.spec.row_groups):
                 col = unit * self.tables.unit_cols + step * STEP
                 values = [
@@ -149,7 +134,7 @@ class _FloatSum:
         """Emit the loop over the units of a group."""
         self.sums.clear()
         with T.serial(0, units) as unit:
-            words = load_words(self.tables.arena, start + unit * (bits * VECTOR), bits)
+            words = load_words(self.tables.arena, start + unit * (bits * VECTOR_BYTES), bits)
             for sub in range(SUBS):
                 step, row_group = divmod(sub, self.spec.row_groups)
                 formed = T.bind(form_code(words, bits, sub))

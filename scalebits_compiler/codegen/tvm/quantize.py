@@ -41,7 +41,7 @@ def build_quantize(spec: KernelSpec) -> Any:
         x = buffer_arg("x", (T.int64(), T.int64()), "float32")
         out = Input.declare(spec)
         writer = _CopyGroup(spec, x, out) if spec.mode == "f32" else _QuantizeGroup(spec, x, out)
-        with T.serial(0, x.shape[0]) as token, T.serial(0, out.groups) as group:
+        with T.serial(0, x.shape[0]) as token, T.serial(0, out.values.shape[0]) as group:
             writer.run(token, group)
     return builder.get()
 
@@ -90,11 +90,14 @@ class _QuantizeGroup(_Group):
 
     def run(self, token: Expr, group: Expr) -> None:
         """Emit the code for one group."""
-        largest, total = Slots.alloc(1, "float32"), Slots.alloc(1, "int32")
+        largest, total = Slots.alloc(1, "int32"), Slots.alloc(1, "int32")
         largest.clear()
         with T.serial(0, self.vectors) as vector:
-            largest[0] = T.max(largest[0], T.abs(self.load(token, group, vector)))
-        top = T.bind(self.reduce(largest, T.max))
+            # Bit patterns order like magnitudes, and unlike a float maximum they keep a NaN.
+            pattern = T.reinterpret(f"int32x{LANES}", self.load(token, group, vector))
+            magnitude = T.bitwise_and(pattern, splat(T.int32(0x7FFFFFFF)))
+            largest[0] = T.max(largest[0], magnitude)
+        top = T.bind(T.reinterpret("float32", self.reduce(largest, T.max)))
         levels = T.float32(LEVELS[self.spec.mode])
         inverse = T.bind(T.Select(top > T.float32(SMALLEST), levels / top, T.float32(0)))
         total.clear()

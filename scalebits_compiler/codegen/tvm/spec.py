@@ -11,11 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scalebits_compiler.errors import TargetError
-from scalebits_compiler.numerics.layout import LANES, BlockLayout
+from scalebits_compiler.numerics.layout import FORMAT_VERSION, LANES, BlockLayout
 
 Kind = Literal["gemv", "gemm", "quantize"]
 Mode = Literal["a16", "a8", "f32"]
-DISPATCH_VERSION = 1
 TILE_TOKENS = 4  # the gemm kernel computes this many tokens at a time
 CHUNK_TOKENS = 64  # tokens for which the gemm kernel uses an unpacked group
 
@@ -150,4 +149,4 @@ def _dispatch(specs: dict[str, list[KernelSpec]]) -> dict[str, Any]:
                 "kernels": kernels,
             }
         )
-    return {"version": DISPATCH_VERSION, "variants": variants}
+    return {"version": FORMAT_VERSION, "variants": variants}
