@@ -253,8 +253,16 @@ def dot(acc: Expr, codes: Expr, values: Expr) -> Expr:
     return T.call_llvm_pure_intrin("int32x16", name, acc, unsigned, values)
 
 
+def join_planes(planes: list[Expr]) -> Expr:
+    """One float32x16 from the int32x16 sums of the planes, high byte first."""
+    joined = to_f32(planes[0])
+    for low in planes[1:]:
+        joined = joined * splat(T.float32(256)) + to_f32(low)
+    return joined
+
+
 def store_rows(y: Expr, token: Expr, row: Expr, value: Expr, spill: Slots) -> None:
-    """Store 16 outputs of one token from `row` on, without touching rows beyond the matrix."""
+    """Store the outputs of one token from `row` on: 16, or what is left of the matrix."""
     rows = y.shape[1]
     with T.If(row + LANES <= rows):
         with T.Then():

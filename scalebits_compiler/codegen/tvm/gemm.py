@@ -6,7 +6,6 @@ by.
 
 from __future__ import annotations
 
-from functools import reduce
 from typing import Any, NamedTuple
 
 from scalebits_compiler.codegen.tvm.emit import (
@@ -23,12 +22,12 @@ from scalebits_compiler.codegen.tvm.emit import (
     dot,
     form_code,
     i64,
+    join_planes,
     load_words,
     loop,
     prim_func,
     splat,
     store_rows,
-    to_f32,
     vload,
     vstore,
 )
@@ -41,7 +40,7 @@ def build_gemm(spec: KernelSpec) -> Any:
 
     Arguments: `Tables`, `Input` (tokens a multiple of TILE_TOKENS), y f32[tokens, N], scratch for
     the unpacked group (u8[panel * group], in mode f32 float32) and for the outputs
-    f32[CHUNK_TOKENS, panel], K, panel range lo..hi (int64).
+    f32[CHUNK_TOKENS, panel], panel range lo..hi (int64).
     """
     with prim_func(spec.key) as builder:
         tables, x = Tables.declare(spec), Input.declare(spec)
@@ -72,9 +71,8 @@ def _store(spec: KernelSpec, y: Expr, total: Expr, panel: Expr, first: Expr, spi
     with T.serial(0, T.min(y.shape[0] - first, i64(CHUNK_TOKENS))) as token:
         for row_group in range(spec.row_groups):
             row = panel * spec.panel + row_group * LANES
-            with T.If(row < y.shape[1]), T.Then():
-                value = vload(total, [token, i64(row_group * LANES)], "float32x16")
-                store_rows(y, first + token, row, value, spill)
+            value = vload(total, [token, i64(row_group * LANES)], "float32x16")
+            store_rows(y, first + token, row, value, spill)
 
 
 def _panel(
@@ -168,8 +166,7 @@ class _IntegerTile:
 
     def _centred(self, place: _Place, row: int, lane: int, zero: Expr) -> Expr:
         """Sum of code * x less zero * sum of x, for 16 rows of one token."""
-        planes = [to_f32(sums[lane * self.width + row]) for sums in self.sums]
-        value = reduce(lambda high, low: high * splat(T.float32(256)) + low, planes)
+        value = join_planes([sums[lane * self.width + row] for sums in self.sums])
         step, total_x = (self.x.scales[place.group, place.token + lane, part] for part in range(2))
         return value * splat(step) - zero * splat(total_x)
 

@@ -19,12 +19,12 @@ from scalebits_compiler.codegen.tvm.emit import (
     code_column,
     dot,
     form_code,
+    join_planes,
     load_words,
     loop,
     prim_func,
     splat,
     store_rows,
-    to_f32,
 )
 from scalebits_compiler.codegen.tvm.spec import KernelSpec
 from scalebits_compiler.numerics.layout import LANES, PIECES, STEP, SUBS, VECTOR_BYTES
@@ -50,8 +50,7 @@ def build_gemv(spec: KernelSpec) -> Any:
                     tables.each_group(panel, block, _group_body(inner, bits, token, at, total))
             for row_group in range(spec.row_groups):
                 row = panel * spec.panel + row_group * LANES
-                with T.If(row < y.shape[1]), T.Then():
-                    store_rows(y, token, row, total[row_group], spill)
+                store_rows(y, token, row, total[row_group], spill)
     return builder.get()
 
 
@@ -112,15 +111,11 @@ class _IntegerSum:
         """The sum for 16 rows, in units of code * x (float32x16)."""
         subs = range(row_group, SUBS, self.spec.row_groups)
         top = max(PIECES[bits][sub].shift for sub in subs)
-        value = None
-        for sums in self.sums:
-            lifted = [
-                T.shift_left(sums[sub], splat(T.int32(top - PIECES[bits][sub].shift)))
-                for sub in subs
-            ]
-            plane = to_f32(reduce(add, lifted))
-            value = plane if value is None else value * splat(T.float32(256)) + plane
-        return value * splat(self.x.scales[group, token, 0] * T.float32(2.0**-top))
+        lift = {sub: splat(T.int32(top - PIECES[bits][sub].shift)) for sub in subs}
+        planes = [
+            reduce(add, (T.shift_left(sums[sub], lift[sub]) for sub in subs)) for sums in self.sums
+        ]
+        return join_planes(planes) * splat(self.x.scales[group, token, 0] * T.float32(2.0**-top))
 
 
 class _FloatSum:
