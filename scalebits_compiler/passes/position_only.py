@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from scalebits_compiler.ir.attrs import Symbol, Value
+from scalebits_compiler.ir.attrs import Symbol, Value, walk
 from scalebits_compiler.ir.module import Function
 from scalebits_compiler.ir.op import Op
 from scalebits_compiler.ir.ops import Aten, Positions, Rope
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _SHAPES = ((2, 12), (1, 19))
 _TABLE_TOLERANCE = 1e-6
 _ARITHMETIC = ("add", "sub", "rsub", "mul", "lt", "le", "gt", "ge")
+_DIVISIONS = ("floor_divide", "remainder", "div", "bitwise_right_shift")
 _END = 2**62
 
 
@@ -48,7 +49,10 @@ class PositionOnly:
         # can come from is replaced by small ones: the window must follow it.
         ops = self._closure(mask)
         constants = {c for op in ops for c in _constants(op)}
-        if len(constants) > 1 or any(_hides_a_constant(op) for op in ops):
+        hidden = any(_is_beyond(n) for op in ops for n in _other_numbers(op))
+        divides = any(is_call(op, *_DIVISIONS) for op in ops)
+        stored = any(True for op in ops for _ in op.symbols())
+        if len(constants) > 1 or hidden or divides or stored:
             return None
         if not constants:
             return self._measure(ops, mask)
@@ -152,8 +156,12 @@ class PositionOnly:
         return self._tables[cos, sin]
 
     def _table(self, cos: Value, sin: Value) -> tuple[Symbol, float] | None:
-        ops = self._closure(cos)
+        ops, sin_ops = self._closure(cos), self._closure(sin)
         module = self.graph.module
+        # Tables that change at some length look the same at the small ones tried here.
+        numbers = [n for op in (*ops, *sin_ops) for n in (*_constants(op), *_other_numbers(op))]
+        if any(_is_beyond(number) for number in numbers):
+            return None
         for symbol in dict.fromkeys(symbol for op in ops for symbol in op.symbols()):
             weight = module.weights[symbol.name]
             if weight.type.rank != 1 or weight.data is None:
@@ -162,7 +170,7 @@ class PositionOnly:
             scalings = {
                 _scaling(
                     self._run(ops, cos, shape),
-                    self._run(self._closure(sin), sin, shape),
+                    self._run(sin_ops, sin, shape),
                     frequency,
                 )
                 for shape in _SHAPES
@@ -200,16 +208,19 @@ def _constants(op: Op) -> list[int]:
     return [abs(arg) for arg in op.args if type(arg) is int and abs(arg) > 1]
 
 
-def _hides_a_constant(op: Op) -> bool:
-    """Whether a number beyond what the shapes show occurs where it is not understood."""
-    if not isinstance(op, Aten) or is_call(op, *_ARITHMETIC):
-        return False
-    limit = _SHAPES[0][1]
-    leaves = [arg for arg in (*op.args, *op.kwargs.values()) if type(arg) is int]
-    leaves += [a for arg in op.args if isinstance(arg, tuple) for a in arg if type(a) is int]
-    return any(limit <= abs(leaf) < _END for leaf in leaves) or is_call(
-        op, "floor_divide", "remainder", "div", "bitwise_right_shift"
-    )
+def _other_numbers(op: Op) -> list[int | float]:
+    """All numbers of a call that `_constants` does not give."""
+    if not isinstance(op, Aten):
+        return []
+    args = () if is_call(op, *_ARITHMETIC) else op.args
+    floats = [arg for arg in op.args if isinstance(arg, float)]
+    leaves = walk((args, op.kwargs))
+    return floats + [leaf for leaf in leaves if type(leaf) is int]
+
+
+def _is_beyond(number: int | float) -> bool:
+    """Whether a number is a length that the shapes tried do not reach (and no mask filler)."""
+    return _SHAPES[0][1] <= abs(number) < (_END if isinstance(number, int) else 1e9)
 
 
 def _exchange(op: Op, constant: int, by: int) -> Op:
