@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,11 +44,12 @@ def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
     add("-p", "--pipeline", default="", metavar="PIPELINE", help='e.g. "pass-a{x = 1},pass-b"')
     add("-o", "--output", type=Path, metavar="OUT", help="write here, with the tensors beside it")
     add("--stop-after", metavar="NAME", help="leave out what comes after this pass")
-    add("--calib", type=Path, metavar="FILE", help="text for the passes that need some")
+    add("--seed", type=int, default=0, metavar="N", help="for the passes that draw numbers")
     add("--plugin", type=Path, action="append", default=[], metavar="FILE", help="load a plugin")
     add("--reproduce", type=Path, metavar="DIR", help="replay the bundle of a failed pass")
     add("--dump-ir", type=Path, metavar="DIR", help="write the module after every pass")
     add("--time-passes", action="store_true", help="print the time of every pass")
+    add("--report", action="store_true", help="print what the passes report, as JSON")
     for when in ("before", "after"):
         told = f"print the module {when} all or the named passes"
         add(f"--print-ir-{when}", nargs="?", const="", metavar="NAME,...", help=told)
@@ -127,10 +128,12 @@ def _process(
     module = with_tensors(module, Path() if args.file == "-" else Path(path).parent)
     timing = Timing()
     observers = [*_observers(args, registry, source), timing]
-    ctx = _context(module, args, registry)
+    ctx = PassContext(evaluate=lambda changed: _evaluator(changed, registry), seed=args.seed)
     made = run_pipeline(module, passes, ctx, observers, registry.passes)
     if args.time_passes:
         print(timing.table(), file=sys.stderr)
+    if args.report:
+        print(json.dumps(ctx.report, indent=2, default=str), file=sys.stderr)
     if args.output is not None:
         save_module(made, args.output)
         return ""
@@ -143,12 +146,12 @@ def _process(
 
 
 def _observers(args: argparse.Namespace, registry: Registry, text: Source) -> list[Observer]:
-    flags = "".join(f" --plugin {shlex.quote(str(path))}" for path in args.plugin)
-    calib = f" --calib {shlex.quote(str(args.calib))}" if args.calib else ""
+    flags = f" --seed {args.seed}" if args.seed else ""
+    flags += "".join(f" --plugin {shlex.quote(str(path))}" for path in args.plugin)
     source = None if args.file == "-" else Path(args.file)
     watch: list[Observer] = []
     if args.dump_ir is not None:
-        watch.append(DumpIR(args.dump_ir, source, flags + calib))
+        watch.append(DumpIR(args.dump_ir, source, flags))
     if args.reproduce is None:
         folder = args.dump_ir / "reproducer" if args.dump_ir else REPRODUCER
         watch.append(Reproducer(folder, always=args.dump_ir is not None, flags=flags))
@@ -164,29 +167,13 @@ def _observers(args: argparse.Namespace, registry: Registry, text: Source) -> li
     return watch
 
 
-def _names(listed: str) -> frozenset[str] | None:
+def _names(listed: str | None) -> frozenset[str] | None:
     return frozenset(listed.split(",")) if listed else None
 
 
-def _context(module: Module, args: argparse.Namespace, registry: Registry) -> PassContext:
-    """What passes may use. The driver, and with it torch, comes in only when one needs it."""
-    if args.calib is not None:
-        return _driver_context(module, args.calib, registry)
-
-    def evaluate(changed: Module) -> Evaluator:
-        made = _driver_context(changed, None, registry)
-        return made.evaluator(changed, "the pipeline")
-
-    ctx = PassContext(evaluate=evaluate)
-    if args.reproduce is not None:
-        from scalebits_compiler.passes.reproducer import synthetic_text
-
-        ctx = replace(ctx, text=synthetic_text(module))
-    return ctx
-
-
-def _driver_context(module: Module, calib: Path | None, registry: Registry) -> PassContext:
-    from scalebits_compiler.driver import make_context
+def _evaluator(module: Module, registry: Registry) -> Evaluator:
+    """The driver, and with it torch, comes in only when a pass evaluates."""
+    from scalebits_compiler.driver import evaluator
 
     registry.install_rules()
-    return make_context(module, calib=calib)
+    return evaluator(module)

@@ -16,7 +16,7 @@ from scalebits_compiler.ir.module import Module, Weight
 from scalebits_compiler.ir.ops import Embedding
 from scalebits_compiler.ir.resources import ResourceStore
 from scalebits_compiler.ir.save import replacing, save_module
-from scalebits_compiler.passes.base import Pass, TextSplit
+from scalebits_compiler.passes.base import Pass
 from scalebits_compiler.passes.pipeline import Observer, print_passes
 
 if TYPE_CHECKING:
@@ -83,11 +83,14 @@ def synthetic(module: Module) -> ResourceStore:
         for key, rule in _rules(weight):
             if key in module.resources:
                 made[key] = _tensor(module.resources, key, rule, weight)
+    for text in (module.calibration, module.acceptance):
+        if text is not None and text.key in module.resources:
+            made[text.key] = _tokens(module, text.key)
     return ResourceStore(made)
 
 
-def synthetic_text(module: Module, windows: int = 4, length: int = 32) -> TextSplit:
-    """Made-up token windows i64[windows, length] within the module's vocabulary."""
+def _tokens(module: Module, key: str) -> torch.Tensor:
+    """Made-up token windows of the same shape, within the module's vocabulary."""
     import torch
 
     sizes = [
@@ -95,9 +98,8 @@ def synthetic_text(module: Module, windows: int = 4, length: int = 32) -> TextSp
         for op in module.function.ops
         if isinstance(op, Embedding)
     ]
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(min(sizes, default=2), (2, windows, length), generator=generator)
-    return TextSplit(calibration=ids[0], acceptance=ids[1])
+    ids = _generator(key).integers(0, min(sizes, default=2), module.resources.shape(key))
+    return torch.from_numpy(ids).to(_dtype(module.resources.dtype(key)))
 
 
 def _rules(weight: Weight) -> list[tuple[str, str]]:
