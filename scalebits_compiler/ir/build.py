@@ -229,10 +229,16 @@ def build_module(raw: RawModule, source: Source, ops: Mapping[str, type[Op]]) ->
     """The module a text describes; fills `source.places`. `Located` at the first wrong thing."""
     header = dict(raw.header or {})
     facts = _header_strings(header, "facts", raw.name)
+    history = _header_strings(header, "history", raw.name)
     tensors = _header_strings(header, "tensors", raw.name)
+    texts = {name: header.pop(name, None) for name in ("calibration", "acceptance")}
+    for name, value in texts.items():
+        if value is not None and not isinstance(value, Resource):
+            raise Located(f"{name} of the header must be resource(\"key\")", raw.name)
     if header:
+        known = ", ".join(("facts", "history", "tensors", *texts))
         raise Located(
-            f"unknown header attribute '{next(iter(header))}'; known: facts, tensors", raw.name
+            f"unknown header attribute '{next(iter(header))}'; known: {known}", raw.name
         )
     weights: dict[str, Weight] = {}
     perms: dict[str, Perm] = {}
@@ -247,7 +253,16 @@ def build_module(raw: RawModule, source: Source, ops: Mapping[str, type[Op]]) ->
             weights[entry.symbol] = entry
     source.note("module", raw.name)
     function = _function(raw.function, source, ops)
-    return Module(str(raw.name[1:]), function, weights, perms, frozenset(facts), tensors)
+    return Module(
+        name=str(raw.name[1:]),
+        function=function,
+        weights=weights,
+        perms=perms,
+        facts=frozenset(facts),
+        history=history,
+        tensors=tensors,
+        **texts,
+    )
 
 
 def _header_strings(header: dict[str, Any], name: str, token: Token) -> tuple[str, ...]:

@@ -97,14 +97,22 @@ class Function:
 
 @dataclass(frozen=True)
 class Module:
-    """A model on its way to a target. `facts` say which passes' work is in it (see FACTS)."""
+    """A model on its way to a target.
+
+    facts: which passes' work is in it (see FACTS). history: the passes that were run, with their
+    options. tensors: files beside the text. calibration, acceptance: token windows
+    int64 [n, sequence], what gradients may see and what accepts or rejects a step.
+    """
 
     name: str
     function: Function
     weights: Mapping[str, Weight] = field(default_factory=dict)
     perms: Mapping[str, Perm] = field(default_factory=dict)
     facts: frozenset[str] = frozenset()
+    history: tuple[str, ...] = ()
     tensors: tuple[str, ...] = ()
+    calibration: Resource | None = None
+    acceptance: Resource | None = None
     resources: ResourceStore = field(default_factory=ResourceStore, compare=False, repr=False)
 
     def quantized(self) -> list[Weight]:

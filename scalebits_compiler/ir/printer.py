@@ -92,8 +92,9 @@ def module_lines(module: Module) -> list[str]:
     if module.facts:
         known = [fact for fact in FACTS if fact in module.facts]
         header["facts"] = tuple(known + sorted(module.facts - set(FACTS)))
-    if module.tensors:
-        header["tensors"] = module.tensors
+    for name in ("history", "tensors", "calibration", "acceptance"):
+        if getattr(module, name):
+            header[name] = getattr(module, name)
     function = renumbered(module.function)
     args = ", ".join(f"{arg.value}: {arg.type}" for arg in function.args)
     return [

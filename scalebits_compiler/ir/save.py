@@ -32,8 +32,9 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def resource_keys(module: Module) -> list[str]:
-    """The keys of all tensors that the permutations and weights name, in the order of the text."""
-    keys: dict[str, None] = {}
+    """The keys of all tensors that the header, permutations and weights name, in the order of the text."""
+    texts = (module.calibration, module.acceptance)
+    keys: dict[str, None] = {text.key: None for text in texts if text is not None}
     for entry in (*module.perms.values(), *module.weights.values()):
         for item in fields(entry):
             value = getattr(entry, item.name)

@@ -77,13 +77,19 @@ class PassContext:
             raise PassError(f"{needed_by} evaluates the model, and no evaluator was given")
         return self.evaluate(module)
 
-    def windows(self, needed_by: str) -> TextSplit:
-        """The calibration text; PassError where there is none."""
-        if self.text is None:
+    def windows(self, module: Module, needed_by: str) -> TextSplit:
+        """The text of the module (or of the context, which wins); PassError where there is none."""
+        if self.text is not None:
+            return self.text
+        if module.calibration is None or module.acceptance is None:
             raise PassError(
-                f"{needed_by} needs calibration text", help="give a text file with --calib FILE"
+                f"{needed_by} needs calibration text, and the module names none",
+                help="start from a dump that `scalebitsc compile --dump-ir` wrote",
             )
-        return self.text
+        store = module.resources
+        return TextSplit(
+            store.torch(module.calibration.key).long(), store.torch(module.acceptance.key).long()
+        )
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from scalebits_compiler.ir.ops import Aten, Linear
 from scalebits_compiler.passes.base import Pass, PassContext
 from scalebits_compiler.passes.blocks import default_block
 from scalebits_compiler.passes.position_only import PositionOnly
-from scalebits_compiler.passes.raising import STRUCTURAL, Graph, Replacement, raise_attention
+from scalebits_compiler.passes.raising import STRUCTURAL, raise_attention
+from scalebits_compiler.passes.raising_graph import Graph, Replacement
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def _raise(module: Module, ctx: PassContext) -> Module:
             graph.emit(new)
     function = module.function
     result = forwarded.get(function.result, function.result)
-    return replace(module, function=replace(function, ops=tuple(graph.ops), result=result))
+    return replace(graph.module, function=replace(function, ops=tuple(graph.ops), result=result))
 
 
 def _apply(graph: Graph, positions: PositionOnly, op: Op) -> Replacement:

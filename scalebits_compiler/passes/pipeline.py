@@ -176,7 +176,11 @@ def _run_one(module: Module, item: Pass, ctx: PassContext, observers: Sequence[O
     for observer in observers:
         observer.before(item, module)
     made = item.run(module, ctx)
-    made = replace(made, facts=_facts_after(item, made.facts))
+    made = replace(
+        made,
+        facts=_facts_after(item, made.facts),
+        history=(*module.history, print_passes([item])),
+    )
     for observer in reversed(observers):
         observer.after(item, module, made)
     return made

@@ -16,7 +16,7 @@ from scalebits_compiler.ir.op import Op
 from scalebits_compiler.ir.ops import Aten, Positions, Rope
 from scalebits_compiler.ir.types import TensorType
 from scalebits_compiler.passes.base import PassContext
-from scalebits_compiler.passes.raising import Graph, Replacement, is_call
+from scalebits_compiler.passes.raising_graph import Graph, Replacement, is_call
 
 if TYPE_CHECKING:
     import torch

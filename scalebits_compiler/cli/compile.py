@@ -1,0 +1,152 @@
+"""`scalebitsc compile`: a model folder to an artifact."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scalebits_compiler.cli.progress import progress_for
+from scalebits_compiler.errors import UsageError
+
+if TYPE_CHECKING:
+    from argparse import _SubParsersAction
+
+    from scalebits_compiler.codegen.target import Built
+    from scalebits_compiler.driver import CompileOptions, CompileReport
+    from scalebits_compiler.passes.pipeline import Observer
+    from scalebits_compiler.plugins import Registry
+
+
+def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command `compile`."""
+    parser = subparsers.add_parser("compile", help="compile a model to an artifact")
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="a Hugging Face folder, or a hub id in the local cache")
+    add("-o", "--output", type=Path, required=True, metavar="OUT", help="the artifact's folder")
+    add("--target", default="cpu", help="cpu (default) or reference")
+    add("--avg-bits", type=float, default=3.0, metavar="B", help="cap on effective bits per weight")
+    add("--calib", type=Path, metavar="FILE", help="UTF-8 text; without it a bundled one is used")
+    add("--seq-len", type=int, metavar="N", help="tokens per calibration window")
+    add("--calib-windows", type=int, default=128, metavar="N", help="windows for gradients")
+    add("--accept-windows", type=int, default=64, metavar="N", help="windows that accept a step")
+    add("--block", type=_block, metavar="RxC", help="rows x columns of a block, e.g. 128x128")
+    add("--group", type=int, metavar="G", help="columns that share a scale, e.g. 128")
+    add("--seed", type=int, default=0, help="picks the calibration windows (default 0)")
+    add("--force", action="store_true", help="replace OUT if it exists")
+    add("--from", dest="start", type=Path, metavar="FILE.sbir", help="go on from a dump")
+    add("--dump-ir", type=Path, metavar="DIR", help="write the module after every pass")
+    add("--print-ir-after-all", action="store_true", help="print the module after every pass")
+    add("--print-ir-after", metavar="PASS", help="print the module after this pass")
+    add("--plugin", type=Path, action="append", default=[], metavar="FILE", help="load a plugin")
+    add("--json", action="store_true", help="print the summary as JSON")
+    add("-q", "--quiet", action="store_true", help="no progress")
+    parser.set_defaults(run=run)
+
+
+def _block(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)x(\d+)", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no block shape, e.g. 128x128")
+    return int(found[1]), int(found[2])
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compile and print the summary."""
+    from scalebits_compiler.driver import Hooks, compile_model
+    from scalebits_compiler.plugins import load_plugins
+
+    registry = load_plugins(args.plugin)
+    hooks = Hooks(
+        progress=progress_for(args.quiet),
+        observers=_observers(args, registry),
+        registry=registry,
+        on_kernels=lambda built: _dump_kernels(args.dump_ir, built),
+    )
+    report = compile_model(args.model, args.output, _options(args), hooks, args.start)
+    print(json.dumps(as_json(report), indent=2) if args.json else as_text(report))
+    return 0
+
+
+def _options(args: argparse.Namespace) -> CompileOptions:
+    from scalebits_compiler.driver import CompileOptions, TextOptions
+
+    for name in ("seq_len", "calib_windows", "accept_windows"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {value} must be at least 1")
+    text = TextOptions(args.calib, args.seq_len, args.calib_windows, args.accept_windows)
+    return CompileOptions(
+        target=args.target,
+        avg_bits=args.avg_bits,
+        block=args.block,
+        group=args.group,
+        seed=args.seed,
+        text=text,
+        force=args.force,
+    )
+
+
+def _observers(args: argparse.Namespace, registry: Registry) -> list[Observer]:
+    from scalebits_compiler.passes.observers import DumpIR, PrintAfter
+    from scalebits_compiler.passes.table import PIPELINES, find_pass
+
+    watch: list[Observer] = []
+    if args.dump_ir is not None:
+        watch.append(DumpIR(args.dump_ir, args.start))
+    if args.print_ir_after_all:
+        watch.append(PrintAfter(sys.stderr.write))
+    elif args.print_ir_after is not None:
+        find_pass(args.print_ir_after, registry.passes)
+        if args.print_ir_after not in PIPELINES["default"].split(","):
+            raise UsageError(f"--print-ir-after: '{args.print_ir_after}' is not in the pipeline")
+        watch.append(PrintAfter(sys.stderr.write, frozenset({args.print_ir_after})))
+    return watch
+
+
+def _dump_kernels(folder: Path | None, built: Built) -> None:
+    if folder is None:
+        return
+    for name, content in built.files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+
+
+def as_json(report: CompileReport) -> dict[str, Any]:
+    """The summary for programs; times are in seconds."""
+    return {
+        "output": str(report.out),
+        "target": report.manifest.target["kind"],
+        **report.manifest.summary,
+        "file_bytes": report.manifest.file_bytes,
+        "seconds": report.seconds,
+        "passes": report.passes,
+    }
+
+
+def as_text(report: CompileReport) -> str:
+    """The summary for people."""
+    summary = report.manifest.summary
+    lines = [f"wrote {report.out}  (target {report.manifest.target['kind']})"]
+    blocks = report.passes.get("canonicalize")
+    if isinstance(blocks, dict):
+        lines.append(f"  blocks          {blocks['message']}")
+        if blocks["aten"]:
+            lines.append(f"  not recognised  {blocks['aten']}: left to torch")
+    search = report.passes.get("assign-bits")
+    if isinstance(search, dict):
+        kept = "searched widths" if search["shipped"] == "search" else "uniform widths (they won)"
+        lines.append(f"  assignment      {kept}, held-out loss {search['held_loss']:.4f} nats")
+    lines += [
+        f"  code bits       {summary['code_bits']:.3f} per weight",
+        f"  effective bits  {summary['effective_bits']:.3f} per weight, all counted",
+        f"  files           {report.manifest.file_bytes:,} bytes"
+        f" ({summary['matrix_bytes']:,} quantized, {summary['dense_bytes']:,} dense)",
+    ]
+    times = ", ".join(f"{name} {took:.1f}" for name, took in report.seconds.items())
+    lines.append(f"  seconds         {times}; total {sum(report.seconds.values()):.1f}")
+    return "\n".join(lines)

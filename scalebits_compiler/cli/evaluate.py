@@ -1,0 +1,60 @@
+"""`scalebitsc eval`: quality of an artifact or a model on a text."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from scalebits_compiler.cli.progress import progress_for
+from scalebits_compiler.errors import UsageError
+
+if TYPE_CHECKING:
+    from argparse import _SubParsersAction
+
+
+def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command `eval`."""
+    parser = subparsers.add_parser("eval", help="perplexity, KL divergence, top-1 agreement")
+    add = parser.add_argument
+    add("model", type=Path, metavar="OUT", help="an artifact, or a Hugging Face folder")
+    add("--text", type=Path, required=True, metavar="FILE", help="UTF-8 text to score")
+    add("--vs", type=Path, metavar="MODEL", help="the original model")
+    add("--seq-len", type=int, metavar="N", help="tokens per window")
+    add("--windows", type=int, metavar="N", help="only the first N windows of the text")
+    add("--target", choices=("reference",), help="run by torch definitions, not by kernels")
+    add("--activations", choices=("a16", "a8"), default="a16", help="a8 is faster, less exact")
+    add("--json", action="store_true", help="print JSON")
+    add("-q", "--quiet", action="store_true", help="no progress")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Score and print."""
+    for name in ("seq_len", "windows"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {value} must be at least 1")
+    from scalebits_compiler.evaluation import evaluate
+
+    result = evaluate(
+        args.model,
+        args.text,
+        args.vs,
+        seq_len=args.seq_len,
+        windows=args.windows,
+        target=args.target,
+        activations=args.activations,
+        progress=progress_for(args.quiet),
+    )
+    if args.json:
+        print(json.dumps(result, indent=2))
+        return 0
+    print(f"perplexity      {result['perplexity']:.4f}")
+    if args.vs is not None:
+        print(f"KL divergence   {result['kl_divergence']:.6f} nats per token")
+        print(f"top-1 agreement {result['top1_agreement']:.2%}")
+    print(f"tokens scored   {result['tokens']:,}")
+    print(f"protocol        {result['protocol']}")
+    return 0

@@ -1,0 +1,76 @@
+"""`scalebitsc inspect`: what is in an artifact."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from argparse import _SubParsersAction
+
+    from scalebits_compiler.runtime.artifact import Artifact
+
+
+def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command `inspect`."""
+    parser = subparsers.add_parser("inspect", help="sizes and widths of an artifact")
+    parser.add_argument("artifact", type=Path, metavar="OUT", help="a folder that compile wrote")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the summary of an artifact, each matrix on a line."""
+    from scalebits_compiler.runtime.artifact import Artifact
+
+    described = describe(Artifact.open(args.artifact))
+    print(json.dumps(described, indent=2) if args.json else as_text(described))
+    return 0
+
+
+def describe(artifact: Artifact) -> dict[str, Any]:
+    """Everything `inspect` tells, for programs."""
+    from scalebits_compiler.runtime.cpu_features import cpu_features
+
+    manifest = artifact.manifest
+    found = {
+        "target": manifest.target["kind"],
+        **manifest.summary,
+        "file_bytes": manifest.file_bytes,
+        "files": {name: record.bytes for name, record in manifest.files.items()},
+        "pipeline": manifest.provenance.pipeline,
+        "seed": manifest.provenance.seed,
+        "model": manifest.provenance.model,
+    }
+    if manifest.kernels is not None:
+        features = cpu_features()
+        found["kernel_variants"] = [
+            {"name": v["name"], "runs_here": set(v["features"]) <= features}
+            for v in manifest.kernels.dispatch["variants"]
+        ]
+    return found
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """The same for people."""
+    lines = [
+        f"model {found['model']}, target {found['target']}",
+        f"code bits       {found['code_bits']:.3f}",
+        f"effective bits  {found['effective_bits']:.3f}",
+        f"file bytes      {found['file_bytes']:,}",
+    ]
+    for variant in found.get("kernel_variants", []):
+        verdict = "runs here" if variant["runs_here"] else "needs another processor"
+        lines.append(f"kernels         {variant['name']}: {verdict}")
+    width = max(map(len, found["matrices"]))
+    lines.append(f"{'matrix':<{width}}  {'shape':>13}  {'block':>9}  group  bits   blocks by width")
+    for name, matrix in found["matrices"].items():
+        shape, block = ("x".join(map(str, matrix[key])) for key in ("shape", "block"))
+        counts = " ".join(f"{b}:{n}" for b, n in matrix["histogram"].items())
+        lines.append(
+            f"{name:<{width}}  {shape:>13}  {block:>9}  {matrix['group']:>5}"
+            f"  {matrix['code_bits']:.3f}  {counts}"
+        )
+    return "\n".join(lines)

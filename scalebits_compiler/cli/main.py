@@ -1,0 +1,48 @@
+"""`scalebitsc`: parses arguments, calls the driver, and turns errors into one clear message."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from scalebits_compiler import __version__
+from scalebits_compiler.cli import compile, evaluate, inspect, opt, passes, run
+from scalebits_compiler.errors import ScalebitsError, UsageError
+
+COMMANDS = (compile, run, evaluate, inspect, opt, passes)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    made = argparse.ArgumentParser(
+        prog="scalebitsc",
+        description="Compile language models to mixed 1..8-bit blocks under a budget, and run them.",
+    )
+    made.add_argument("--version", action="version", version=f"scalebitsc {__version__}")
+    commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add_parser(commands)
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 1 an error that the message explains, 2 wrong usage, 130 interrupted."""
+    args = parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except ScalebitsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output went away; keep Python's own flush at exit quiet.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""`scalebitsc run`: generate text with an artifact."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from argparse import _SubParsersAction
+
+    from scalebits_compiler.runtime.session import Session
+
+
+def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command `run`."""
+    parser = subparsers.add_parser("run", help="generate text with an artifact")
+    add = parser.add_argument
+    add("artifact", type=Path, metavar="OUT", help="a folder that compile wrote")
+    add("--prompt", action="append", required=True, help="give it several times for a batch")
+    add("-n", "--max-new-tokens", type=int, default=64, metavar="N", help="default 64")
+    add("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
+    add("--top-k", type=int, metavar="K", help="sample among the K likeliest")
+    add("--top-p", type=float, default=1.0, metavar="P", help="sample among the likeliest mass P")
+    add("--seed", type=int, default=0, help="of the sampling (default 0)")
+    add("--target", choices=("reference",), help="run by torch definitions, not by kernels")
+    add("--activations", choices=("a16", "a8"), default="a16", help="a8 is faster, less exact")
+    add("--threads", type=int, default=1, metavar="N", help="for large matrices (default 1)")
+    add("--json", action="store_true", help="print prompts, tokens and text as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Generate and print; a single prompt is printed as it is written."""
+    session = open_session(args)
+    live = len(args.prompt) == 1 and not args.json
+    if live:
+        sys.stdout.write(args.prompt[0])
+    done = session.generate(
+        args.prompt,
+        args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+        stream=_write if live else None,
+    )
+    if args.json:
+        rows = [{"prompt_text": text, **asdict(g)} for text, g in zip(args.prompt, done, strict=True)]
+        print(json.dumps({"variant": session.variant, "generations": rows}, indent=2))
+    elif live:
+        print()
+    else:
+        for text, generation in zip(args.prompt, done, strict=True):
+            print(f"{text}{generation.text}\n---")
+    return 0
+
+
+def _write(row: int, piece: str) -> None:
+    sys.stdout.write(piece)
+    sys.stdout.flush()
+
+
+def open_session(args: argparse.Namespace) -> Session:
+    """The session that --target asks for."""
+    if args.target == "reference":
+        from scalebits_compiler.reference_session import load_reference
+
+        return load_reference(args.artifact)
+    from scalebits_compiler.runtime.session import load
+
+    return load(args.artifact, activations=args.activations, threads=args.threads)

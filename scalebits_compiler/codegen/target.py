@@ -1,0 +1,59 @@
+"""What a target is: it turns a packed module into what the runtime needs besides the weights."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from scalebits_compiler.errors import UsageError
+
+if TYPE_CHECKING:
+    from scalebits_compiler.ir.module import Module
+    from scalebits_compiler.runtime.manifest import Kernels, Plan
+
+
+@dataclass(frozen=True)
+class Built:
+    """plan and kernels go into the manifest (None where the target has none); files into the
+    artifact, by their name there.
+    """
+
+    plan: Plan | None = None
+    kernels: Kernels | None = None
+    files: Mapping[str, Path | bytes] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Target(ABC):
+    """A frozen dataclass; its fields are the target's options and land in the manifest."""
+
+    name: ClassVar[str]
+
+    def check(self) -> None:  # noqa: B027  (most targets need nothing)
+        """Raise TargetError, before any work, if this machine cannot build for the target."""
+
+    @abstractmethod
+    def build(self, module: Module, folder: Path) -> Built:
+        """Build for a packed module; `folder` is empty and may hold files until they are copied."""
+
+
+_HOME = "scalebits_compiler.codegen"
+TARGETS: dict[str, str | type[Any]] = {
+    "cpu": f"{_HOME}.tvm.target:CpuTarget",
+    "reference": f"{_HOME}.reference.target:ReferenceTarget",
+}
+
+
+def find_target(name: str, table: Mapping[str, str | type[Any]] = TARGETS) -> Target:
+    """The target of a name, with its default options. UsageError if there is none."""
+    entry = table.get(name)
+    if entry is None:
+        raise UsageError(f"there is no target '{name}'", help=f"the targets are {', '.join(table)}")
+    if isinstance(entry, str):
+        module, _, attribute = entry.partition(":")
+        entry = getattr(import_module(module), attribute)
+    return entry()

@@ -1,0 +1,264 @@
+"""The driver: model folder -> graph -> IR -> passes -> target -> artifact (layer L3)."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scalebits_compiler import __version__
+from scalebits_compiler.codegen.output import check_output
+from scalebits_compiler.codegen.target import TARGETS, Built, Target, find_target
+from scalebits_compiler.codegen.writer import write_artifact
+from scalebits_compiler.errors import PassError, UsageError
+from scalebits_compiler.ir.attrs import Resource
+from scalebits_compiler.ir.module import Module
+from scalebits_compiler.ir.parser import read_module
+from scalebits_compiler.passes.base import Pass, PassContext, Progress, no_progress
+from scalebits_compiler.passes.observers import RoundTrip, Timing, VerifyEach
+from scalebits_compiler.passes.pipeline import Observer, parse_passes, run_pipeline
+from scalebits_compiler.passes.table import PIPELINES, PassTable
+from scalebits_compiler.plugins import Registry
+from scalebits_compiler.runtime.manifest import Manifest, Provenance
+from scalebits_compiler.summary import summarize
+
+if TYPE_CHECKING:
+    from scalebits_compiler.frontend.hf import SourceModel
+    from scalebits_compiler.passes.base import Evaluator
+
+# Longest default window; a model's own limit may be shorter.
+WINDOW = 512
+BUNDLED_TEXT = "wikitext2-calibration.txt"
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """What to calibrate on: a text file (None: the bundled one), and how much of it.
+
+    seq_len: tokens per window (None: the model's limit, at most WINDOW); calibration and
+    acceptance: numbers of windows, disjoint.
+    """
+
+    file: Path | None = None
+    seq_len: int | None = None
+    calibration: int = 128
+    acceptance: int = 64
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """Options of `compile_model`; the command line has one flag for each.
+
+    avg_bits: cap on effective bits per quantized weight. block: (rows, columns); group: columns
+    per scale; both chosen by the size of the model if None.
+    """
+
+    target: str = "cpu"
+    avg_bits: float = 3.0
+    block: tuple[int, int] | None = None
+    group: int | None = None
+    seed: int = 0
+    text: TextOptions = field(default_factory=TextOptions)
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What a caller may watch and add: progress bars, pipeline observers, plugins.
+
+    on_kernels sees what the target built, before it is written.
+    """
+
+    progress: Progress = no_progress
+    observers: Sequence[Observer] = ()
+    registry: Registry = field(default_factory=Registry)
+    on_kernels: Callable[[Built], None] | None = None
+
+
+@dataclass(frozen=True)
+class CompileReport:
+    """What a compile did: the artifact's summary, seconds per stage, reports of the passes."""
+
+    out: Path
+    manifest: Manifest
+    seconds: dict[str, float]
+    passes: dict[str, Any]
+
+
+def evaluator(module: Module) -> Evaluator:
+    """The reference target's executor, as passes are given it."""
+    from scalebits_compiler.codegen.reference.executor import Executor
+
+    return Executor(module)
+
+
+def compile_model(
+    model: str | Path,
+    out: str | Path,
+    options: CompileOptions | None = None,
+    hooks: Hooks | None = None,
+    start: Path | None = None,
+) -> CompileReport:
+    """Compile a Hugging Face folder to an artifact in the folder `out`, which appears atomically.
+
+    `start` is an IR file that some stage of compiling this model has dumped: only the passes whose
+    facts it lacks are run. Raises a ScalebitsError for anything a user can mend. Equal inputs and
+    options give equal bytes.
+    """
+    options, hooks = options or CompileOptions(), hooks or Hooks()
+    out = Path(out)
+    target = _prepare(out, options, hooks.registry)
+    stages = _Stages(hooks.progress)
+    source = stages.run("load", lambda: _load(model))
+    passes = pipeline_for(options, hooks.registry.passes)
+    if start is None:
+        module = stages.run("trace", lambda: input_module(source, options.text, options.seed))
+    else:
+        module, _ = read_module(start, hooks.registry.ops)
+        passes = remaining(passes, module)
+    ctx = PassContext(evaluate=evaluator, seed=options.seed, progress=hooks.progress)
+    module = _run_passes(module, passes, ctx, hooks, stages)
+    with tempfile.TemporaryDirectory(prefix="scalebits-") as folder:
+        built = stages.run("kernels", lambda: target.build(module, Path(folder)))
+        if hooks.on_kernels is not None:
+            hooks.on_kernels(built)
+        manifest = stages.run("write", lambda: _write(module, source, target, out, options, built))
+    return CompileReport(out, manifest, stages.seconds, ctx.report)
+
+
+def _run_passes(
+    module: Module, passes: Sequence[Pass], ctx: PassContext, hooks: Hooks, stages: _Stages
+) -> Module:
+    timing = Timing()
+    hooks.registry.install_rules()
+    checks = [RoundTrip(hooks.registry.ops), VerifyEach(), timing]
+    module = run_pipeline(module, passes, ctx, [*hooks.observers, *checks], hooks.registry.passes)
+    stages.seconds.update(dict(timing.seconds))
+    if "packed" not in module.facts:
+        raise PassError("the pipeline does not pack the module", help="end it with pack-blocks")
+    return module
+
+
+def remaining(passes: Sequence[Pass], module: Module) -> list[Pass]:
+    """The passes after the last one whose facts the module already states."""
+    done = 0
+    for index, item in enumerate(passes):
+        if item.establishes and item.establishes <= module.facts:
+            done = index + 1
+    return list(passes[done:])
+
+
+def _prepare(out: Path, options: CompileOptions, registry: Registry) -> Target:
+    """Everything that can be refused before any work."""
+    if not 0 < options.avg_bits <= 16:
+        raise UsageError(
+            f"--avg-bits {options.avg_bits:g} is out of range: effective bits per weight lie between"
+            " about 1.2 and 8.4",
+            help="try --avg-bits 3",
+        )
+    target = find_target(options.target, {**TARGETS, **registry.targets})
+    target.check()
+    check_output(out, options.force)
+    return target
+
+
+def _load(model: str | Path) -> SourceModel:
+    from scalebits_compiler.frontend.hf import load_model
+
+    return load_model(model)
+
+
+def input_module(source: SourceModel, text: TextOptions, seed: int) -> Module:
+    """The traced model as ATen calls, with the token windows that passes will look at."""
+    import torch
+
+    from scalebits_compiler.frontend.calibration import load_tokenizer, split_text
+    from scalebits_compiler.frontend.hf import trace
+    from scalebits_compiler.frontend.lower_fx import lower
+
+    tokenizer = load_tokenizer(source.path)
+    limit = source.config.get("max_position_embeddings") or WINDOW
+    seq_len = text.seq_len or min(WINDOW, limit)
+    if seq_len > limit:
+        raise UsageError(f"--seq-len {seq_len} is more than the model's {limit} positions")
+    with as_file(files("scalebits_compiler") / "data" / BUNDLED_TEXT) as bundled:
+        file = text.file or bundled
+        windows = split_text(file, tokenizer, seq_len, text.calibration, text.acceptance, seed)
+    vocabulary = source.config.get("vocab_size")
+    if vocabulary is not None and int(torch.cat(windows).max()) >= vocabulary:
+        raise UsageError(
+            f"{source.path}: tokenizer.json gives token ids beyond the model's {vocabulary}",
+            help="put the tokenizer that belongs to the model into its folder",
+        )
+    module = lower(trace(source.model), source)
+    texts = dict(zip(("calibration", "acceptance"), (w.to(torch.int32) for w in windows), strict=True))
+    return replace(
+        module,
+        calibration=Resource("calibration"),
+        acceptance=Resource("acceptance"),
+        resources=module.resources.with_(texts),
+    )
+
+
+def pipeline_for(options: CompileOptions, table: PassTable) -> list[Pass]:
+    """The default pipeline with the options of the command line in their passes."""
+    given = {
+        "canonicalize": {"block": options.block, "group": options.group},
+        "assign-bits": {"avg_bits": options.avg_bits},
+    }
+    passes = parse_passes(PIPELINES["default"], table)
+    return [replace(item, **given.get(item.name, {})) for item in passes]
+
+
+def _write(
+    module: Module,
+    source: SourceModel,
+    target: Target,
+    out: Path,
+    options: CompileOptions,
+    built: Built,
+) -> Manifest:
+    assert module.calibration is not None
+    windows = module.resources.shape(module.calibration.key)
+    provenance = Provenance(
+        pipeline=",".join(module.history),
+        seed=options.seed,
+        tool_version=__version__,
+        model=source.name,
+        source_sha256=dict(source.hashes),
+        options={"calibration_windows": windows[0], "seq_len": windows[1]},
+    )
+    extra = {path.name: path for path in source.tokenizer_files}
+    return write_artifact(
+        out,
+        replace(module, calibration=None, acceptance=None),
+        target={"kind": target.name, **asdict(target)},
+        plan=built.plan,
+        kernels=built.kernels,
+        files={**extra, **built.files},
+        config=source.config,
+        summary=summarize(module),
+        provenance=provenance,
+        force=options.force,
+    )
+
+
+class _Stages:
+    """Runs named stages, with a progress line and the time of each in seconds."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.seconds: dict[str, float] = {}
+
+    def run(self, name: str, work: Callable[[], Any]) -> Any:
+        """The result of `work`."""
+        began = time.perf_counter()
+        result = None
+        for step in self.progress([work], name, 1):
+            result = step()
+        self.seconds[name] = time.perf_counter() - began
+        return result

@@ -1,0 +1,56 @@
+"""annotate-sensitivity: what the loss says about every line and block, at quantized weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar
+
+from scalebits_compiler.ir.attrs import Resource
+from scalebits_compiler.ir.module import Module
+from scalebits_compiler.passes.base import Pass, PassContext
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class AnnotateSensitivity(Pass):
+    """Score rows, columns and block moves with the gradient at the quantized weights.
+
+    All matrices are rounded to `bits`. Lines get ½ Σ F (Q_bits - W)²; block moves get the signed
+    g·δ + ½ F·δ² of one bit more and one bit less (passes/statistics.py has the formula).
+    """
+
+    name: ClassVar[str] = "annotate-sensitivity"
+    requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
+    establishes: ClassVar[frozenset[str]] = frozenset({"sensitivity"})
+
+    bits: int = field(default=3, metadata={"help": "uniform width of the reference point"})
+
+    def run(self, module: Module, ctx: PassContext) -> Module:
+        """Adds row_scores, column_scores and block_scores to every matrix that is quantized."""
+        import torch
+
+        from scalebits_compiler.passes import statistics as st
+
+        evaluator = ctx.evaluator(module, self.name)
+        windows = ctx.windows(module, self.name).calibration
+        matrices = st.load_matrices(module, ctx)
+        grids = {s: torch.full(m.weight.grid_shape(), self.bits) for s, m in matrices.items()}
+        lines = st.LineScores.empty(matrices)
+        scores = st.move_scores(evaluator, matrices, grids, windows, ctx, lines=lines)
+        weights, tensors = [], {}
+        for symbol, matrix in matrices.items():
+            rows, columns = lines.rows[symbol], lines.columns[symbol]
+            blocks = torch.stack([scores.up[symbol], scores.down[symbol]], -1)
+            made: dict[str, torch.Tensor] = {
+                "row_scores": rows.float(),
+                "column_scores": columns.float(),
+                "block_scores": blocks.float(),
+            }
+            tensors.update({f"{symbol}.{role}": tensor for role, tensor in made.items()})
+            keys = {role: Resource(f"{symbol}.{role}") for role in made}
+            weights.append(replace(matrix.weight, **keys))
+        ctx.report[self.name] = {"reference_bits": self.bits, "loss": scores.loss}
+        annotated = module.with_weights(weights)
+        return replace(annotated, resources=module.resources.with_(tensors))

@@ -1,0 +1,197 @@
+"""fold-permutes: absorb `permute` ops into weights, gains, biases, embeddings and heads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar
+
+from scalebits_compiler.errors import VerifyError
+from scalebits_compiler.ir.attrs import Resource, Symbol, Value
+from scalebits_compiler.ir.module import Module, Weight
+from scalebits_compiler.ir.op import Op
+from scalebits_compiler.ir.ops import Permute
+from scalebits_compiler.ir.types import TensorType, Type
+from scalebits_compiler.passes.base import Pass, PassContext
+from scalebits_compiler.passes.orders import VARIABLE, Unifier, axis_indices
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class FoldPermutes(Pass):
+    """Store weights in the orders that `permute` ops ask for, until the ops cancel.
+
+    Every op is asked, by its own typing rule, which orders its weights must be stored in so that
+    it reads its operands as they are and gives its result as wanted. Where the rule refuses, the
+    operands go back to natural order and a `permute` stays visible.
+    """
+
+    name: ClassVar[str] = "fold-permutes"
+    requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
+    establishes: ClassVar[frozenset[str]] = frozenset({"folded"})
+
+    def run(self, module: Module, ctx: PassContext) -> Module:
+        """The module with permuted weights and as few permutes as the rules allow."""
+        fold = _Fold(module, _wanted(module))
+        for op in module.function.ops:
+            fold.visit(op)
+        result = fold.natural(fold.env[module.function.result])
+        left = sum(isinstance(op, Permute) for op in fold.ops)
+        ctx.report[self.name] = {"permutes_left": left}
+        weights, tensors = _store(module, fold.layouts)
+        function = replace(module.function, ops=tuple(fold.ops), result=result)
+        changed = replace(module, function=function, resources=module.resources.with_(tensors))
+        return changed.with_weights(weights)
+
+
+def _wanted(module: Module) -> dict[Value, TensorType]:
+    """For a value that is permuted right away: the type after all forward permutes."""
+    origin: dict[Value, Value] = {}
+    wanted: dict[Value, TensorType] = {}
+    for op in module.function.ops:
+        if isinstance(op, Permute) and not op.inverse and isinstance(op.type, TensorType):
+            root = origin.get(op.x, op.x)
+            origin[op.result] = root
+            wanted[root] = op.type
+    return wanted
+
+
+@dataclass
+class _Fold:
+    """One forward walk. A value's content never changes, only the orders it is stored in."""
+
+    module: Module
+    wanted: dict[Value, TensorType]
+    ops: list[Op] = field(default_factory=list)
+    env: dict[Value, Value] = field(default_factory=dict)
+    types: dict[Value, Type] = field(default_factory=dict)
+    layouts: dict[str, TensorType] = field(default_factory=dict)
+    back: dict[Value, Value] = field(default_factory=dict)
+    count: int = 0
+
+    def __post_init__(self) -> None:
+        for arg in self.module.function.args:
+            self.env[arg.value] = arg.value
+            self.types[arg.value] = arg.type
+
+    def visit(self, op: Op) -> None:
+        """Emit one op of the old function."""
+        if isinstance(op, Permute):
+            self.env[op.result] = self.env[op.x]  # only the storage differed
+            return
+        wanted = self.wanted.get(op.result)
+        solved = self._solve(op.map_operands(self.env), wanted)
+        if solved is None:
+            mapping = {old: self.natural(self.env[old]) for old in op.operands()}
+            solved = self._solve(op.map_operands(mapping), None)
+        if solved is None:
+            raise VerifyError(f"{op.name} does not verify in natural order")
+        value = self._emit(solved)
+        if wanted is not None and wanted != solved.type:
+            value = self._permute(value, wanted)
+        self.env[op.result] = value
+
+    def natural(self, value: Value) -> Value:
+        """The value in natural order, by visible permutes if it is stored otherwise."""
+        kind = self.types[value]
+        if not isinstance(kind, TensorType) or not kind.orders:
+            return value
+        if value not in self.back:
+            self.back[value] = self._permute(value, kind.natural())
+        return self.back[value]
+
+    def _solve(self, op: Op, wanted: TensorType | None) -> Op | None:
+        """The op with its result type, after fixing the layouts of its weights; None if refused."""
+        known = {symbol.name: self._layout(symbol) for symbol in op.symbols()}
+        solver = Unifier(lambda symbol: known[symbol.name], dict(self.types))
+        for name, kind in known.items():
+            if name not in self.layouts:
+                sizes = kind.static_shape()
+                known[name] = TensorType(kind.dtype, tuple(solver.unknown(n) for n in sizes))
+        try:
+            result = op.infer(solver)
+            if wanted is not None and isinstance(result, TensorType):
+                for found, asked in zip(result.dims, wanted.dims, strict=True):
+                    solver.same(found, asked, f"wanted order of {op.result}")
+        except VerifyError:
+            return None
+        for name, kind in known.items():
+            self.layouts[name] = _settled(solver.resolve_type(kind))
+        if isinstance(result, TensorType):
+            result = _settled(solver.resolve_type(result))
+        return replace(op, type=result)
+
+    def _layout(self, symbol: Symbol) -> TensorType:
+        return self.layouts.get(symbol.name, self.module.weight(symbol).type)
+
+    def _emit(self, op: Op) -> Value:
+        value = Value(f"f{self.count}")
+        self.count += 1
+        self.ops.append(replace(op, result=value))
+        self.types[value] = op.type
+        return value
+
+    def _permute(self, value: Value, target: TensorType) -> Value:
+        """Bring a value into the orders of `target`, axis by axis, by way of natural order."""
+        kind = self.types[value]
+        assert isinstance(kind, TensorType)
+        for axis, (have, want) in enumerate(zip(kind.dims, target.dims, strict=True)):
+            if have == want:
+                continue
+            for dim, inverse in ((have, True), (want, False)):
+                if dim.orders:
+                    kind = kind.with_dim(axis, dim.natural() if inverse else dim)
+                    permute = Permute(
+                        result=value, type=kind, x=value, axis=axis, order=str(dim), inverse=inverse
+                    )
+                    value = self._emit(permute)
+        return value
+
+
+def _settled(kind: TensorType) -> TensorType:
+    """Unknowns that nothing asked for become natural order."""
+    from scalebits_compiler.ir.types import Dim, Factor
+
+    def settle(dim: Dim) -> Dim:
+        if dim.factors is None:
+            return dim
+        known = (
+            Factor(f.size) if f.order and f.order.startswith(VARIABLE) else f for f in dim.factors
+        )
+        return Dim.of(*known)
+
+    return TensorType(kind.dtype, tuple(settle(dim) for dim in kind.dims))
+
+
+def _store(
+    module: Module, layouts: dict[str, TensorType]
+) -> tuple[list[Weight], dict[str, torch.Tensor]]:
+    """The weights that change their storage order, with their permuted tensors."""
+    weights: list[Weight] = []
+    tensors: dict[str, torch.Tensor] = {}
+    for symbol, kind in layouts.items():
+        weight = module.weights[symbol]
+        if kind == weight.type:
+            continue
+        if weight.type.orders:
+            raise VerifyError(f"@{symbol} is already stored in {weight.type}, {kind} is wanted")
+        changes: dict[str, object] = {"type": kind, "block_scores": None}
+        for role, axes in (("data", None), ("row_scores", 0), ("column_scores", 1)):
+            resource = getattr(weight, role)
+            if isinstance(resource, Resource):
+                dims = kind.dims if axes is None else (kind.dims[axes],)
+                stored = module.resources.torch(resource.key)
+                tensors[resource.key] = _permuted(stored, TensorType(kind.dtype, dims), module)
+        weights.append(replace(weight, **changes))  # type: ignore[arg-type]
+    return weights, tensors
+
+
+def _permuted(tensor: torch.Tensor, kind: TensorType, module: Module) -> torch.Tensor:
+    import torch
+
+    for axis, dim in enumerate(kind.dims):
+        index = axis_indices(dim, module)
+        if index is not None:
+            tensor = tensor.index_select(axis, torch.from_numpy(index))
+    return tensor.contiguous()

@@ -1,0 +1,67 @@
+"""pack-blocks: codes, scales and zero points in the byte layout that the kernels read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
+
+from scalebits_compiler.errors import PassError
+from scalebits_compiler.ir.attrs import Resource
+from scalebits_compiler.ir.module import Module, Weight
+from scalebits_compiler.ir.op import Op
+from scalebits_compiler.ir.ops import Linear, QLinear
+from scalebits_compiler.numerics.layout import BlockLayout
+from scalebits_compiler.passes.base import Pass, PassContext
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+def layout_of(weight: Weight) -> BlockLayout:
+    """The byte layout of a quantized matrix."""
+    if weight.block is None or weight.group is None:
+        raise PassError(f"@{weight.symbol} has no block and group", help="run canonicalize first")
+    rows, columns = weight.type.static_shape()
+    return BlockLayout(rows, columns, *weight.block, weight.group)
+
+
+@dataclass(frozen=True)
+class PackBlocks(Pass):
+    """Turn rounded matrices into packed ones and `linear` into `qlinear`. Lossless."""
+
+    name: ClassVar[str] = "pack-blocks"
+    requires: ClassVar[frozenset[str]] = frozenset({"bits", "rounded"})
+    establishes: ClassVar[frozenset[str]] = frozenset({"packed"})
+
+    def run(self, module: Module, ctx: PassContext) -> Module:
+        """Replaces data, codes, scales and zeros of each matrix by its packed bytes."""
+        import torch
+
+        weights, tensors = [], {}
+        for weight in ctx.progress(module.quantized(), "packing"):
+            arena = _pack(module, weight)
+            key = f"{weight.symbol}.packed"
+            tensors[key] = torch.from_numpy(arena)
+            done = replace(weight, data=Resource(key), codes=None, scales=None, zeros=None)
+            weights.append(replace(done, type=replace(weight.type, dtype="packed")))
+        packed = {weight.symbol for weight in weights}
+        ops = tuple(_qlinear(op, packed) for op in module.function.ops)
+        function = replace(module.function, ops=ops)
+        changed = replace(module, function=function, resources=module.resources.with_(tensors))
+        return changed.with_weights(weights)
+
+
+def _pack(module: Module, weight: Weight) -> np.ndarray:
+    store = module.resources
+    if weight.codes is None or weight.scales is None or weight.zeros is None:
+        raise PassError(f"@{weight.symbol} is not rounded", help="run round-weights first")
+    codes, scales, zeros = (store.numpy(r.key) for r in (weight.codes, weight.scales, weight.zeros))
+    return layout_of(weight).pack(codes, scales, zeros, module.bits(weight))
+
+
+def _qlinear(op: Op, packed: set[str]) -> Op:
+    if isinstance(op, Linear) and op.weight.name in packed:
+        return QLinear(
+            result=op.result, type=op.type, loc=op.loc, x=op.x, weight=op.weight, bias=op.bias
+        )
+    return op

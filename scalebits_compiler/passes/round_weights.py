@@ -1,0 +1,130 @@
+"""round-weights: final codes and scales at the assigned widths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar
+
+from scalebits_compiler.errors import PassError
+from scalebits_compiler.ir.attrs import Resource
+from scalebits_compiler.ir.module import Module, Weight
+from scalebits_compiler.ir.ops import Linear
+from scalebits_compiler.passes.base import Pass, PassContext
+
+if TYPE_CHECKING:
+    import torch
+
+    from scalebits_compiler.numerics.quantize import Quantized
+
+METHODS = ("gptq", "rtn")
+
+
+@dataclass(frozen=True)
+class RoundWeights(Pass):
+    """Round by error feedback in the permuted order (GPTQ), or to nearest as the paper does.
+
+    With error feedback, layers are rounded in the order of execution on the activations that the
+    already rounded layers give.
+    """
+
+    name: ClassVar[str] = "round-weights"
+    requires: ClassVar[frozenset[str]] = frozenset({"bits"})
+    establishes: ClassVar[frozenset[str]] = frozenset({"rounded"})
+
+    method: str = field(default="gptq", metadata={"help": "gptq (error feedback) or rtn (nearest)"})
+    damping: float = field(default=0.01, metadata={"help": "share of the mean Hessian diagonal"})
+
+    def run(self, module: Module, ctx: PassContext) -> Module:
+        """Adds codes uint8 [m, n], scales float16 and zeros uint8 [m, groups] to each matrix."""
+        if self.method not in METHODS:
+            raise PassError(f"unknown rounding method {self.method!r}: {' or '.join(METHODS)}")
+        done = self._rtn(module, ctx) if self.method == "rtn" else self._gptq(module, ctx)
+        weights, tensors = [], {}
+        for symbol, rounded in done.items():
+            made = {
+                "codes": rounded.codes,
+                "scales": rounded.params.scales,
+                "zeros": rounded.params.zeros,
+            }
+            tensors.update({f"{symbol}.{role}": tensor for role, tensor in made.items()})
+            keys = {role: Resource(f"{symbol}.{role}") for role in made}
+            weights.append(replace(module.weights[symbol], **keys))
+        changed = module.with_weights(weights)
+        return replace(changed, resources=module.resources.with_(tensors))
+
+    def _rtn(self, module: Module, ctx: PassContext) -> dict[str, Quantized]:
+        from scalebits_compiler.numerics.quantize import LevelTable
+
+        done: dict[str, Quantized] = {}
+        for weight in ctx.progress(module.quantized(), "rounding to nearest"):
+            dense, group = _dense(module, weight)
+            bits = _group_bits(module, weight)
+            done[weight.symbol] = LevelTable.fit(dense, group).quantize(dense, bits)
+        return done
+
+    def _gptq(self, module: Module, ctx: PassContext) -> dict[str, Quantized]:
+        from scalebits_compiler.numerics.gptq import gptq
+        from scalebits_compiler.numerics.quantize import dequantize
+        from scalebits_compiler.passes.statistics import batches
+
+        wanted = {weight.symbol: weight for weight in module.quantized()}
+        done: dict[str, Quantized] = {}
+        ticks = iter(ctx.progress(range(len(wanted)), "rounding with error feedback", len(wanted)))
+        shared = _Hessian()
+
+        def rule(op: Linear, inputs: Sequence[torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
+            symbol = op.weight.name
+            if symbol not in wanted:
+                return weight
+            if symbol not in done:
+                next(ticks, None)
+                bits = _group_bits(module, wanted[symbol])
+                group = wanted[symbol].group or 0
+                hessian = shared.of(inputs)
+                done[symbol] = gptq(weight, hessian, bits, group, self.damping)
+            rounded, group = done[symbol], wanted[symbol].group or 0
+            bits = _group_bits(module, wanted[symbol])
+            return dequantize(rounded.codes, rounded.params, bits, group)
+
+        windows = ctx.windows(module, self.name).calibration
+        ctx.evaluator(module, self.name).stream(batches(windows), rule)
+        next(ticks, None)
+        return done
+
+
+@dataclass
+class _Hessian:
+    """Σ x xᵀ of a layer's inputs; kept for the next matrix that reads the very same input."""
+
+    source: torch.Tensor | None = None
+    value: torch.Tensor | None = None
+
+    def of(self, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+        """float64 [n, n] for the inputs [batch, sequence, n] of all batches."""
+        if self.value is None or self.source is not inputs[0]:
+            flat = [x.detach().flatten(0, -2) for x in inputs]
+            self.value = (flat[0].T @ flat[0]).double()
+            for x in flat[1:]:
+                self.value += (x.T @ x).double()
+            self.source = inputs[0]
+        return self.value
+
+
+def _dense(module: Module, weight: Weight) -> tuple[torch.Tensor, int]:
+    if weight.data is None or weight.group is None:
+        raise PassError(f"@{weight.symbol} has no data or group", help="run canonicalize first")
+    return module.resources.torch(weight.data.key).float(), weight.group
+
+
+def _group_bits(module: Module, weight: Weight) -> torch.Tensor:
+    """Width per group, int64 [m, groups]."""
+    import torch
+
+    from scalebits_compiler.numerics.quantize import expand_grid
+
+    if weight.block is None or weight.group is None:
+        raise PassError(f"@{weight.symbol} has no block and group", help="run canonicalize first")
+    rows, columns = weight.type.static_shape()
+    grid = torch.from_numpy(module.bits(weight)).long()
+    return expand_grid(grid, weight.block, weight.group, (rows, columns))

@@ -1,0 +1,251 @@
+"""Block statistics at a quantized reference point, shared by the passes that need gradients.
+
+For a linear y = x Ŵᵀ with output gradient G [T, m] and input X [T, n], the gradient of the summed
+loss is g = Gᵀ X and the token-level squared gradient F = (G∘G)ᵀ (X∘X). A move of block β from b to
+b±1 bits changes its weights by the exact δ = Q_{b±1} - Q_b, and the loss by about
+
+    Σ_β g·δ + ½ F·δ²      (signed: absolute values destroy the signal)
+
+Both sums are linear in (g, F), so only O(number of blocks) accumulators are held; g and F of one
+matrix live for one batch. The loss is the mean next-token cross entropy in nats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from scalebits_compiler.ir.module import Module, Weight
+from scalebits_compiler.ir.ops import Linear
+from scalebits_compiler.numerics.quantize import LevelTable, block_sums, expand_grid
+from scalebits_compiler.passes.base import Evaluator, PassContext
+
+BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix under search: dense values float32 [m, n], its block shape, its level table."""
+
+    weight: Weight
+    dense: Tensor
+    table: LevelTable
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """(rows, columns) of a block."""
+        assert self.weight.block is not None
+        return self.weight.block
+
+    def group_bits(self, grid: Tensor) -> Tensor:
+        """Width per group [m, groups] from width per block."""
+        shape = (self.dense.shape[0], self.dense.shape[1])
+        return expand_grid(grid, self.block, self.table.group, shape)
+
+    def at(self, grid: Tensor) -> Tensor:
+        """float32 [m, n]: the matrix rounded at a width per block (clamped to 1..8)."""
+        return self.table.dequantized(self.dense, self.group_bits(grid.clamp(1, 8)))
+
+
+Take = Callable[[str, Tensor, Tensor], None]  # (symbol, g [m, n], F [m, n]) of one batch
+Bits = Mapping[str, Tensor]  # symbol -> int64 [block rows, block columns]
+
+
+def load_matrices(module: Module, ctx: PassContext, clip: bool = True) -> dict[str, Matrix]:
+    """The quantizable matrices with their level tables, in the order of the module."""
+    matrices: dict[str, Matrix] = {}
+    for weight in ctx.progress(module.quantized(), "fitting levels"):
+        assert weight.data is not None and weight.group is not None
+        dense = module.resources.torch(weight.data.key).float()
+        table = LevelTable.fit(dense, weight.group, clip=clip)
+        matrices[weight.symbol] = Matrix(weight, dense, table)
+    return matrices
+
+
+def batches(windows: Tensor) -> list[Tensor]:
+    """Windows [n, s] cut into batches of about BATCH_TOKENS tokens."""
+    return list(windows.split(max(1, BATCH_TOKENS // windows.shape[1])))
+
+
+def next_token_loss(logits: Tensor, ids: Tensor) -> Tensor:
+    """Summed cross entropy (nats) of every token but the first of each window."""
+    return torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum"
+    )
+
+
+def scored_tokens(windows: Tensor) -> int:
+    """How many tokens `next_token_loss` scores."""
+    return windows.shape[0] * (windows.shape[1] - 1)
+
+
+def rounded(matrices: Mapping[str, Matrix], bits: Bits) -> dict[str, Tensor]:
+    """The matrices rounded at their widths."""
+    return {symbol: matrix.at(bits[symbol]) for symbol, matrix in matrices.items()}
+
+
+def held_loss(evaluator: Evaluator, weights: Mapping[str, Tensor], windows: Tensor) -> float:
+    """Mean next-token loss (nats) with some matrices replaced; no gradients."""
+
+    def rule(op: Linear, x: Tensor, weight: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, weights.get(op.weight.name, weight))
+
+    total = 0.0
+    with torch.no_grad():
+        for ids in batches(windows):
+            total += float(next_token_loss(evaluator.run(ids, rule), ids))
+    return total / scored_tokens(windows)
+
+
+@dataclass
+class Capture:
+    """Collects (g, F) of each matrix of one batch as its gradient arrives, and hands them on."""
+
+    weights: Mapping[str, Tensor]
+    take: Take
+
+    def rule(self, op: Linear, x: Tensor, weight: Tensor) -> Tensor:
+        """The linear rule to run the model with."""
+        symbol = op.weight.name
+        if symbol not in self.weights:
+            return torch.nn.functional.linear(x, weight)
+        # The weights need no gradient of their own; a leaf keeps the chain of the outputs alive.
+        source = x if x.requires_grad else x.detach().requires_grad_()
+        y = torch.nn.functional.linear(source, self.weights[symbol])
+        inputs = source.detach()
+        y.register_hook(lambda grad: self._reduce(symbol, inputs, grad))
+        return y
+
+    def _reduce(self, symbol: str, x: Tensor, grad: Tensor) -> None:
+        inputs, outputs = x.flatten(0, -2), grad.flatten(0, -2)
+        gradient = outputs.T @ inputs
+        fisher = outputs.square().T @ inputs.square()
+        self.take(symbol, gradient, fisher)
+
+
+def backward(evaluator: Evaluator, weights: Mapping[str, Tensor], ids: Tensor, take: Take) -> float:
+    """One batch: `take(symbol, g, F)` for every matrix, both [m, n] of the summed loss (given)."""
+    capture = Capture(weights, take)
+    with torch.enable_grad():
+        loss = next_token_loss(evaluator.run(ids, capture.rule), ids)
+        loss.backward()
+    return float(loss.detach())
+
+
+@dataclass(frozen=True)
+class MoveScores:
+    """Predicted change of the mean loss per block: one bit more, one bit less; and their noise.
+
+    Maps symbol -> float64 [block rows, block columns]; inf where a move is not possible. `loss`
+    is the mean calibration loss at the reference; `error_*` standard errors over batches.
+    """
+
+    up: dict[str, Tensor]
+    down: dict[str, Tensor]
+    error_up: dict[str, Tensor]
+    error_down: dict[str, Tensor]
+    loss: float
+
+
+def move_scores(
+    evaluator: Evaluator,
+    matrices: Mapping[str, Matrix],
+    bits: Bits,
+    windows: Tensor,
+    ctx: PassContext,
+    limits: tuple[int, int] = (1, 8),
+    lines: LineScores | None = None,
+) -> MoveScores:
+    """Signed second-order scores of all moves at the matrices rounded to `bits`.
+
+    With `lines`, the line scores at this reference point are added to it in the same pass.
+    """
+    weights = rounded(matrices, bits)
+    deltas = {
+        symbol: [matrix.at(bits[symbol] + step) - weights[symbol] for step in (1, -1)]
+        for symbol, matrix in matrices.items()
+    }
+    sums = {s: torch.zeros(2, 2, *bits[s].shape, dtype=torch.float64) for s in matrices}
+
+    def take(symbol: str, gradient: Tensor, fisher: Tensor) -> None:
+        block = matrices[symbol].block
+        for index, delta in enumerate(deltas[symbol]):
+            change = gradient * delta + 0.5 * fisher * delta.square()
+            score = block_sums(change, block).double()
+            sums[symbol][index, 0] += score
+            sums[symbol][index, 1] += score.square()
+        if lines is not None:
+            error = (weights[symbol] - matrices[symbol].dense).square()
+            lines.add(symbol, 0.5 * fisher * error / tokens)
+
+    parts, tokens = batches(windows), scored_tokens(windows)
+    shown = ctx.progress(parts, "gradients at the quantized weights")
+    loss = sum(backward(evaluator, weights, ids, take) for ids in shown)
+    return _finish(sums, bits, limits, len(parts), tokens, loss)
+
+
+def _finish(
+    sums: Mapping[str, Tensor],
+    bits: Bits,
+    limits: tuple[int, int],
+    count: int,
+    tokens: int,
+    loss: float,
+) -> MoveScores:
+    scores: list[dict[str, Tensor]] = [{}, {}, {}, {}]
+    for symbol, total in sums.items():
+        variance = (total[:, 1] - total[:, 0].square() / count).clamp(min=0)
+        error = (variance * count / max(1, count - 1)).sqrt() / tokens
+        for index, at_limit in enumerate((bits[symbol] >= limits[1], bits[symbol] <= limits[0])):
+            mean = total[index, 0] / tokens
+            scores[index][symbol] = mean.masked_fill(at_limit, torch.inf)
+            scores[2 + index][symbol] = error[index]
+    return MoveScores(scores[0], scores[1], scores[2], scores[3], loss / tokens)
+
+
+def width_curves(
+    evaluator: Evaluator, matrices: Mapping[str, Matrix], windows: Tensor, ctx: PassContext
+) -> dict[str, Tensor]:
+    """½ Σ F (Q_b - W)² per block and width at full precision: float64 [8, block rows, columns].
+
+    F is taken at the unrounded weights; nats of mean loss. The separable start of the search.
+    """
+    dense = {symbol: matrix.dense for symbol, matrix in matrices.items()}
+    curves = {
+        s: torch.zeros(8, *m.weight.grid_shape(), dtype=torch.float64) for s, m in matrices.items()
+    }
+
+    def take(symbol: str, gradient: Tensor, fisher: Tensor) -> None:
+        matrix = matrices[symbol]
+        for index, curve in enumerate(curves[symbol]):
+            grid = torch.full(curve.shape, index + 1)
+            error = (matrix.at(grid) - matrix.dense).square()
+            curve += block_sums(0.5 * fisher * error, matrix.block)
+
+    for ids in ctx.progress(batches(windows), "sensitivity at full precision"):
+        backward(evaluator, dense, ids, take)
+    return {symbol: curve / scored_tokens(windows) for symbol, curve in curves.items()}
+
+
+@dataclass(frozen=True)
+class LineScores:
+    """Summed ½ F (Q - W)² of every row [m] and column [n], nats of mean loss."""
+
+    rows: dict[str, Tensor]
+    columns: dict[str, Tensor]
+
+    @staticmethod
+    def empty(matrices: Mapping[str, Matrix]) -> LineScores:
+        """All zero."""
+        return LineScores(
+            {s: torch.zeros(m.dense.shape[0]) for s, m in matrices.items()},
+            {s: torch.zeros(m.dense.shape[1]) for s, m in matrices.items()},
+        )
+
+    def add(self, symbol: str, change: Tensor) -> None:
+        """Add the contribution [m, n] of one batch."""
+        self.rows[symbol] += change.sum(1)
+        self.columns[symbol] += change.sum(0)

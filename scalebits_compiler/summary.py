@@ -1,0 +1,58 @@
+"""Honest sizes of a packed module (layer L3)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from scalebits_compiler.ir.module import Module, Weight
+from scalebits_compiler.numerics.layout import BlockLayout
+
+
+def matrix_summary(weight: Weight, bits: np.ndarray) -> dict[str, Any]:
+    """Shape, block, group, widths and stored size of one matrix; see `summarize` for the terms."""
+    rows, columns = weight.type.static_shape()
+    assert weight.block is not None
+    assert weight.group is not None
+    layout = BlockLayout(rows, columns, *weight.block, weight.group)
+    widths, counts = np.unique(bits, return_counts=True)
+    stored = layout.nbytes(bits) + bits.size
+    return {
+        "shape": [rows, columns],
+        "block": list(weight.block),
+        "group": weight.group,
+        "histogram": {str(w): int(c) for w, c in zip(widths, counts, strict=True)},
+        "code_bits": _code_bits(bits, rows, columns, weight.block),
+        "effective_bits": 8 * stored / (rows * columns),
+        "bytes": stored,
+    }
+
+
+def _code_bits(bits: np.ndarray, rows: int, columns: int, block: tuple[int, int]) -> float:
+    """Mean width over the weights (edge blocks count by the weights they hold)."""
+    heights = np.diff([*range(0, rows, block[0]), rows])
+    widths = np.diff([*range(0, columns, block[1]), columns])
+    return float((bits * np.multiply.outer(heights, widths)).sum() / (rows * columns))
+
+
+def summarize(module: Module) -> dict[str, Any]:
+    """Totals over the quantized matrices, and each matrix by its symbol.
+
+    code_bits: mean width of the codes. effective_bits: all stored bits (codes, scales, zero points,
+    bit table, padding) per weight. dense_bytes: everything that stays unquantized.
+    """
+    matrices = {w.symbol: matrix_summary(w, module.bits(w)) for w in module.quantized()}
+    weights = sum(math.prod(m["shape"]) for m in matrices.values())
+    codes = sum(m["code_bits"] * math.prod(m["shape"]) for m in matrices.values())
+    stored = sum(m["bytes"] for m in matrices.values())
+    dense = [w for w in module.weights.values() if not w.quantize and w.data is not None]
+    return {
+        "weights": weights,
+        "code_bits": codes / weights,
+        "effective_bits": 8 * stored / weights,
+        "matrix_bytes": stored,
+        "dense_bytes": sum(module.resources.byte_size(w.data.key) for w in dense if w.data),
+        "matrices": matrices,
+    }
