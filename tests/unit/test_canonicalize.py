@@ -127,13 +127,41 @@ def test_input_module_is_not_changed_and_runs_twice_the_same(tiny_llama):
     assert print_module(twice) == print_module(first)
 
 
-@pytest.mark.parametrize("kind", ["gemma", "gpt_neox", "opt"])
+NOT_WHOLLY = {
+    "gemma": ({"head_dim": 16}, 14, {"aten.mul.Tensor", "aten.to.dtype", "aten.gelu.default"}),
+    "gpt2": ({"n_embd": 64, "n_layer": 2, "n_head": 4}, 8, {"aten.layer_norm.default"}),
+    "falcon": ({"new_decoder_architecture": False}, 8, {"aten.layer_norm.default"}),
+    "gpt_neox": ({}, 8, {"aten.layer_norm.default"}),
+    "opt": ({"ffn_dim": 96, "word_embed_proj_dim": 64}, 8, {"aten.relu.default"}),
+    "gemma2": ({"head_dim": 16}, 14, {"aten.softmax.int"}),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_WHOLLY)
 def test_what_is_not_known_stays_and_runs(tiny_llama, kind):
-    changes = {"head_dim": 16} if kind == "gemma" else {}
+    changes, quantized, left = NOT_WHOLLY[kind]
     before, after, report = raised(tiny_llama(kind, **changes))
     check_text(after)
     check_same(before, after)
-    assert report["aten"]
+    assert set(report["aten"]) >= left
+    assert report["quantized"] == quantized
+
+
+def test_matrix_stored_the_other_way_is_turned_once(tiny_llama):
+    _, after, _ = raised(tiny_llama("gpt2", **NOT_WHOLLY["gpt2"][0]))
+    fused = next(w for w in after.quantized() if "c_attn" in w.symbol)
+    assert fused.type.static_shape() == (192, 64)
+    assert fused.loc.endswith("c_attn.weight")
+    assert fused.symbol.removesuffix(".t") not in after.weights
+    assert set(after.resources) == set(after.weights)
+
+
+def test_gain_of_one_plus_weight_becomes_a_weight(tiny_llama):
+    before, after, _ = raised(tiny_llama("gemma", head_dim=16))
+    stored = before.resources.torch("layers.0.input_layernorm")
+    made = after.resources.torch("layers.0.input_layernorm.plus1")
+    assert torch.equal(made, stored + 1)
+    assert "aten.rsqrt.default" not in {getattr(op, "target", "") for op in after.function.ops}
 
 
 def test_scaled_logits_do_not_hide_the_head(tiny_llama):
