@@ -19,7 +19,7 @@ from scalebits_compiler.ir.ops import OPS
 from scalebits_compiler.ir.parser import parse_module, parse_pipeline
 from scalebits_compiler.ir.printer import print_attrs, print_module
 from scalebits_compiler.ir.types import DYNAMIC, Dim, Factor, TensorType, TupleType
-from scalebits_compiler.ir.verifier import verify
+from scalebits_compiler.ir.verifier import Rigid, verify
 
 NAMES = st.from_regex(r"[A-Za-z_][A-Za-z0-9_.]{0,8}", fullmatch=True)
 TEXTS = st.text(max_size=12)
@@ -225,3 +225,43 @@ def test_wrong_parts_are_named(text: str, message: str) -> None:
 def test_an_integer_is_read_as_the_float_the_op_wants() -> None:
     module, _ = parse_module(body("%0 = rms_norm %x, @g {eps = 1} : f32[?, 4]"))
     assert "eps = 1.0" in print_module(module)
+
+
+AXES = st.sampled_from(
+    [DYNAMIC, Dim.of(0), Dim.of(1), Dim.of(4), Dim.of(8), Dim.of(Factor(4, "p")),
+     Dim.of(2, Factor(4, "p")), Dim.of(Factor(8, "q"))]
+)  # fmt: skip
+SMALL = st.builds(
+    TensorType,
+    st.sampled_from(["f32", "f16", "i64", "packed"]),
+    st.lists(AXES, max_size=4).map(tuple),
+)
+
+
+@given(st.sampled_from(sorted(OPS)), st.data())
+@settings(max_examples=200, deadline=None)
+def test_every_typing_rule_refuses_with_an_error_of_ours(name: str, data: st.DataObject) -> None:
+    cls = OPS[name]
+    args = tuple(Argument(Value(n), data.draw(SMALL)) for n in "abc")
+    weights = {n: Weight(symbol=n, type=data.draw(SMALL)) for n in ("u", "v")}
+    fields: dict[str, Any] = {}
+    for spec in op_fields(cls):
+        fields[spec.name] = data.draw(
+            {
+                "value": st.sampled_from([arg.value for arg in args]),
+                "symbol": st.builds(Symbol, st.sampled_from("uv")),
+                "attr": {int: st.integers(-5, 5), float: FLOATS, bool: st.booleans()}.get(
+                    spec.hint, st.sampled_from(["4@p", "8", "", "x", "4@p*2"])
+                )
+                if spec.name not in ("args", "kwargs")
+                else st.just(() if spec.name == "args" else {}),
+            }[spec.role]
+        )
+    op = cls(result=Value("0"), type=data.draw(SMALL), **fields)
+    function = Function("f", args, (op,), op.result, args[0].type)
+    module = Module("m", function, weights)
+    typing = Rigid(module, {arg.value: arg.type for arg in args})
+    with contextlib.suppress(IRError):
+        op.infer(typing)
+    with contextlib.suppress(IRError):
+        verify(module)
