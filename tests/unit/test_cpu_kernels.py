@@ -4,7 +4,7 @@ import json
 import platform
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import pytest
@@ -292,11 +292,38 @@ def test_cpu_features(tmp_path):
     assert cpu_features(tmp_path / "none") == frozenset()
 
 
-def test_runtime_needs_no_compiler():
-    """It imports where these are missing (tvm_ffi itself imports torch where there is one)."""
-    code = (
-        "import sys\n"
-        "sys.modules.update(dict.fromkeys(['tvm', 'torch', 'transformers', 'lark']))\n"
-        "import scalebits_compiler.runtime.kernels"
-    )
-    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+STANDALONE = """
+import sys
+sys.modules.update(dict.fromkeys(["tvm", "torch", "transformers", "lark"]))
+import json, numpy as np
+from scalebits_compiler.numerics.layout import BlockLayout
+from scalebits_compiler.runtime.kernels import KernelLibrary, PackedLinear
+from pathlib import Path
+folder = Path(sys.argv[1])
+data = np.load(folder / "case.npz")
+layout = BlockLayout(*json.loads((folder / "layout.json").read_text()))
+for features in (None, frozenset(json.loads(sys.argv[2]))):
+    for mode in ("a16", "a8"):
+        dispatch = json.loads((folder / "dispatch.json").read_text())
+        library = KernelLibrary.open(folder / "k.so", dispatch, features, mode)
+        linear = PackedLinear(library, layout, data["arena"], data["bits"])
+        for tokens in (1, 5, 40):
+            x = np.random.default_rng(0).standard_normal((tokens, layout.cols)).astype(np.float32)
+            expected = x @ data["weights"].T
+            assert np.abs(linear(x) - expected).max() < 2e-2 * np.abs(expected).max()
+"""
+
+
+def test_kernels_run_without_the_compiler(tmp_path):
+    """Where only tvm_ffi and numpy can be imported (tvm_ffi imports torch if there is one)."""
+    matrix = make_matrix(*CASES["panel128"])
+    specs, dispatch = select_specs([(matrix.layout, matrix.bits)])
+    compile_kernels(specs, tmp_path / "k.so")
+    (tmp_path / "dispatch.json").write_text(json.dumps(dispatch))
+    sizes = (getattr(matrix.layout, f.name) for f in fields(matrix.layout))
+    (tmp_path / "layout.json").write_text(json.dumps(list(sizes)))
+    arrays = {"arena": matrix.arena, "bits": matrix.bits, "weights": matrix.weights}
+    np.savez(tmp_path / "case.npz", **arrays)
+    plain = json.dumps(sorted(host_variants()["plain"].features))
+    command = [sys.executable, "-W", "error", "-c", STANDALONE, str(tmp_path), plain]
+    subprocess.run(command, check=True)

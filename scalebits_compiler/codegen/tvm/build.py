@@ -46,7 +46,17 @@ def compile_kernels(
             objects.append(Path(folder) / f"{name}.o")
             write_object(name, functions, objects[-1])
         _link(linker, objects, out_path)
+    _check_standalone(out_path)
     return sources
+
+
+def _check_standalone(library: Path) -> None:
+    """A kernel that calls TVM's allocator would crash where only tvm_ffi is loaded."""
+    if b"TVMBackendAllocWorkspace" in library.read_bytes():
+        raise TargetError(
+            "a generated kernel needs TVM at run time",
+            help="this is a bug of the kernel generator; compile with --target reference meanwhile",
+        )
 
 
 def build_function(spec: KernelSpec) -> Any:

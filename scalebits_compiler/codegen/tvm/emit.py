@@ -73,6 +73,15 @@ def loop(first: Expr, last: Expr) -> Iterator[Expr]:
         yield T.bind(first + nth)
 
 
+def local(count: int, dtype: str) -> Expr:
+    """An array on the stack; constant offsets become registers.
+
+    It must be of scope "global", inside a loop and under 1 KB: TVM 0.27 takes anything else from
+    its own allocator, which is a null pointer where only tvm_ffi is loaded.
+    """
+    return T.alloc_buffer((count,), dtype, scope="global")
+
+
 @dataclass
 class Slots:
     """A local array of 16-lane vectors. Constant slots become registers."""
@@ -82,8 +91,8 @@ class Slots:
 
     @classmethod
     def alloc(cls, count: int, dtype: str) -> Slots:
-        """`count` vectors (at most 16: beyond 1 KB TVM would allocate on the heap)."""
-        return cls(T.alloc_buffer((count * LANES,), dtype, scope="local"), f"{dtype}x{LANES}")
+        """`count` vectors."""
+        return cls(local(count * LANES, dtype), f"{dtype}x{LANES}")
 
     def __getitem__(self, slot: Expr) -> Expr:
         return vload(self.buffer, [slot * LANES], self.dtype)
@@ -102,7 +111,7 @@ class Scalar:
     """A mutable int64 variable."""
 
     def __init__(self) -> None:
-        self.buffer = T.alloc_buffer((1,), "int64", scope="local")
+        self.buffer = local(1, "int64")
 
     def get(self) -> Expr:
         """The value now."""

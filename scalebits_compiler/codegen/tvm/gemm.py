@@ -22,6 +22,7 @@ from scalebits_compiler.codegen.tvm.emit import (
     dot,
     form_code,
     i64,
+    local,
     join_planes,
     load_words,
     loop,
@@ -80,7 +81,7 @@ def _panel(
 ) -> None:
     """All blocks of a panel for `count` tokens. Only the unpacking depends on the width."""
     tables = tile.tables
-    code_bytes, offset = Scalar(), T.alloc_buffer((1,), "float32", scope="local")
+    code_bytes, offset = Scalar(), local(1, "float32")
     with T.serial(0, tables.start(panel, MAX_BITS)) as block:
 
         def body(group: Expr, units: Expr) -> None:
@@ -116,8 +117,9 @@ class _IntegerTile:
         self.codes, self.total = codes, total
         # 16 accumulators in all: more would not stay in registers beside the codes.
         self.width = min(self.spec.row_groups, 16 // (TILE_TOKENS * self.spec.planes))
-        count = TILE_TOKENS * self.width
-        self.sums = [Slots.alloc(count, "int32") for _ in range(self.spec.planes)]
+        lanes = range(TILE_TOKENS)
+        planes = range(self.spec.planes)
+        self.sums = [[Slots.alloc(self.width, "int32") for _ in lanes] for _ in planes]
 
     def _vector(self, row_group: Expr, step: Expr) -> Expr:
         """First byte of the codes of 16 rows x 4 columns."""
@@ -139,8 +141,9 @@ class _IntegerTile:
         """Add one group to the outputs of TILE_TOKENS tokens."""
         with T.serial(0, self.spec.row_groups // self.width) as nth:
             base = T.bind(nth * self.width)
-            for sums in self.sums:
-                sums.clear()
+            for plane in self.sums:
+                for sums in plane:
+                    sums.clear()
             with T.serial(0, units * (SUBS // self.spec.row_groups)) as step:
                 self._step(place, base, step)
             for row in range(self.width):
@@ -158,15 +161,15 @@ class _IntegerTile:
             for row in range(self.width)
         ]
         for lane in range(TILE_TOKENS):
-            for plane, sums in enumerate(self.sums):
+            for plane, lanes in enumerate(self.sums):
                 value = T.bind(self.x.dword(place.group, place.token + lane, plane, step * STEP))
+                sums = lanes[lane]
                 for row, code in enumerate(codes):
-                    slot = lane * self.width + row
-                    sums[slot] = dot(sums[slot], code, value)
+                    sums[row] = dot(sums[row], code, value)
 
     def _centred(self, place: _Place, row: int, lane: int, zero: Expr) -> Expr:
         """Sum of code * x less zero * sum of x, for 16 rows of one token."""
-        value = join_planes([sums[lane * self.width + row] for sums in self.sums])
+        value = join_planes([lanes[lane][row] for lanes in self.sums])
         step, total_x = (self.x.scales[place.group, place.token + lane, part] for part in range(2))
         return value * splat(step) - zero * splat(total_x)
 
