@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from scalebits_compiler.ir.module import Module
+from scalebits_compiler.ir.parser import parse_module
+from scalebits_compiler.ir.printer import print_module
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 256,
@@ -27,6 +32,25 @@ _KINDS: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "qwen3": {"head_dim": 32},
 }
+
+
+@pytest.fixture(autouse=True)
+def every_module_survives_printing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whatever module a test still holds at its end must read back as it prints."""
+    made: list[weakref.ref[Module]] = []
+    build = Module.__init__
+
+    def noted(self: Module, *args: Any, **kwargs: Any) -> None:
+        build(self, *args, **kwargs)
+        made.append(weakref.ref(self))
+
+    monkeypatch.setattr(Module, "__init__", noted)
+    yield
+    monkeypatch.undo()
+    for module in {id(m): m for ref in made if (m := ref()) is not None}.values():
+        text = print_module(module)
+        ops = {op.name: type(op) for op in module.function.ops}
+        assert print_module(parse_module(text, ops=ops)[0]) == text
 
 
 @pytest.fixture(scope="session")

@@ -190,6 +190,8 @@ class MergeHeads(Op):
         xtype = t.type(self.x)
         check(xtype.rank == 4, f"merge_heads of {xtype}")
         batch, heads, sequence, inner = xtype.dims
+        fixed = heads.factors is not None and inner.factors is not None
+        check(fixed, f"merge_heads of {xtype}: heads and their channels have fixed sizes")
         return TensorType(xtype.dtype, (batch, sequence, Dim.join((heads, inner))))
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from scalebits_compiler.errors import PassError, ScalebitsError, UsageError
+from scalebits_compiler.errors import ScalebitsError, UsageError, VerifyError
 from scalebits_compiler.ir.attrs import Resource
 from scalebits_compiler.ir.module import Module, Weight
 from scalebits_compiler.ir.ops import Embedding
@@ -40,7 +40,8 @@ class Reproducer(Observer):
 
     def failed(self, item: Pass, before: Module, error: Exception) -> list[str]:
         """Write the bundle and give the command that replays it."""
-        if isinstance(error, (UsageError, PassError)) and not self.always:
+        plain = isinstance(error, ScalebitsError) and not isinstance(error, VerifyError)
+        if plain and not self.always:
             return []
         try:
             write_bundle(self.folder, before, item, error)

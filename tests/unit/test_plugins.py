@@ -181,8 +181,10 @@ def test_an_op_of_a_plugin_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     from scalebits_compiler.codegen.reference.executor import Executor
 
     monkeypatch.syspath_prepend(str(DEMO))
-    monkeypatch.setattr(rules, "RULES", rules.RULES)
     from scalebits_demo import PLUGIN  # type: ignore[import-not-found]
+
+    for op in PLUGIN.rules:
+        monkeypatch.setitem(rules.RULES, op, None)  # taken out again after the test
 
     registry = Registry()
     registry.add(PLUGIN, "demo")
