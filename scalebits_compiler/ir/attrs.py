@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -65,7 +64,8 @@ class Grid:
 
     def histogram(self) -> tuple[tuple[int, int], ...]:
         """((bits, number of blocks), ...) in rising bits."""
-        return tuple(sorted(Counter(b for row in self.rows for b in row).items()))
+        counts = np.bincount(np.frombuffer(b"".join(self.rows), dtype=np.uint8))
+        return tuple((int(bits), int(counts[bits])) for bits in np.flatnonzero(counts))
 
     def __str__(self) -> str:
         return f"grid([{', '.join(str(list(row)) for row in self.rows)}])"

@@ -35,6 +35,14 @@ class Source:
         """Remember where a thing stands."""
         self.places[key] = (token.line or 0, token.column or 0)
 
+    def excerpt(self, line: int, column: int, loc: str = "") -> str:
+        """file:line:column, the module path in the original model, the line and a caret."""
+        gap, place = " " * len(str(line)), f"   ({loc})" if loc else ""
+        return (
+            f"  --> {self.path}:{line}:{column}{place}\n"
+            f"{line} | {self.text.split(chr(10))[line - 1]}\n{gap} | {' ' * (column - 1)}^"
+        )
+
 
 class Located(ParseError):
     """A ParseError that knows its place; the parser turns it into file:line:column."""
@@ -234,12 +242,10 @@ def build_module(raw: RawModule, source: Source, ops: Mapping[str, type[Op]]) ->
     texts = {name: header.pop(name, None) for name in ("calibration", "acceptance")}
     for name, value in texts.items():
         if value is not None and not isinstance(value, Resource):
-            raise Located(f"{name} of the header must be resource(\"key\")", raw.name)
+            raise Located(f'{name} of the header must be resource("key")', raw.name)
     if header:
         known = ", ".join(("facts", "history", "tensors", *texts))
-        raise Located(
-            f"unknown header attribute '{next(iter(header))}'; known: {known}", raw.name
-        )
+        raise Located(f"unknown header attribute '{next(iter(header))}'; known: {known}", raw.name)
     weights: dict[str, Weight] = {}
     perms: dict[str, Perm] = {}
     for item in raw.entries:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lark import Lark, UnexpectedInput
+from lark import Lark, UnexpectedInput, UnexpectedToken
 
 from scalebits_compiler.errors import ParseError
 from scalebits_compiler.ir.build import Located, Source, Values, build_module
@@ -18,6 +18,14 @@ from scalebits_compiler.ir.ops import OPS
 from scalebits_compiler.ir.resources import ResourceStore
 
 __all__ = ["Source", "parse_module", "parse_pipeline", "read_module", "with_tensors"]
+
+
+# A longer list of what could have stood there helps nobody.
+MOST_EXPECTED = 4
+_READABLE = {
+    "VALUE": "%value", "SYMBOL": "@symbol", "NAME": "a name", "STRING": "a string",
+    "INT": "a number", "FLOAT": "a number", "$END": "the end",
+}  # fmt: skip
 
 
 @functools.cache
@@ -33,21 +41,25 @@ def _lark(start: str) -> Lark:
 
 
 def _at(message: str, source: Source, line: int | None, column: int | None) -> ParseError:
-    if not line or line < 1:
+    if not line or line < 1:  # the end of the text
         line, column = source.text.count("\n") + 1, 1
-    lines = source.text.split("\n")
-    shown = lines[min(line, len(lines)) - 1]
-    caret = " " * ((column or 1) - 1) + "^"
-    return ParseError(f"{message}\n  --> {source.path}:{line}:{column}\n  | {shown}\n  | {caret}")
+    return ParseError(f"{message}\n{source.excerpt(line, column or 1)}")
 
 
 def _syntax_message(error: UnexpectedInput) -> str:
-    token = getattr(error, "token", None)
-    if token is None:
+    if not isinstance(error, UnexpectedToken):
         return f"unexpected character {getattr(error, 'char', '')!r}"
-    if token.type == "$END":
+    if error.token.type == "$END":
         return "the text ends too early"
-    return f"unexpected {str(token)!r}"
+    names = sorted({_READABLE.get(name, _literal(name)) for name in error.expected})
+    told = f"; expected {' or '.join(names)}" if 0 < len(names) <= MOST_EXPECTED else ""
+    return f"unexpected {str(error.token)!r}{told}"
+
+
+def _literal(terminal: str) -> str:
+    """`LBRACE` as it is written: `'{'`."""
+    patterns = {item.name: item.pattern.value for item in _lark("module").terminals}
+    return f"'{patterns.get(terminal, terminal.lower())}'"
 
 
 def _parse(source: Source, start: str) -> Any:

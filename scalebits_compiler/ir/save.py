@@ -32,7 +32,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def resource_keys(module: Module) -> list[str]:
-    """The keys of all tensors that the header, permutations and weights name, in the order of the text."""
+    """The keys of all tensors that header, permutations and weights name, in that order."""
     texts = (module.calibration, module.acceptance)
     keys: dict[str, None] = {text.key: None for text in texts if text is not None}
     for entry in (*module.perms.values(), *module.weights.values()):

@@ -271,14 +271,9 @@ def _verify_return(typing: Rigid) -> None:
 
 def _render(module: Module, source: Source | None, key: str, loc: str) -> str:
     """file:line:column and a caret if the text is at hand, else a window of printed IR."""
-    place = f"   ({loc})" if loc else ""
     if source is not None and key in source.places:
-        line, column = source.places[key]
-        text, gap = source.text.split("\n")[line - 1], " " * len(str(line))
-        return (
-            f"  --> {source.path}:{line}:{column}{place}\n"
-            f"{line} | {text}\n{gap} | {' ' * (column - 1)}^"
-        )
+        return source.excerpt(*source.places[key], loc)
+    place = f"   ({loc})" if loc else ""
     lines = module_lines(module)
     index = _line_of(lines, module, key)
     window = [
