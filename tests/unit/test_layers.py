@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 # What a running artifact must not need, nor a text-only command.
 HEAVY = ("torch", "transformers", "tvm")
+EXAMPLE = ROOT.parent / "docs" / "example.sbir"
 FILES = sorted(ROOT.rglob("*.py"))
 NAMES = [str(path.relative_to(ROOT)) for path in FILES]
 
@@ -113,6 +114,8 @@ def test_the_runtime_imports_only_what_it_may() -> None:
         f"import {NAME}.ir.parser, {NAME}.ir.verifier, {NAME}.ir.save",
         f"from {NAME}.passes.pipeline import parse_passes; parse_passes('default')",
         f"import {NAME}.plugins, {NAME}.cli.opt, {NAME}.cli.passes",
+        f"from {NAME}.cli.main import main; main(['passes'])",
+        f"from {NAME}.cli.main import main; main(['opt', {str(EXAMPLE)!r}])",
     ],
 )
 def test_text_needs_no_torch(statement: str) -> None:
