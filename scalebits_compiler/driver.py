@@ -111,7 +111,7 @@ def compile_model(
     """
     options, hooks = options or CompileOptions(), hooks or Hooks()
     out = Path(out)
-    target = _prepare(out, options, hooks.registry)
+    target = _prepare(Path(model), out, options, hooks.registry)
     stages = _Stages(hooks.progress)
     source = stages.run("load", lambda: _load(model))
     passes = pipeline_for(options, hooks.registry.passes)
@@ -152,8 +152,15 @@ def remaining(passes: Sequence[Pass], module: Module) -> list[Pass]:
     return list(passes[done:])
 
 
-def _prepare(out: Path, options: CompileOptions, registry: Registry) -> Target:
+def _prepare(model: Path, out: Path, options: CompileOptions, registry: Registry) -> Target:
     """Everything that can be refused before any work."""
+    if options.seed < 0:
+        raise UsageError(f"--seed is {options.seed}, it must be 0 or more")
+    # Even --force must not replace the model by its artifact.
+    if model.is_dir() and model.resolve().is_relative_to(out.resolve()):
+        raise UsageError(
+            f"the output {out} holds the model {model}", help="give a folder of its own with -o"
+        )
     if not 0 < options.avg_bits <= 16:
         raise UsageError(
             f"--avg-bits {options.avg_bits:g} is out of range: effective bits per weight lie between"
