@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tvm.script.ir_builder import IRBuilder
+from tvm.tirx import Var
 from tvm.tirx.script import builder
 
 from scalebits_compiler.codegen.tvm.spec import KernelSpec
@@ -34,6 +35,11 @@ ELEMENT_BYTES = {"uint8": 1, "int8": 1, "int32": 4, "int64": 8, "float32": 4}
 def buffer_arg(name: str, shape: tuple[Expr, ...], dtype: str) -> Expr:
     """A buffer argument of the kernel under construction."""
     return T.arg(name, T.buffer(shape, dtype, align=ELEMENT_BYTES[dtype]))
+
+
+def size_arg(name: str) -> Expr:
+    """A size that a call's buffers bring along; its name keeps the printed source the same."""
+    return Var(name, "int64")
 
 
 def i64(value: int) -> Expr:
@@ -191,7 +197,7 @@ class Tables:
     @classmethod
     def declare(cls, spec: KernelSpec) -> Tables:
         """Declare the four buffers and `cols`."""
-        nbytes, panels, blocks = T.int64(), T.int64(), T.int64()
+        nbytes, panels, blocks = (size_arg(name) for name in ("nbytes", "panels", "blocks"))
         return cls(
             spec,
             buffer_arg("arena", (nbytes,), "uint8"),
@@ -236,7 +242,7 @@ class Input:
     @classmethod
     def declare(cls, spec: KernelSpec) -> Input:
         """Declare the two buffers; values are int8, in mode f32 float32."""
-        groups, tokens = T.int64(), T.int64()
+        groups, tokens = size_arg("groups"), size_arg("tokens")
         dtype = "float32" if spec.mode == "f32" else "int8"
         shape = (groups, tokens, i64(spec.planes), i64(spec.group))
         return cls(

@@ -22,11 +22,12 @@ from scalebits_compiler.codegen.tvm.emit import (
     dot,
     form_code,
     i64,
-    local,
     join_planes,
     load_words,
+    local,
     loop,
     prim_func,
+    size_arg,
     splat,
     store_rows,
     vload,
@@ -45,7 +46,7 @@ def build_gemm(spec: KernelSpec) -> Any:
     """
     with prim_func(spec.key) as builder:
         tables, x = Tables.declare(spec), Input.declare(spec)
-        y = buffer_arg("y", (T.int64(), T.int64()), "float32")
+        y = buffer_arg("y", (size_arg("y_tokens"), size_arg("y_rows")), "float32")
         dtype = "float32" if spec.mode == "f32" else "uint8"
         codes = buffer_arg("codes", (i64(spec.panel * spec.group),), dtype)
         total = buffer_arg("total", (i64(CHUNK_TOKENS), i64(spec.panel)), "float32")

@@ -23,6 +23,7 @@ from scalebits_compiler.codegen.tvm.emit import (
     load_words,
     loop,
     prim_func,
+    size_arg,
     splat,
     store_rows,
 )
@@ -37,7 +38,7 @@ def build_gemv(spec: KernelSpec) -> Any:
     """
     with prim_func(spec.key) as builder:
         tables, x = Tables.declare(spec), Input.declare(spec)
-        y = buffer_arg("y", (T.int64(), T.int64()), "float32")
+        y = buffer_arg("y", (size_arg("y_tokens"), size_arg("y_rows")), "float32")
         lo, hi = T.arg("lo", T.int64()), T.arg("hi", T.int64())
         inner = (_FloatSum if spec.mode == "f32" else _IntegerSum)(spec, tables, x)
         at, total = Scalar(), Slots.alloc(spec.row_groups, "float32")

@@ -18,6 +18,7 @@ from scalebits_compiler.codegen.tvm.emit import (
     buffer_arg,
     i64,
     prim_func,
+    size_arg,
     splat,
     vload,
     vstore,
@@ -38,7 +39,7 @@ def build_quantize(spec: KernelSpec) -> Any:
     those of x are left alone. In mode f32 the values are x itself.
     """
     with prim_func(spec.key) as builder:
-        x = buffer_arg("x", (T.int64(), T.int64()), "float32")
+        x = buffer_arg("x", (size_arg("x_tokens"), size_arg("x_cols")), "float32")
         out = Input.declare(spec)
         writer = _CopyGroup(spec, x, out) if spec.mode == "f32" else _QuantizeGroup(spec, x, out)
         with T.serial(0, x.shape[0]) as token, T.serial(0, out.values.shape[0]) as group:
