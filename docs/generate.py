@@ -16,7 +16,9 @@ from scalebits_compiler.ir.module import FACTS, Weight
 from scalebits_compiler.ir.op import FieldSpec, Op, op_fields
 from scalebits_compiler.ir.ops import OPS
 from scalebits_compiler.ir.printer import print_attr
+from scalebits_compiler.numerics.layout import PIECES
 from scalebits_compiler.passes.table import PASSES, PIPELINES, find_pass
+from scalebits_compiler.runtime.manifest import STEP_RULES
 
 DOCS = Path(__file__).resolve().parent
 _PART = re.compile(r"(<!-- begin: (\w+) -->\n).*?(<!-- end: \2 -->)", re.DOTALL)
@@ -67,10 +69,33 @@ def weight() -> str:
     return f"\n| attribute | type |\n|---|---|\n{rows}\n{told}\n\n"
 
 
+def pieces() -> str:
+    """Where the subs of a unit lie, one row per width and sub."""
+    rows = []
+    for bits, subs in PIECES.items():
+        for sub, (shift, found) in enumerate(subs):
+            listed = ", ".join(f"{v}:{lo}+{w}->{to}" for v, lo, w, to in found)
+            rows.append(f"| {bits} | {sub} | {listed} | {shift} |")
+    return "\n| width | sub | pieces | shift |\n|---|---|---|---|\n" + "\n".join(rows) + "\n\n"
+
+
+def steps() -> str:
+    """The ops of a plan with what each reads."""
+    rows = []
+    for name, rule in STEP_RULES.items():
+        least, most = rule.weights
+        count = str(least) if least == most else f"{least} to {most}"
+        attrs = ", ".join(f"`{attr}`" for attr in sorted(rule.attrs))
+        rows.append(f"| `{name}` | {rule.inputs} | {count} | {attrs} |")
+    return "\n| op | inputs | weights | attrs |\n|---|---|---|---|\n" + "\n".join(rows) + "\n\n"
+
+
 PARTS = {
     "example": lambda: _fenced((DOCS / "example.sbir").read_text()),
     "facts": lambda: f"  {', '.join(f'`{fact}`' for fact in FACTS)}.\n",
     "weight": weight,
+    "pieces": pieces,
+    "steps": steps,
     "ops": ops,
     "grammar": lambda: _fenced(Path(parser.__file__).with_name("grammar.lark").read_text()),
     "passes": lambda: _fenced(
