@@ -1,8 +1,8 @@
 """`make demo`: compile the bundled model, generate text from it, and compare it with its peers.
 
 Every step is a `scalebitsc` command, printed before it runs, so that each can be repeated by hand.
-The uniform rows are round-to-nearest in the same format (blocks, groups, byte layout), written as
-artifacts and run by the same runtime, so that their bytes and perplexities are real as well.
+The uniform rows are round-to-nearest in the same format (blocks, groups with searched ranges, byte
+layout), written as artifacts and run by the same runtime: their bytes and perplexities are real too.
 """
 
 from __future__ import annotations
@@ -127,6 +127,7 @@ def closing(options: argparse.Namespace) -> str:
     artifact = os.path.relpath(options.out / f"ours-{FIRST:g}")
     model, ir = os.path.relpath(options.model), os.path.relpath(options.out / "ir")
     return f"""
+uniform: round to nearest, the range of every group searched; same blocks, groups and byte layout
 effective bits: codes, scales, zero points, bit table and padding, per quantized weight
 file bytes: every file, so embedding, head, tokenizer, IR and kernels as well; on a model as
 small as this one they are the larger part
@@ -169,4 +170,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("interrupted; finished artifacts are kept")
