@@ -7,6 +7,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 OUT := out
 MODEL := models/wikitext2-llama-1m
 
+# Threads that spin while they wait make a machine with busy neighbours many times slower.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint types fmt docs install clean
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,9 @@ import pytest
 from scalebits_compiler.ir.module import Module
 from scalebits_compiler.ir.parser import parse_module
 from scalebits_compiler.ir.printer import print_module
+
+# Before torch is loaded; see cli/main.py.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 256,

@@ -211,23 +211,25 @@ def width_curves(
 ) -> dict[str, Tensor]:
     """½ Σ F (Q_b - W)² per block and width at full precision: float64 [8, block rows, columns].
 
-    F is taken at the unrounded weights; nats of mean loss. The separable start of the search.
+    F is taken at the unrounded weights; nats of mean loss. The separable start of the search. F is
+    held for all matrices: eight widths per batch would cost more time than it costs memory.
     """
     dense = {symbol: matrix.dense for symbol, matrix in matrices.items()}
-    curves = {
-        s: torch.zeros(8, *m.weight.grid_shape(), dtype=torch.float64) for s, m in matrices.items()
-    }
+    fishers = {symbol: torch.zeros_like(weight) for symbol, weight in dense.items()}
 
     def take(symbol: str, gradient: Tensor, fisher: Tensor) -> None:
-        matrix = matrices[symbol]
-        for index, curve in enumerate(curves[symbol]):
-            grid = torch.full(curve.shape, index + 1)
-            error = (matrix.at(grid) - matrix.dense).square()
-            curve += block_sums(0.5 * fisher * error, matrix.block)
+        fishers[symbol] += fisher
 
     for ids in ctx.progress(batches(windows), "sensitivity at full precision"):
         backward(evaluator, dense, ids, take)
-    return {symbol: curve / scored_tokens(windows) for symbol, curve in curves.items()}
+    scale = 0.5 / scored_tokens(windows)
+    return {s: _curve(m, fishers.pop(s) * scale) for s, m in matrices.items()}
+
+
+def _curve(matrix: Matrix, weight: Tensor) -> Tensor:
+    shape = matrix.weight.grid_shape()
+    errors = ((matrix.at(torch.full(shape, b)) - matrix.dense).square() for b in range(1, 9))
+    return torch.stack([block_sums(weight * error, matrix.block).double() for error in errors])
 
 
 @dataclass(frozen=True)
