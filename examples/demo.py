@@ -2,7 +2,7 @@
 
 Every step is a `scalebitsc` command, printed before it runs, so that each can be repeated by hand.
 The uniform rows are round-to-nearest in the same format (blocks, groups with searched ranges, byte
-layout), written as artifacts and run by the same runtime: their bytes and perplexities are real too.
+layout), written as artifacts and run by the same runtime, so their bytes and quality are real too.
 """
 
 from __future__ import annotations
