@@ -122,6 +122,7 @@ def compile_model(
         passes = remaining(passes, module)
     ctx = PassContext(evaluate=evaluator, seed=options.seed, progress=hooks.progress)
     module = _run_passes(module, passes, ctx, hooks, stages)
+    _check_budget(module, options.avg_bits)
     with tempfile.TemporaryDirectory(prefix="scalebits-") as folder:
         built = stages.run("kernels", lambda: target.build(module, Path(folder)))
         if hooks.on_kernels is not None:
@@ -141,6 +142,17 @@ def _run_passes(
     if "packed" not in module.facts:
         raise PassError("the pipeline does not pack the module", help="end it with pack-blocks")
     return module
+
+
+def _check_budget(module: Module, avg_bits: float) -> None:
+    """The cap holds for widths that a dump brought along, too."""
+    found = summarize(module)["effective_bits"]
+    if found > avg_bits:
+        raise PassError(
+            f"the widths in the dump take {found:.3f} effective bits per weight, --avg-bits is"
+            f" {avg_bits:g}",
+            help="go on from a dump before assign-bits, or raise --avg-bits",
+        )
 
 
 def remaining(passes: Sequence[Pass], module: Module) -> list[Pass]:
@@ -163,8 +175,8 @@ def _prepare(model: Path, out: Path, options: CompileOptions, registry: Registry
         )
     if not 0 < options.avg_bits <= 16:
         raise UsageError(
-            f"--avg-bits {options.avg_bits:g} is out of range: effective bits per weight lie between"
-            " about 1.2 and 8.4",
+            f"--avg-bits {options.avg_bits:g} is out of range: effective bits per weight lie"
+            " between about 1.2 and 8.4",
             help="try --avg-bits 3",
         )
     target = find_target(options.target, {**TARGETS, **registry.targets})
@@ -202,7 +214,8 @@ def input_module(source: SourceModel, text: TextOptions, seed: int) -> Module:
             help="put the tokenizer that belongs to the model into its folder",
         )
     module = lower(trace(source.model), source)
-    texts = dict(zip(("calibration", "acceptance"), (w.to(torch.int32) for w in windows), strict=True))
+    split = (part.to(torch.int32) for part in windows)
+    texts = dict(zip(("calibration", "acceptance"), split, strict=True))
     return replace(
         module,
         calibration=Resource("calibration"),

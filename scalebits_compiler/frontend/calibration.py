@@ -31,7 +31,9 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     try:
         return Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception for a broken file
-        raise FrontendError(f"{file} cannot be read: {error}") from error
+        raise FrontendError(
+            f"{file} cannot be read: {error}", help="save the model's fast tokenizer there again"
+        ) from error
 
 
 def read_windows(
@@ -66,7 +68,7 @@ def _draw(
 ) -> torch.Tensor:
     if seq_len < 2 or (count is not None and count < 1):
         raise FrontendError(
-            f"{count} windows of {seq_len} tokens were asked of {file}",
+            f"{'all' if count is None else count} windows of {seq_len} tokens were asked of {file}",
             help="at least one window of at least two tokens is needed",
         )
     tokens = _tokens(file, tokenizer)
@@ -89,7 +91,9 @@ def _tokens(file: Path, tokenizer: Tokenizer) -> np.ndarray:
     try:
         content = file.read_bytes().decode("utf-8")
     except OSError as error:
-        raise FrontendError(f"the text {file} cannot be read: {error.strerror}") from error
+        raise FrontendError(
+            f"the text {file} cannot be read: {error.strerror}", help="give a UTF-8 text file"
+        ) from error
     except UnicodeDecodeError as error:
         raise FrontendError(
             f"{file} is not UTF-8 text, the byte at {error.start} cannot be decoded",

@@ -26,6 +26,7 @@ _TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+DOWNLOAD_AGAIN = "the folder is damaged or incomplete; download or save the model again"
 _DTYPES = {"F64": "f64", "F32": "f32", "F16": "f16", "BF16": "bf16", "I64": "i64", "BOOL": "bool"}
 
 
@@ -149,7 +150,9 @@ def _folder(path: str | Path) -> Path:
         )
     if isinstance(path, str) and re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", path):
         return _cached(path)
-    raise FrontendError(f"the model folder {path} does not exist")
+    raise FrontendError(
+        f"the model folder {path} does not exist", help="give a folder, or a hub id in the cache"
+    )
 
 
 def _cached(hub_id: str) -> Path:
@@ -174,9 +177,9 @@ def _config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise FrontendError(f"{file} cannot be read: {error}") from error
+        raise FrontendError(f"{file} cannot be read: {error}", help=DOWNLOAD_AGAIN) from error
     if not isinstance(config, dict):
-        raise FrontendError(f"{file} is no JSON object")
+        raise FrontendError(f"{file} is no JSON object", help=DOWNLOAD_AGAIN)
     if "quantization_config" in config:
         raise FrontendError(
             f"{folder} is quantized already", help="give the folder of the original model"
@@ -197,7 +200,9 @@ def _weight_files(folder: Path) -> list[Path]:
                 set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
             )
         except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise FrontendError(f"{index} cannot be read: {error!r}") from error
+            raise FrontendError(
+                f"{index} cannot be read: {error!r}", help=DOWNLOAD_AGAIN
+            ) from error
     else:
         names = ["model.safetensors"]
     missing = [name for name in names if not (folder / name).is_file()]
@@ -208,7 +213,7 @@ def _weight_files(folder: Path) -> list[Path]:
             f"{folder} has pickled weights only, and unpickling runs code",
             help="convert them: load the model with transformers, then save_pretrained(folder)",
         )
-    raise FrontendError(f"{folder} lacks the weight file {missing[0]}")
+    raise FrontendError(f"{folder} lacks the weight file {missing[0]}", help=DOWNLOAD_AGAIN)
 
 
 def _stored_dtypes(files: list[Path]) -> dict[str, str]:
@@ -240,12 +245,13 @@ def _load(folder: Path) -> nn.Module:
                 output_loading_info=True,
             )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise FrontendError(f"{folder} cannot be loaded: {error}") from error
+        raise FrontendError(f"{folder} cannot be loaded: {error}", help=DOWNLOAD_AGAIN) from error
     model, info = loaded
     if info["missing_keys"]:
         names = sorted(info["missing_keys"])
         raise FrontendError(
             f"{folder} has no tensor {names[0]} in its weight files",
+            help=DOWNLOAD_AGAIN,
             notes=[f"{len(names)} tensors are missing"],
         )
     return model.eval().requires_grad_(False)

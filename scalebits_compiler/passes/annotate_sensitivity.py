@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
+from scalebits_compiler.errors import PassError
 from scalebits_compiler.ir.attrs import Resource
 from scalebits_compiler.ir.module import Module
 from scalebits_compiler.passes.base import Pass, PassContext
@@ -33,6 +34,8 @@ class AnnotateSensitivity(Pass):
 
         from scalebits_compiler.passes import statistics as st
 
+        if not 1 <= self.bits <= 8:
+            raise PassError(f"the reference width {self.bits} is not within 1..8")
         evaluator = ctx.evaluator(module, self.name)
         windows = ctx.windows(module, self.name).calibration
         matrices = st.load_matrices(module, ctx)

@@ -38,7 +38,7 @@ def model(tiny_llama: Callable[..., Path]) -> Path:
 def test_model_folder(compile_small: Any, out: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     refused(compile_small(tmp_path / "empty", out), 1, "empty has no config.json", "help:")
-    refused(compile_small(tmp_path / "none", out), 1, "none does not exist")
+    refused(compile_small(tmp_path / "none", out), 1, "none does not exist", "help:")
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "model.safetensors"])
@@ -53,7 +53,7 @@ def test_damaged_model(
     else:
         content = path.read_bytes()
         path.write_bytes(content[: len(content) // 2] if damage == "cut" else b"")
-    refused(compile_small(copy, out), 1, str(copy))
+    refused(compile_small(copy, out), 1, str(copy), "help:")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -104,7 +104,7 @@ def test_budget_that_no_width_can_use(compile_small: Any, model: Path, out: Path
         (b"", ("0 tokens", "help:")),
         (b"too short", ("9 tokens", "256", "help:")),
         (b"\xff\xfe not utf-8" * 100, ("not UTF-8", "help:")),
-        (None, ("cannot be read",)),
+        (None, ("cannot be read", "help:")),
     ],
 )
 def test_calibration_text(
@@ -171,6 +171,12 @@ def test_start_that_is_no_dump(compile_small: Any, model: Path, out: Path, text:
     assert "Traceback" not in ran.err
 
 
+def test_dump_with_more_bits_than_asked(compile_small: Any, compiled: Any, out: Path) -> None:
+    options = ("--avg-bits", "2.5", "--from", compiled.dump / "05-assign-bits.sbir")
+    ran = compile_small(compiled.model, out, *options, "--target", "reference")
+    refused(ran, 1, "--avg-bits is 2.5", "help: go on from a dump before assign-bits")
+
+
 @pytest.mark.parametrize("argv", [[], ["frobnicate"], ["compile"], ["run", "x"], ["eval", "x"]])
 def test_command_line(cli: Any, argv: list[str]) -> None:
     ran = cli(*argv)
@@ -204,7 +210,7 @@ class TestArtifacts:
             refused(cli("inspect", copy), 1, str(path), "help:")
         refused(cli("run", copy, "--prompt", "a"), 1, str(path), "help:")
         refused(cli("run", copy, "--prompt", "a", "--target", "reference"), 1, str(path))
-        refused(cli("eval", copy, "--text", text, "-q"), 1, str(path))
+        refused(cli("eval", copy, "--text", text, "-q"), 1, str(copy), path.name, "help:")
         path.unlink()
         refused(cli("inspect", copy), 1, path.name, "help:")
         path.write_bytes(sound)

@@ -82,6 +82,18 @@ def test_uncorrelated_inputs_are_rounded_to_nearest() -> None:
     assert torch.equal(done.params.scales, nearest.params.scales)
 
 
+def test_levels_are_fitted_for_the_columns_that_matter() -> None:
+    """With a diagonal Hessian, the levels are those of the same column importance."""
+    matrix, _, _ = problem(2, 8, 64)
+    grid = widths(3, 8, 64, 32)
+    importance = torch.from_numpy(np.random.default_rng(1).gamma(0.3, 1, 64)) + 0.01
+    done = gptq(matrix, importance.diag(), grid, 32)
+    weighted = LevelTable.fit(matrix, 32, importance).quantize(matrix, grid)
+    assert torch.equal(done.params.scales, weighted.params.scales)
+    plain = LevelTable.fit(matrix, 32).quantize(matrix, grid)
+    assert not torch.equal(done.params.scales, plain.params.scales)
+
+
 def test_dead_columns_harm_nothing() -> None:
     """Inputs that were never seen: their weights are rounded to nearest, the others as before."""
     matrix, x, _ = problem(3, 16, 64)
