@@ -15,6 +15,7 @@ from scalebits_compiler.passes.base import Pass, PassContext
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
 
 
 def layout_of(weight: Weight) -> BlockLayout:
@@ -27,7 +28,11 @@ def layout_of(weight: Weight) -> BlockLayout:
 
 @dataclass(frozen=True)
 class PackBlocks(Pass):
-    """Turn rounded matrices into packed ones and `linear` into `qlinear`. Lossless."""
+    """Turn rounded matrices into packed ones and `linear` into `qlinear`. Lossless.
+
+    Weights that stay dense are stored in half the bytes where bfloat16 or float16 holds them
+    exactly; their type in the module, and the arithmetic, stay f32.
+    """
 
     name: ClassVar[str] = "pack-blocks"
     requires: ClassVar[frozenset[str]] = frozenset({"bits", "rounded"})
@@ -45,10 +50,28 @@ class PackBlocks(Pass):
             done = replace(weight, data=Resource(key), codes=None, scales=None, zeros=None)
             weights.append(replace(done, type=replace(weight.type, dtype="packed")))
         packed = {weight.symbol for weight in weights}
+        tensors |= _halved(module)
         ops = tuple(_qlinear(op, packed) for op in module.function.ops)
         function = replace(module.function, ops=ops)
         changed = replace(module, function=function, resources=module.resources.with_(tensors))
         return changed.with_weights(weights)
+
+
+def _halved(module: Module) -> dict[str, torch.Tensor]:
+    """The dense float32 tensors that a 16-bit type holds exactly, in that type."""
+    import torch
+
+    made: dict[str, torch.Tensor] = {}
+    for weight in module.weights.values():
+        if weight.quantize or weight.data is None or weight.type.dtype != "f32":
+            continue
+        tensor = module.resources.torch(weight.data.key)
+        for dtype in (torch.bfloat16, torch.float16):
+            half = tensor.to(dtype)
+            if tensor.dtype == torch.float32 and torch.equal(half.float(), tensor):
+                made[weight.data.key] = half
+                break
+    return made
 
 
 def _pack(module: Module, weight: Weight) -> np.ndarray:

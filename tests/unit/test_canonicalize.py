@@ -199,8 +199,9 @@ def test_needs_an_evaluator(tiny_llama):
         (1024, ((128, 128), 128)),
         (768, ((64, 128), 128)),
         (256, ((32, 128), 128)),
-        (128, ((16, 64), 64)),
-        (64, ((16, 32), 32)),
+        (128, ((32, 128), 128)),
+        (64, ((16, 64), 64)),
+        (32, ((16, 32), 32)),
     ],
 )
 def test_default_block_follows_the_narrowest_matrix(columns, expected):
