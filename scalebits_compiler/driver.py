@@ -214,8 +214,8 @@ def input_module(source: SourceModel, text: TextOptions, seed: int) -> Module:
             help="put the tokenizer that belongs to the model into its folder",
         )
     module = lower(trace(source.model), source)
-    split = (part.to(torch.int32) for part in windows)
-    texts = dict(zip(("calibration", "acceptance"), split, strict=True))
+    calibration, acceptance = (part.to(torch.int32) for part in windows)
+    texts = {"calibration": calibration, "acceptance": acceptance}
     return replace(
         module,
         calibration=Resource("calibration"),

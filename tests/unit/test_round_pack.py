@@ -1,0 +1,162 @@
+"""round-weights and pack-blocks on a tiny Llama; the summary's sizes; restart by facts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from scalebits_compiler.codegen.reference.executor import Executor
+from scalebits_compiler.driver import CompileOptions, pipeline_for, remaining
+from scalebits_compiler.errors import PassError
+from scalebits_compiler.frontend.hf import load_model, trace
+from scalebits_compiler.frontend.lower_fx import lower
+from scalebits_compiler.ir.module import Module
+from scalebits_compiler.ir.ops import Linear, QLinear
+from scalebits_compiler.ir.verifier import verify
+from scalebits_compiler.numerics.layout import BlockLayout
+from scalebits_compiler.passes.base import PassContext, TextSplit
+from scalebits_compiler.passes.canonicalize import Canonicalize
+from scalebits_compiler.passes.pack_blocks import PackBlocks
+from scalebits_compiler.passes.round_weights import RoundWeights
+from scalebits_compiler.passes.table import PASSES
+from scalebits_compiler.summary import summarize
+
+IDS = torch.from_numpy(np.random.default_rng(2).integers(0, 256, (16, 32)))
+
+
+def context() -> PassContext:
+    return PassContext(evaluate=Executor, text=TextSplit(IDS, IDS))
+
+
+@pytest.fixture(scope="module")
+def assigned(tiny_llama: Callable[..., Path]) -> Module:
+    """Random widths of 2..5 bits on ragged blocks."""
+    source = load_model(tiny_llama(hidden_size=72, intermediate_size=104))
+    module = lower(trace(source.model), source)
+    module = Canonicalize(block=(16, 64), group=32).run(module, context())
+    rng = np.random.default_rng(4)
+    bits = {
+        w.symbol: rng.integers(2, 6, w.grid_shape()).astype(np.uint8) for w in module.quantized()
+    }
+    return module.with_bits(bits)
+
+
+@pytest.fixture(scope="module")
+def rounded(assigned: Module) -> Module:
+    return RoundWeights().run(assigned, context())
+
+
+def logits_of(module: Module) -> torch.Tensor:
+    with torch.no_grad():
+        return Executor(module).run(IDS)
+
+
+def test_rounded_module_verifies_and_has_codes(assigned: Module, rounded: Module) -> None:
+    verify(rounded)
+    for weight in rounded.quantized():
+        rows, columns = weight.type.static_shape()
+        assert weight.codes is not None
+        assert weight.scales is not None
+        assert weight.zeros is not None
+        codes = rounded.resources.numpy(weight.codes.key)
+        assert codes.shape == (rows, columns)
+        bits = rounded.bits(weight).repeat(16, 0)[:rows].repeat(64, 1)[:, :columns]
+        assert (codes < 2 ** bits.astype(int)).all()
+        assert tuple(rounded.resources.shape(weight.scales.key)) == (rows, -(-columns // 32))
+    assert not any(weight.codes for weight in assigned.quantized())
+
+
+def test_error_feedback_beats_rounding_to_nearest(assigned: Module, rounded: Module) -> None:
+    """The error of the first layers' outputs, and that of the logits."""
+    expected = logits_of(assigned)
+    nearest = logits_of(RoundWeights(method="rtn").run(assigned, context()))
+    feedback = logits_of(rounded)
+    error = [(found - expected).square().mean() for found in (feedback, nearest)]
+    assert float(error[0]) < 0.9 * float(error[1])
+
+
+def test_rounding_twice_gives_the_same(assigned: Module, rounded: Module) -> None:
+    again = RoundWeights().run(assigned, context())
+    for weight in rounded.quantized():
+        for resource in (weight.codes, weight.scales, weight.zeros):
+            assert resource is not None
+            one, other = rounded.resources.numpy(resource.key), again.resources.numpy(resource.key)
+            np.testing.assert_array_equal(one, other)
+
+
+def test_unknown_method_and_missing_bits(assigned: Module) -> None:
+    with pytest.raises(PassError, match="'best': gptq or rtn"):
+        RoundWeights(method="best").run(assigned, context())
+    with pytest.raises(PassError, match="is not rounded"):
+        PackBlocks().run(assigned, context())
+
+
+def test_packing_loses_nothing(rounded: Module) -> None:
+    packed = PackBlocks().run(rounded, context())
+    verify(replace(packed, facts=frozenset({"bits", "rounded", "packed"})))
+    assert torch.equal(logits_of(packed), logits_of(rounded))
+    for weight in rounded.quantized():
+        rows, columns = weight.type.static_shape()
+        layout = BlockLayout(rows, columns, 16, 64, 32)
+        data = packed.weights[weight.symbol].data
+        assert data is not None
+        assert weight.codes is not None
+        assert weight.scales is not None
+        assert weight.zeros is not None
+        arena = packed.resources.numpy(data.key)
+        codes, scales, zeros = layout.unpack(arena, packed.bits(weight))
+        np.testing.assert_array_equal(codes, rounded.resources.numpy(weight.codes.key))
+        np.testing.assert_array_equal(scales, rounded.resources.numpy(weight.scales.key))
+        np.testing.assert_array_equal(zeros, rounded.resources.numpy(weight.zeros.key))
+
+
+def test_products_of_packed_matrices_are_qlinear(rounded: Module) -> None:
+    packed = PackBlocks().run(rounded, context())
+    names = {weight.symbol for weight in packed.quantized()}
+    for op in packed.function.ops:
+        if isinstance(op, QLinear):
+            names.discard(op.weight.name)
+        if isinstance(op, Linear):
+            assert op.weight.name == "lm_head"
+    assert names == set()
+
+
+def test_summary_counts_every_stored_byte(rounded: Module) -> None:
+    packed = PackBlocks().run(rounded, context())
+    found = summarize(packed)
+    stored = weights = 0
+    for weight in packed.quantized():
+        assert weight.data is not None
+        stored += packed.resources.byte_size(weight.data.key) + packed.bits(weight).size
+        weights += int(np.prod(weight.type.static_shape()))
+    assert found["matrix_bytes"] == stored
+    assert found["weights"] == weights
+    assert found["effective_bits"] == 8 * stored / weights
+    dense = [w.data.key for w in packed.weights.values() if not w.quantize and w.data]
+    assert found["dense_bytes"] == sum(packed.resources.byte_size(key) for key in dense)
+
+
+def test_restart_runs_what_the_facts_lack() -> None:
+    passes = pipeline_for(CompileOptions(avg_bits=2.5, block=(32, 64), group=64), PASSES)
+    assert [item.name for item in passes] == list(PASSES)
+    given: Any = {item.name: item for item in passes}
+    assert given["assign-bits"].avg_bits == 2.5
+    assert (given["canonicalize"].block, given["canonicalize"].group) == ((32, 64), 64)
+    from scalebits_compiler.ir.parser import parse_module
+
+    empty, _ = parse_module(
+        "module @m {\n  func @forward(%ids: i64[?, ?]) -> i64[?, ?] {\n"
+        "    %0 = positions %ids : i64[?, ?]\n    return %0\n  }\n}\n"
+    )
+    facts: set[str] = set()
+    for index, item in enumerate(passes):
+        left = remaining(passes, replace(empty, facts=frozenset(facts)))
+        assert [p.name for p in left] == [p.name for p in passes[index:]]
+        facts |= item.establishes
+    assert remaining(passes, replace(empty, facts=frozenset(facts))) == []
