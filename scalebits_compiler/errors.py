@@ -1,4 +1,4 @@
-"""The error tree (layer L0). Everything a user can cause is a `ScalebitsError`; anything else is a bug.
+"""The error tree (layer L0). What a user can cause is a `ScalebitsError`; the rest are bugs.
 
 Only `cli/main.py` formats errors and exits: 2 for `UsageError`, 1 for the rest.
 """

@@ -99,5 +99,3 @@ def _protocol(length: int, windows: int, text: Path, versus: Path | None) -> str
         f"{windows} windows of {length} tokens of {text.name}, no overlap, all but the first token"
         f" of a window scored{compared}"
     )
-
-

@@ -22,7 +22,7 @@ I64 = NDArray[np.int64]
 
 @dataclass
 class Replay:
-    """In place of a key-value cache: all ids so far, i64[batch, length]; each step runs them all."""
+    """In place of a key-value cache: all ids so far, i64[batch, length]; a step runs them all."""
 
     ids: I64
     pad: I64 | None

@@ -18,7 +18,7 @@ def parser() -> argparse.ArgumentParser:
     """The whole command line."""
     made = argparse.ArgumentParser(
         prog="scalebitsc",
-        description="Compile language models to mixed 1..8-bit blocks under a budget, and run them.",
+        description="Compiles language models to mixed 1..8-bit blocks, and runs them.",
     )
     made.add_argument("--version", action="version", version=f"scalebitsc {__version__}")
     commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")

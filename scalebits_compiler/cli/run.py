@@ -49,7 +49,8 @@ def run(args: argparse.Namespace) -> int:
         stream=_write if live else None,
     )
     if args.json:
-        rows = [{"prompt_text": text, **asdict(g)} for text, g in zip(args.prompt, done, strict=True)]
+        pairs = zip(args.prompt, done, strict=True)
+        rows = [{"prompt_text": text, **asdict(generation)} for text, generation in pairs]
         print(json.dumps({"variant": session.variant, "generations": rows}, indent=2))
     elif live:
         print()

@@ -1,0 +1,1 @@
+"""Pure tensor functions (layer L0): they know no IR."""

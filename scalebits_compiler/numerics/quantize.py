@@ -59,16 +59,13 @@ def dequantize(codes: Tensor, params: GroupParams, bits: Tensor | int, group: in
     return ungrouped(values, codes.shape[-1])
 
 
-def _encode(values: Tensor, scale: Tensor, offset: Tensor, top: Tensor | float) -> Tensor:
-    """Codes (as float) nearest to values [..., g] for scale and offset [...]."""
+def _encode(values: Tensor, scale: Tensor, offset: Tensor, bits: Tensor | int) -> Tensor:
+    """Codes (as float) nearest to values [..., g] for scale, offset and width [...]."""
     # A group of zeros has scale 0; any code stands for 0 there.
     safe = torch.where(scale > 0, scale, torch.ones_like(scale)).unsqueeze(-1)
-    limit = top if isinstance(top, float) else top.unsqueeze(-1)
-    return (
-        (values / safe + offset.unsqueeze(-1))
-        .round()
-        .clamp(min=torch.zeros(()), max=torch.as_tensor(limit))
-    )
+    top = torch.exp2(torch.as_tensor(bits, dtype=torch.float32)) - 1
+    codes = (values / safe + offset.unsqueeze(-1)).round()
+    return codes.clamp(min=torch.zeros(()), max=top.unsqueeze(-1))
 
 
 def params_from_range(low: Tensor, high: Tensor, bits: Tensor | int) -> GroupParams:
@@ -92,7 +89,7 @@ def _two_level_range(groups: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def _error(groups: Tensor, weight: Tensor, params: GroupParams, bits: int) -> Tensor:
     scale, offset = params.scales.float(), zero_offset(params.zeros, bits)
-    codes = _encode(groups, scale, offset, float(2**bits - 1))
+    codes = _encode(groups, scale, offset, bits)
     difference = scale.unsqueeze(-1) * (codes - offset.unsqueeze(-1)) - groups
     return (difference.square() * weight).sum(-1)
 
@@ -170,8 +167,7 @@ def encode(matrix: Tensor, params: GroupParams, bits: Tensor, group: int) -> Ten
     """uint8 codes [m, n] nearest to the matrix for given parameters [m, groups]."""
     groups = grouped(matrix.float(), group)
     offset = zero_offset(params.zeros, bits)
-    top = torch.exp2(bits.float()) - 1
-    codes = _encode(groups, params.scales.float(), offset, top)
+    codes = _encode(groups, params.scales.float(), offset, bits)
     return ungrouped(codes, matrix.shape[-1]).to(torch.uint8)
 
 

@@ -45,7 +45,9 @@ class Evaluator(Protocol):
 class Progress(Protocol):
     """Shows how far a long loop is, with an estimate."""
 
-    def __call__(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]: ...
+    def __call__(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
+        """The items, one by one; `total` where their number is not known from them."""
+        ...
 
 
 def no_progress(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
@@ -63,7 +65,7 @@ class TextSplit:
 
 @dataclass
 class PassContext:
-    """What the driver gives to passes. `report` collects what a pass wants to tell, by pass name."""
+    """What the driver gives to passes; `report` collects what a pass wants to tell, by its name."""
 
     evaluate: Callable[[Module], Evaluator] | None = None
     text: TextSplit | None = None

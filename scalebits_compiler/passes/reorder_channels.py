@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -83,14 +84,16 @@ class ReorderChannels(Pass):
         chosen: dict[str, str] = {}
         perms: dict[str, Perm] = {}
         tensors: dict[str, torch.Tensor] = {}
+        taken = {*module.perms, *module.weights}
+        free = (name for name in map("p{}".format, count()) if name not in taken)
         for found in orders.classes:
             scores = class_scores(module, orders, found)
             order = None if scores is None else np.argsort(-scores, kind="stable")
             if order is None or np.array_equal(order, np.arange(found.size)):
                 continue
-            name = _class_name(orders, found, perms)
+            name = next(free)
             chosen[found.variable] = name
-            perms[name], tensor = _make_perm(name, order)
+            perms[name], tensor = _make_perm(name, order, _origin(orders, found))
             tensors.update(tensor)
         ctx.report[self.name] = {"classes": len(orders.classes), "reordered": len(perms)}
         resources = module.resources.with_(tensors)
@@ -120,25 +123,24 @@ def class_scores(module: Module, orders: Orders, found: OrderClass) -> np.ndarra
     return total if scored else None
 
 
-def _class_name(orders: Orders, found: OrderClass, taken: dict[str, Perm]) -> str:
-    """`p.` and the first weight whose output is in the class (an embedding's output is axis 1)."""
+def _origin(orders: Orders, found: OrderClass) -> str:
+    """What the class is in the original model: the first weight whose output is in it."""
+    # An embedding is [vocabulary, channels]; its output is the second axis.
     rows = [member for member in found.members if member[1] == 0]
-    symbol, axis, position = (
-        found.members[0] if found.members[0][1] == 1 else (rows or found.members)[0]
-    )
-    product = len(orders.unifier.resolve(orders.weights[symbol].dims[axis]).static()) > 1
-    name = f"p.{symbol}.{position}" if product else f"p.{symbol}"
-    while name in taken:
-        name += "_"
-    return name
+    symbol, axis, position = (rows or found.members)[0]
+    if found.members[0][1] == 1:
+        symbol, axis, position = found.members[0]
+    factors = orders.unifier.resolve(orders.weights[symbol].dims[axis]).static()
+    part = f", factor {position + 1} of {len(factors)}" if len(factors) > 1 else ""
+    return f"output of {symbol}{part}"
 
 
-def _make_perm(name: str, order: np.ndarray) -> tuple[Perm, dict[str, torch.Tensor]]:
+def _make_perm(name: str, order: np.ndarray, origin: str) -> tuple[Perm, dict[str, torch.Tensor]]:
     import torch
 
     kind = TensorType.of("i32", len(order))
     tensor = torch.from_numpy(order.astype(np.int32))
-    return Perm(symbol=name, type=kind, data=Resource(name)), {name: tensor}
+    return Perm(symbol=name, type=kind, data=Resource(name), loc=origin), {name: tensor}
 
 
 def _named(dim: Dim, unifier: Unifier, chosen: dict[str, str]) -> Dim:

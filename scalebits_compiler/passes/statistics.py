@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from scalebits_compiler.errors import PassError
 from scalebits_compiler.ir.module import Module, Weight
 from scalebits_compiler.ir.ops import Linear
 from scalebits_compiler.numerics.quantize import LevelTable, block_sums, expand_grid
@@ -58,7 +59,8 @@ def load_matrices(module: Module, ctx: PassContext, clip: bool = True) -> dict[s
     """The quantizable matrices with their level tables, in the order of the module."""
     matrices: dict[str, Matrix] = {}
     for weight in ctx.progress(module.quantized(), "fitting levels"):
-        assert weight.data is not None and weight.group is not None
+        if weight.data is None or weight.group is None:
+            raise PassError(f"@{weight.symbol} has no data or group", help="run canonicalize first")
         dense = module.resources.torch(weight.data.key).float()
         table = LevelTable.fit(dense, weight.group, clip=clip)
         matrices[weight.symbol] = Matrix(weight, dense, table)
