@@ -27,7 +27,8 @@ from scalebits_compiler.runtime.artifact import Artifact
 
 ROOT = Path(__file__).resolve().parents[1]
 PLUGIN = ROOT / "examples" / "uniform_bits.py"
-PROMPT = "The history of the city"
+PROMPT = "The album was released"
+SAMPLING = ("--temperature", 0.7, "--top-k", 20, "--seed", 1)
 UNIFORM = (4, 3, 2)
 FIRST = 3.0
 BUDGETS = (3.1, 2.3)
@@ -64,7 +65,7 @@ def compile_all(options: argparse.Namespace) -> Iterator[tuple[str, Path]]:
     flags = ["--target", "cpu", "--force"]
     dump = ["--dump-ir", out / "ir"]
     run("compile", model, *flags, "--avg-bits", FIRST, *text, *dump, "-o", artifact)
-    run("run", artifact, "--prompt", PROMPT, "-n", 60)
+    run("run", artifact, "--prompt", PROMPT, "-n", 60, *SAMPLING)
     yield f"ours, --avg-bits {FIRST:g}", artifact
     # The search alone is run again: sensitivities and channel orders do not depend on the budget.
     ready = ["--from", out / "ir" / "04-fold-permutes.sbir"]
@@ -135,7 +136,7 @@ small as this one they are the larger part
 Artifacts: {os.path.relpath(options.out)}/. The module after every pass: {ir}/. Go on with
 
   . .venv/bin/activate
-  scalebitsc run {artifact} --prompt "{PROMPT}" --temperature 0.8 --seed 1
+  scalebitsc run {artifact} --prompt "{PROMPT}" -n 100 --temperature 0.7 --seed 2
   scalebitsc eval {artifact} --text {os.path.relpath(options.text)} --vs {model}
   scalebitsc inspect {artifact}
   less {ir}/05-assign-bits.sbir"""
