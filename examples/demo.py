@@ -78,7 +78,9 @@ def compile_all(options: argparse.Namespace) -> Iterator[tuple[str, Path]]:
         passes = f'uniform-bits{{bits = {bits}}},round-weights{{method = "rtn"}},pack-blocks'
         start = out / "ir" / "01-canonicalize.sbir"
         run("opt", start, "--plugin", PLUGIN, "-p", passes, "-o", packed)
-        run("compile", model, *flags, "--from", packed, "-q", "-o", artifact)
+        # A bit more than the codes: scales and zero points count as well.
+        room = ["--avg-bits", bits + 1]
+        run("compile", model, *flags, *room, "--from", packed, "-q", "-o", artifact)
         yield f"uniform {bits} bits, nearest", artifact
 
 
