@@ -14,7 +14,7 @@ from scalebits_compiler import __version__
 from scalebits_compiler.codegen.output import check_output
 from scalebits_compiler.codegen.target import TARGETS, Built, Target, find_target
 from scalebits_compiler.codegen.writer import write_artifact
-from scalebits_compiler.errors import PassError, UsageError
+from scalebits_compiler.errors import PassError, TargetError, UsageError
 from scalebits_compiler.ir.attrs import Resource
 from scalebits_compiler.ir.module import Module
 from scalebits_compiler.ir.parser import read_module
@@ -121,7 +121,7 @@ def compile_model(
         module, _ = read_module(start, hooks.registry.ops)
         passes = remaining(passes, module)
     ctx = PassContext(evaluate=evaluator, seed=options.seed, progress=hooks.progress)
-    module = _run_passes(module, passes, ctx, hooks, stages)
+    module = _run_passes(module, passes, ctx, hooks, stages, target)
     _check_budget(module, options.avg_bits)
     with tempfile.TemporaryDirectory(prefix="scalebits-") as folder:
         built = stages.run("kernels", lambda: target.build(module, Path(folder)))
@@ -132,16 +132,42 @@ def compile_model(
 
 
 def _run_passes(
-    module: Module, passes: Sequence[Pass], ctx: PassContext, hooks: Hooks, stages: _Stages
+    module: Module,
+    passes: Sequence[Pass],
+    ctx: PassContext,
+    hooks: Hooks,
+    stages: _Stages,
+    target: Target,
 ) -> Module:
     timing = Timing()
     hooks.registry.install_rules()
-    checks = [RoundTrip(hooks.registry.ops), VerifyEach(), timing]
-    module = run_pipeline(module, passes, ctx, [*hooks.observers, *checks], hooks.registry.passes)
+    checks = [_AskTarget(target), *hooks.observers, RoundTrip(hooks.registry.ops), VerifyEach()]
+    try:
+        module = run_pipeline(module, passes, ctx, [*checks, timing], hooks.registry.passes)
+    except TargetError as error:
+        error.notes.clear()  # they blame the pass that ran last
+        raise
     stages.seconds.update(dict(timing.seconds))
     if "packed" not in module.facts:
         raise PassError("the pipeline does not pack the module", help="end it with pack-blocks")
     return module
+
+
+class _AskTarget(Observer):
+    """Lets the target refuse a module when its ops are known, before the long search."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+
+    def start(self, module: Module) -> None:
+        """Ask about a dump that is canonical already."""
+        if "canonical" in module.facts:
+            self.target.check_module(module)
+
+    def after(self, item: Pass, before: Module, after: Module) -> None:
+        """Ask after the pass that makes the module canonical."""
+        if "canonical" in after.facts - before.facts:
+            self.target.check_module(after)
 
 
 def _check_budget(module: Module, avg_bits: float) -> None:

@@ -48,7 +48,7 @@ def describe(artifact: Artifact) -> dict[str, Any]:
         features = cpu_features()
         found["kernel_variants"] = [
             {"name": v["name"], "runs_here": set(v["features"]) <= features}
-            for v in manifest.kernels.dispatch["variants"]
+            for v in manifest.kernels.dispatch.get("variants", ())
         ]
     return found
 

@@ -13,6 +13,9 @@ from scalebits_compiler.ir.op import Op, op_fields
 from scalebits_compiler.ir.ops import Aten, Permute
 from scalebits_compiler.runtime.manifest import STEP_RULES, Number, Plan, Step
 
+# Of a model that is not recognised at all, this many names tell enough.
+MOST_NAMED = 3
+
 
 def make_plan(module: Module) -> Plan:
     """One step per op, generic over the op's fields; values are dropped after their last use.
@@ -21,6 +24,7 @@ def make_plan(module: Module) -> Plan:
     that the runtime does not execute, naming the op and its place in the original model.
     """
     function = module.function
+    _check_ops(function)
     if len(function.args) != 1:
         raise TargetError(
             f"@{module.name} takes {len(function.args)} arguments, the runtime gives token ids",
@@ -42,6 +46,23 @@ def make_plan(module: Module) -> Plan:
     return Plan("ids", tuple(steps), names[function.result])
 
 
+def _check_ops(function: Function) -> None:
+    """Name what the runtime does not execute, first those ops that have a place in the model."""
+    places: dict[str, str] = {}
+    for op in function.ops:
+        if op.name not in STEP_RULES:
+            what = op.target if isinstance(op, Aten) else op.name
+            places[what] = places.get(what) or op.loc
+    named = sorted(places, key=lambda what: not places[what])
+    if named:
+        told = [f"{what} ({places[what]})" if places[what] else what for what in named[:MOST_NAMED]]
+        more = f" and {len(named) - MOST_NAMED} more kinds of op" if named[MOST_NAMED:] else ""
+        raise TargetError(
+            f"the runtime has no op for {', '.join(told)}{more}",
+            help="use --target reference, which runs every op by its torch definition",
+        )
+
+
 def _last_uses(function: Function) -> dict[Value, int]:
     last = {operand: index for index, op in enumerate(function.ops) for operand in op.operands()}
     last[function.result] = len(function.ops)
@@ -50,13 +71,6 @@ def _last_uses(function: Function) -> dict[Value, int]:
 
 def _step_fields(op: Op) -> tuple[tuple[str, ...], dict[str, Number]]:
     """(weights, attributes) of the step of an op."""
-    if op.name not in STEP_RULES:
-        what = op.target if isinstance(op, Aten) else op.name
-        place = f" ({op.loc})" if op.loc else ""
-        raise TargetError(
-            f"the runtime has no op for {what}{place}",
-            help="use --target reference, which runs every op by its torch definition",
-        )
     if isinstance(op, Permute):
         return (order_key(op),), {"axis": op.axis}
     specs = [spec for spec in op_fields(type(op)) if spec.role == "attr"]

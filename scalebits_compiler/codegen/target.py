@@ -36,6 +36,12 @@ class Target(ABC):
     def check(self) -> None:  # noqa: B027  (most targets need nothing)
         """Raise TargetError, before any work, if this machine cannot build for the target."""
 
+    def check_module(self, module: Module) -> None:  # noqa: B027  (and run any module)
+        """Raise TargetError if the target cannot run the ops of a module.
+
+        Asked as soon as the module is canonical: the search that follows takes long.
+        """
+
     @abstractmethod
     def build(self, module: Module, folder: Path) -> Built:
         """Build for a packed module; `folder` is empty and may hold files until they are copied."""

@@ -57,6 +57,12 @@ def _open_kernels(
     kernels = artifact.manifest.kernels
     if kernels is None:
         return None
+    if "variants" not in kernels.dispatch:
+        raise ArtifactError(
+            f"{artifact.path} was compiled for the target '{artifact.manifest.target['kind']}',"
+            " whose kernels this runtime cannot load",
+            help="run it with --target reference, or with the runtime of the plugin that built it",
+        )
     try:
         from scalebits_compiler.runtime.kernels import KernelLibrary
     except ImportError as error:
@@ -217,7 +223,8 @@ def _runnable(artifact: Artifact) -> Plan:
     plan = artifact.manifest.plan
     if plan is None or not plan.steps or plan.steps[-1].out != plan.output:
         raise ArtifactError(
-            f"{artifact.path} has no plan that this runtime executes",
+            f"{artifact.path} was compiled for the target '{artifact.manifest.target['kind']}' and"
+            " has no plan that this runtime executes",
             help="run it with --target reference",
         )
     return plan

@@ -36,6 +36,10 @@ class CpuTarget(Target):
 
         find_linker()
 
+    def check_module(self, module: Module) -> None:
+        """Every op needs a step of the runtime."""
+        make_plan(module)
+
     def build(self, module: Module, folder: Path) -> Built:
         """Select, compile and link the kernels that the module's matrices need."""
         from scalebits_compiler.codegen.tvm.build import compile_kernels
