@@ -60,7 +60,7 @@ def test_round_trip(manifest):
         (["version"], 2, r"version: 2 is unknown"),
         (["format"], "gguf", "format"),
         (["extra"], 1, "extra: unknown field"),
-        (["target", "kind"], "tpu", "target: kind"),
+        (["target", "kind"], "", "target: kind"),
         (["files", "../x"], {"sha256": "", "bytes": 1}, "no file name"),
         (["files", "/x"], {"sha256": "", "bytes": 1}, "no file name"),
         (["files", "model.safetensors", "bytes"], "1", "bytes: a value of type str"),
