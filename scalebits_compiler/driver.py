@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -39,11 +40,13 @@ BUNDLED_TEXT = "wikitext2-calibration.txt"
 class TextOptions:
     """What to calibrate on: a text file (None: the bundled one), and how much of it.
 
+    accept_file: where the acceptance windows come from (None: the same file, other windows).
     seq_len: tokens per window (None: the model's limit, at most WINDOW); calibration and
-    acceptance: numbers of windows, disjoint.
+    acceptance: numbers of windows.
     """
 
     file: Path | None = None
+    accept_file: Path | None = None
     seq_len: int | None = None
     calibration: int = 128
     acceptance: int = 64
@@ -120,6 +123,7 @@ def compile_model(
     else:
         module, _ = read_module(start, hooks.registry.ops)
         passes = remaining(passes, module)
+        _check_start(start, module, source, passes, options)
     ctx = PassContext(evaluate=evaluator, seed=options.seed, progress=hooks.progress)
     module = _run_passes(module, passes, ctx, hooks, stages, target)
     _check_budget(module, options.avg_bits)
@@ -181,6 +185,33 @@ def _check_budget(module: Module, avg_bits: float) -> None:
         )
 
 
+def _check_start(
+    start: Path,
+    module: Module,
+    source: SourceModel,
+    passes: Sequence[Pass],
+    options: CompileOptions,
+) -> None:
+    """A dump must be of this model, and options must have a pass left that reads them."""
+    if module.source != source_digest(source):
+        raise UsageError(
+            f"{start} is not a dump of {source.path}",
+            help="give the model that the dump was made from, with the same weight files",
+        )
+    blocks = options.block is not None or options.group is not None
+    if blocks and not any(item.name == "canonicalize" for item in passes):
+        raise UsageError(
+            f"--block and --group come too late for {start}, whose blocks are chosen",
+            help="leave them out, or go on from 00-input.sbir",
+        )
+
+
+def source_digest(source: SourceModel) -> str:
+    """sha256 over the names and digests of the model's weight files."""
+    text = "".join(f"{name} {digest}\n" for name, digest in sorted(source.hashes.items()))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def remaining(passes: Sequence[Pass], module: Module) -> list[Pass]:
     """The passes after the last one whose facts the module already states."""
     done = 0
@@ -221,7 +252,7 @@ def input_module(source: SourceModel, text: TextOptions, seed: int) -> Module:
     """The traced model as ATen calls, with the token windows that passes will look at."""
     import torch
 
-    from scalebits_compiler.frontend.calibration import load_tokenizer, split_text
+    from scalebits_compiler.frontend.calibration import load_tokenizer, read_windows, split_text
     from scalebits_compiler.frontend.hf import trace
     from scalebits_compiler.frontend.lower_fx import lower
 
@@ -232,7 +263,11 @@ def input_module(source: SourceModel, text: TextOptions, seed: int) -> Module:
         raise UsageError(f"--seq-len {seq_len} is more than the model's {limit} positions")
     with as_file(files("scalebits_compiler") / "data" / BUNDLED_TEXT) as bundled:
         file = text.file or bundled
-        windows = split_text(file, tokenizer, seq_len, text.calibration, text.acceptance, seed)
+        if text.accept_file is None:
+            windows = split_text(file, tokenizer, seq_len, text.calibration, text.acceptance, seed)
+        else:
+            accepted = read_windows(text.accept_file, tokenizer, seq_len, text.acceptance, seed)
+            windows = (read_windows(file, tokenizer, seq_len, text.calibration, seed), accepted)
     vocabulary = source.config.get("vocab_size")
     if vocabulary is not None and int(torch.cat(windows).max()) >= vocabulary:
         raise UsageError(
@@ -244,6 +279,7 @@ def input_module(source: SourceModel, text: TextOptions, seed: int) -> Module:
     texts = {"calibration": calibration, "acceptance": acceptance}
     return replace(
         module,
+        source=source_digest(source),
         calibration=Resource("calibration"),
         acceptance=Resource("acceptance"),
         resources=module.resources.with_(texts),

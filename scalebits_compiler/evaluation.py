@@ -30,19 +30,15 @@ def logits_of(path: Path, target: str | None = None, activations: str = "a16") -
 
     `target` picks how an artifact is run: None as it was compiled, or "reference".
     """
-    if not is_artifact(path):
-        if target is not None:
-            raise UsageError(f"{path} is no artifact, --target does not apply to it")
-        return _model_logits(path)
-    if target == "reference":
-        from scalebits_compiler.reference_session import load_reference
+    if is_artifact(path):
+        from scalebits_compiler.sessions import open_session
 
-        executor = load_reference(path).executor
-        return lambda ids: executor.run(ids)
-    from scalebits_compiler.runtime.session import load
-
-    session = load(path, activations=activations, threads=torch.get_num_threads())
-    return lambda ids: torch.from_numpy(session.forward(ids.numpy()))
+        session = open_session(path, target, activations, torch.get_num_threads())
+        return lambda ids: torch.from_numpy(session.forward(ids.numpy()))
+    for option, value in (("--target", target), ("--activations", activations)):
+        if value not in (None, "a16"):
+            raise UsageError(f"{path} is no artifact, {option} does not apply to it")
+    return _model_logits(path)
 
 
 def _model_logits(path: Path) -> Logits:

@@ -13,6 +13,7 @@ from scalebits_compiler.codegen.reference.executor import Executor
 from scalebits_compiler.ir.ops import Embedding
 from scalebits_compiler.ir.parser import read_module
 from scalebits_compiler.ir.verifier import verify
+from scalebits_compiler.plugins import Registry, load_plugins
 from scalebits_compiler.runtime.artifact import Artifact
 from scalebits_compiler.runtime.session import Session
 
@@ -36,9 +37,10 @@ class Replay:
 class ReferenceSession(Session):
     """Session with every op by its definition in codegen/reference; slow by intent."""
 
-    def __init__(self, artifact: Artifact) -> None:
-        module, source = read_module(artifact.path / "module.sbir")
+    def __init__(self, artifact: Artifact, registry: Registry) -> None:
+        module, source = read_module(artifact.path / "module.sbir", registry.ops)
         verify(module, source)
+        registry.install_rules()
         self.artifact = artifact
         self.variant = "reference"
         self.executor = Executor(module)
@@ -71,6 +73,9 @@ class ReferenceSession(Session):
             return self.executor.run(torch.from_numpy(tokens), pad=counts).numpy()
 
 
-def load_reference(path: str | Path) -> ReferenceSession:
-    """Open an artifact for the reference target; ArtifactError if it is damaged."""
-    return ReferenceSession(Artifact.open(path))
+def load_reference(path: str | Path, registry: Registry | None = None) -> ReferenceSession:
+    """Open an artifact for the reference target; ArtifactError if it is damaged.
+
+    registry: the ops that the module may have (None: ours and those of installed plugins).
+    """
+    return ReferenceSession(Artifact.open(path), registry or load_plugins())

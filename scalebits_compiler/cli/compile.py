@@ -30,6 +30,7 @@ def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
     add("--target", default="cpu", help="cpu (default) or reference")
     add("--avg-bits", type=float, default=3.0, metavar="B", help="cap on effective bits per weight")
     add("--calib", type=Path, metavar="FILE", help="UTF-8 text; without it a bundled one is used")
+    add("--accept", type=Path, metavar="FILE", help="accept steps on this text, not on --calib's")
     add("--seq-len", type=int, metavar="N", help="tokens per calibration window")
     add("--calib-windows", type=int, default=128, metavar="N", help="windows for gradients")
     add("--accept-windows", type=int, default=64, metavar="N", help="windows that accept a step")
@@ -78,7 +79,9 @@ def _options(args: argparse.Namespace) -> CompileOptions:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} {value} must be at least 1")
-    text = TextOptions(args.calib, args.seq_len, args.calib_windows, args.accept_windows)
+    text = TextOptions(
+        args.calib, args.accept, args.seq_len, args.calib_windows, args.accept_windows
+    )
     return CompileOptions(
         target=args.target,
         avg_bits=args.avg_bits,

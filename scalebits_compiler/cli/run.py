@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
 
-    from scalebits_compiler.runtime.session import Session
-
 
 def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command `run`."""
@@ -35,7 +33,9 @@ def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Generate and print; a single prompt is printed as it is written."""
-    session = open_session(args)
+    from scalebits_compiler.sessions import open_session
+
+    session = open_session(args.artifact, args.target, args.activations, args.threads)
     live = len(args.prompt) == 1 and not args.json
     if live:
         sys.stdout.write(args.prompt[0])
@@ -63,14 +63,3 @@ def run(args: argparse.Namespace) -> int:
 def _write(row: int, piece: str) -> None:
     sys.stdout.write(piece)
     sys.stdout.flush()
-
-
-def open_session(args: argparse.Namespace) -> Session:
-    """The session that --target asks for."""
-    if args.target == "reference":
-        from scalebits_compiler.reference_session import load_reference
-
-        return load_reference(args.artifact)
-    from scalebits_compiler.runtime.session import load
-
-    return load(args.artifact, activations=args.activations, threads=args.threads)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from scalebits_compiler.errors import UsageError
+from scalebits_compiler.runtime.manifest import MANIFEST
 
 
 def check_output(out: Path, force: bool) -> None:
@@ -26,6 +27,11 @@ def check_output(out: Path, force: bool) -> None:
         raise UsageError(
             f"the output folder {out} exists and is not empty",
             help="give another folder with -o, or replace this one with --force",
+        )
+    if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).is_file():
+        raise UsageError(
+            f"the output folder {out} is not empty and holds no artifact, --force leaves it alone",
+            help="give another folder with -o",
         )
     if Path.cwd().is_relative_to(out) and out.is_dir():
         raise UsageError(

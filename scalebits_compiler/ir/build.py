@@ -237,6 +237,9 @@ def build_module(raw: RawModule, source: Source, ops: Mapping[str, type[Op]]) ->
     """The module a text describes; fills `source.places`. `Located` at the first wrong thing."""
     header = dict(raw.header or {})
     facts = _header_strings(header, "facts", raw.name)
+    model = header.pop("source", "")
+    if not isinstance(model, str):
+        raise Located("source of the header must be a string", raw.name)
     history = _header_strings(header, "history", raw.name)
     tensors = _header_strings(header, "tensors", raw.name)
     texts = {name: header.pop(name, None) for name in ("calibration", "acceptance")}
@@ -244,7 +247,7 @@ def build_module(raw: RawModule, source: Source, ops: Mapping[str, type[Op]]) ->
         if value is not None and not isinstance(value, Resource):
             raise Located(f'{name} of the header must be resource("key")', raw.name)
     if header:
-        known = ", ".join(("facts", "history", "tensors", *texts))
+        known = ", ".join(("source", "facts", "history", "tensors", *texts))
         raise Located(f"unknown header attribute '{next(iter(header))}'; known: {known}", raw.name)
     weights: dict[str, Weight] = {}
     perms: dict[str, Perm] = {}
@@ -264,6 +267,7 @@ def build_module(raw: RawModule, source: Source, ops: Mapping[str, type[Op]]) ->
         function=function,
         weights=weights,
         perms=perms,
+        source=model,
         facts=frozenset(facts),
         history=history,
         tensors=tensors,

@@ -99,6 +99,7 @@ class Function:
 class Module:
     """A model on its way to a target.
 
+    source: digest of the model's weight files, so that a dump is only joined with its own model.
     facts: which passes' work is in it (see FACTS). history: the passes that were run, with their
     options. tensors: files beside the text. calibration, acceptance: token windows
     int64 [n, sequence], what gradients may see and what accepts or rejects a step.
@@ -108,6 +109,7 @@ class Module:
     function: Function
     weights: Mapping[str, Weight] = field(default_factory=dict)
     perms: Mapping[str, Perm] = field(default_factory=dict)
+    source: str = ""
     facts: frozenset[str] = frozenset()
     history: tuple[str, ...] = ()
     tensors: tuple[str, ...] = ()

@@ -88,7 +88,7 @@ def _fields(op: Op) -> dict[str, object]:
 
 def module_lines(module: Module) -> list[str]:
     """The text of a module, line by line."""
-    header: dict[str, object] = {}
+    header: dict[str, object] = {"source": module.source} if module.source else {}
     if module.facts:
         known = [fact for fact in FACTS if fact in module.facts]
         header["facts"] = tuple(known + sorted(module.facts - set(FACTS)))

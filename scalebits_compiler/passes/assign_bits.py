@@ -64,7 +64,12 @@ class AssignBits(Pass):
 
     def _check(self) -> None:
         if not 1 <= self.min_bits <= self.max_bits <= 8:
-            raise PassError(f"widths {self.min_bits}..{self.max_bits} are not within 1..8")
+            raise PassError(
+                f"widths {self.min_bits}..{self.max_bits} are not within 1..8",
+                help="give 1 <= min-bits <= max-bits <= 8",
+            )
+        if self.rounds < 0:
+            raise PassError(f"{self.rounds} rounds of swaps", help="0 keeps the greedy start")
 
     def _guard(
         self, found: SearchResult, costs: Costs, problem: _Problem, ctx: PassContext
@@ -120,14 +125,14 @@ class _Problem:
 
     evaluator: Evaluator
     matrices: dict[str, Matrix]
-    calibration: list[torch.Tensor]
+    calibration: torch.Tensor
     acceptance: torch.Tensor
     ctx: PassContext
     limits: tuple[int, int]
 
     @staticmethod
     def load(module: Module, ctx: PassContext, settings: AssignBits) -> _Problem:
-        """Fit the level tables and cut the calibration windows into one part per round."""
+        """Fit the level tables."""
         from scalebits_compiler.passes import statistics as st
 
         text = ctx.windows(module, settings.name)
@@ -135,7 +140,7 @@ class _Problem:
         return _Problem(
             ctx.evaluator(module, settings.name),
             st.load_matrices(module, ctx),
-            [text.calibration],
+            text.calibration,
             text.acceptance,
             ctx,
             limits,
@@ -145,7 +150,7 @@ class _Problem:
         """The greedy start from curves at full precision."""
         from scalebits_compiler.passes import statistics as st
 
-        curves = st.width_curves(self.evaluator, self.matrices, self.calibration[0], self.ctx)
+        curves = st.width_curves(self.evaluator, self.matrices, self.calibration, self.ctx)
         flat = np.concatenate([c.flatten(1).numpy() for c in curves.values()], 1)
         return greedy_start(flat, costs, settings.min_bits, settings.max_bits)
 
@@ -166,13 +171,17 @@ class _Problem:
         """Flat widths as one uint8 array per matrix."""
         return {s: grid.numpy().astype(np.uint8) for s, grid in self.grids(bits).items()}
 
-    def score(self, bits: Ints, number: int) -> Moves:
+    def score(self, bits: Ints) -> Moves:
         """Scores of all moves at these widths."""
         from scalebits_compiler.passes import statistics as st
 
-        windows = self.calibration[number % len(self.calibration)]
         scores = st.move_scores(
-            self.evaluator, self.matrices, self.grids(bits), windows, self.ctx, self.limits
+            self.evaluator,
+            self.matrices,
+            self.grids(bits),
+            self.calibration,
+            self.ctx,
+            self.limits,
         )
         up = np.concatenate([t.flatten().numpy() for t in scores.up.values()])
         down = np.concatenate([t.flatten().numpy() for t in scores.down.values()])

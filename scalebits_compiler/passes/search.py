@@ -66,15 +66,12 @@ def _take_segments(
     slope = np.concatenate([s[0] for s in segments])
     block = np.concatenate([s[1] for s in segments])
     target = np.concatenate([s[2] for s in segments])
-    closed = np.zeros(blocks, dtype=bool)
     for item in np.argsort(-slope, kind="stable"):
         chosen = block[item]
         price = int((target[item] - bits[chosen]) * costs.per_bit[chosen])
-        if closed[chosen] or price > left:
-            closed[chosen] = True  # a later segment of this block would skip this one
-            continue
-        bits[chosen] = target[item]
-        left -= price
+        if price <= left:  # what follows for a block that is left out costs more
+            bits[chosen] = target[item]
+            left -= price
     return bits
 
 
@@ -145,14 +142,14 @@ class SearchResult:
 def swap_search(
     start: Ints,
     costs: Costs,
-    score: Callable[[Ints, int], Moves],
+    score: Callable[[Ints], Moves],
     held_loss: Callable[[Ints], float],
     settings: SearchSettings,
 ) -> SearchResult:
     """Rounds of {score all moves here, swap a batch, keep it if the held loss falls, else halve}.
 
-    `score(bits, round)` may look at another part of the text every round; `held_loss` always at
-    the same, which no gradient has seen. The held loss falls at every accepted step.
+    `held_loss` looks at text that no gradient of `score` has seen; it falls at every accepted
+    step.
     """
     blocks = len(start)
     most = max(1, int(settings.first_share * blocks))
@@ -160,7 +157,7 @@ def swap_search(
     result = SearchResult(start, held_loss(start))
     count = most
     for number in range(settings.rounds):
-        moves = score(result.bits, number)
+        moves = score(result.bits)
         halved = False
         while True:
             tried, predicted = propose(result.bits, moves, costs, count)

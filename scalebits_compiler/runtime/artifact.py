@@ -81,7 +81,7 @@ class Artifact:
         or edited, or another version.
         """
         folder = Path(path)
-        manifest = _read_manifest(folder)
+        manifest = read_manifest(folder)
         for name, record in manifest.files.items():
             _check_file(folder, name, record, record.bytes <= LARGEST_HASHED_AT_OPEN)
         for name in _needed(manifest):
@@ -155,7 +155,8 @@ def verify(path: str | Path) -> Manifest:
     return artifact.manifest
 
 
-def _read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path) -> Manifest:
+    """The checked manifest of an artifact folder; ArtifactError if it is missing or damaged."""
     path = folder / MANIFEST
     if not folder.is_dir():
         raise ArtifactError(f"{folder} is no folder", help="give the folder of an artifact")

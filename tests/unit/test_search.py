@@ -149,7 +149,7 @@ class Fake:
         budget = costs.total(np.full(blocks, 3))
         return Fake(curves, held, replace(costs, budget=budget), [])
 
-    def score(self, bits: Ints, number: int) -> Moves:
+    def score(self, bits: Ints) -> Moves:
         index = np.arange(len(bits))
         here = self.curves[bits - 1, index]
         up = self.curves[np.minimum(bits, 7), index] - here
