@@ -1,7 +1,7 @@
 """Ops, passes and targets from outside: installed packages and files given with `--plugin`.
 
 A package names a `Plugin` in the entry-point group `scalebits_compiler.plugins`. A file holds one
-in a variable `PLUGIN`; without it, the passes and ops that the file defines are taken.
+in a variable `PLUGIN`; without it, the passes, ops and targets that the file defines are taken.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from scalebits_compiler.codegen.target import TARGETS, Target
 from scalebits_compiler.errors import UsageError
 from scalebits_compiler.ir.op import Op
 from scalebits_compiler.ir.ops import OPS
@@ -30,12 +31,12 @@ OWN = "scalebits_compiler itself"
 class Plugin:
     """What a plugin adds. `rules` are the slow torch rules of its ops: (op, scope) -> tensor.
 
-    A target class has a `name`, like passes and ops.
+    A target class is a subclass of `codegen.target.Target`.
     """
 
     ops: tuple[type[Op], ...] = ()
     passes: tuple[type[Pass], ...] = ()
-    targets: tuple[type[Any], ...] = ()
+    targets: tuple[type[Target], ...] = ()
     rules: Mapping[type[Op], Callable[[Any, Any], Any]] = field(default_factory=dict)
 
 
@@ -45,7 +46,7 @@ class Registry:
 
     ops: dict[str, type[Op]] = field(default_factory=lambda: dict(OPS))
     passes: dict[str, str | type[Pass]] = field(default_factory=lambda: dict(PASSES))
-    targets: dict[str, type[Any]] = field(default_factory=dict)
+    targets: dict[str, type[Target]] = field(default_factory=dict)
     rules: dict[type[Op], Callable[[Any, Any], Any]] = field(default_factory=dict)
     origins: dict[tuple[str, str], str] = field(default_factory=dict)
 
@@ -58,7 +59,7 @@ class Registry:
             self._claim("pass", item.name, origin, {**self.passes, **PIPELINES})
             self.passes[item.name] = item
         for target in plugin.targets:
-            self._claim("target", target.name, origin, self.targets)
+            self._claim("target", target.name, origin, {**TARGETS, **self.targets})
             self.targets[target.name] = target
         self.rules.update(plugin.rules)
 
@@ -123,12 +124,17 @@ def _from_file(path: Path) -> Plugin:
         ) from error
     found = getattr(module, "PLUGIN", None)
     if found is None:
-        found = Plugin(passes=tuple(_defined(module, Pass)), ops=tuple(_defined(module, Op)))
+        found = Plugin(
+            passes=tuple(_defined(module, Pass)),
+            ops=tuple(_defined(module, Op)),
+            targets=tuple(_defined(module, Target)),
+        )
     if not isinstance(found, Plugin):
         raise UsageError(f"--plugin {path}: PLUGIN is a {type(found).__name__}, not a Plugin")
     if found == Plugin():
         raise UsageError(
-            f"--plugin {path} brings nothing", help="define a subclass of Pass with a `name`"
+            f"--plugin {path} brings nothing",
+            help="define a subclass of Pass, Op or Target with a `name`",
         )
     return found
 

@@ -22,7 +22,6 @@ PLUGIN = """
     from scalebits_compiler.errors import TargetError
     from scalebits_compiler.ir.module import Module
     from scalebits_compiler.ir.printer import print_module
-    from scalebits_compiler.plugins import Plugin
     from scalebits_compiler.runtime.manifest import Kernels
 
     @dataclass(frozen=True)
@@ -58,8 +57,6 @@ PLUGIN = """
 
         def build(self, module: Module, folder: Path) -> Built:
             return Built()
-
-    PLUGIN = Plugin(targets=(PlanOnly, Listing, Picky))
 """
 
 

@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 
+from scalebits_compiler.errors import ArtifactError
+from scalebits_compiler.runtime.session import load
+
 GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4}
 
 
@@ -45,11 +48,10 @@ def test_its_module_is_whole(cli: Any, artifact: Path) -> None:
     assert 'aten {target = "aten.layer_norm.default"' in ran.out
 
 
-def test_without_the_reference_target_it_is_refused_by_name(cli: Any, artifact: Path) -> None:
-    ran = cli("run", artifact, "--prompt", "The city")
-    assert ran.code == 1
-    assert "was compiled for the target 'reference' and has no plan" in ran.err
-    assert "help: run it with --target reference" in ran.err
+def test_the_runtime_alone_refuses_it_by_name(artifact: Path) -> None:
+    with pytest.raises(ArtifactError, match="for the target 'reference' and has no plan") as caught:
+        load(artifact)
+    assert caught.value.help == "run it with --target reference"
 
 
 @pytest.mark.usefixtures("no_search")

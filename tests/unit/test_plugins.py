@@ -7,11 +7,13 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from scalebits_compiler.codegen.reference.target import ReferenceTarget
 from scalebits_compiler.errors import UsageError
 from scalebits_compiler.ir.parser import parse_module, read_module
 from scalebits_compiler.ir.resources import ResourceStore
@@ -80,7 +82,7 @@ def test_our_own_names_are_taken(tmp_path: Path, name: str) -> None:
 
 
 def test_ops_and_targets_clash_too() -> None:
-    class Printer:
+    class Printer(ReferenceTarget):
         name = "printer"
 
     registry = Registry()
@@ -88,6 +90,8 @@ def test_ops_and_targets_clash_too() -> None:
     assert registry.targets == {"printer": Printer}
     with pytest.raises(UsageError, match="the target 'printer': one and two"):
         registry.add(Plugin(targets=(Printer,)), "two")
+    with pytest.raises(UsageError, match="the target 'reference': scalebits_compiler itself and"):
+        registry.add(Plugin(targets=(ReferenceTarget,)), "two")
     with pytest.raises(UsageError, match="the op 'silu': scalebits_compiler itself and three"):
         registry.add(Plugin(ops=(registry.ops["silu"],)), "three")
 
@@ -111,7 +115,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def installed() -> dict[str, str]:
+def installed() -> Iterator[dict[str, str]]:
     """An environment in which the demo plugin is installed, by pip, in a folder of its own."""
     pytest.importorskip("setuptools")
     with tempfile.TemporaryDirectory() as folder:
