@@ -58,7 +58,7 @@ def run(*words: object) -> None:
 def compile_all(options: argparse.Namespace) -> Iterator[tuple[str, Path]]:
     """Compile everything that the table compares; gives (row name, artifact)."""
     out, model = options.out, options.model
-    text = [] if options.calib is None else ["--calib", options.calib]
+    text = ["--calib", options.calib, "--accept", options.accept]
     for name, count in (("calib", options.calib_windows), ("accept", options.accept_windows)):
         text += [] if count is None else [f"--{name}-windows", count]
     artifact = out / f"ours-{FIRST:g}"
@@ -152,7 +152,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--text", type=Path, default=ROOT / "data" / "wikitext2" / "test.txt", help="held-out text")
     add("--out", type=Path, default=ROOT / "out" / "demo")
     add("--windows", type=int, default=96, help="how many windows of the held-out text are scored")
-    add("--calib", type=Path, help="calibration text instead of the bundled one")
+    add("--calib", type=Path, default=ROOT / "data" / "wikitext2" / "calibration.txt")
+    add("--accept", type=Path, default=ROOT / "data" / "wikitext2" / "acceptance.txt")
     add("--calib-windows", type=int, help="as for scalebitsc compile")
     add("--accept-windows", type=int, help="as for scalebitsc compile")
     return parser.parse_args(argv)
