@@ -15,10 +15,11 @@ from scalebits_compiler import __version__
 from scalebits_compiler.codegen.output import check_output
 from scalebits_compiler.codegen.target import TARGETS, Built, Target, find_target
 from scalebits_compiler.codegen.writer import write_artifact
-from scalebits_compiler.errors import PassError, TargetError, UsageError
+from scalebits_compiler.errors import PassError, ScalebitsError, UsageError
 from scalebits_compiler.ir.attrs import Resource
 from scalebits_compiler.ir.module import Module
 from scalebits_compiler.ir.parser import read_module
+from scalebits_compiler.passes.assign_bits import AssignBits, block_costs
 from scalebits_compiler.passes.base import Pass, PassContext, Progress, no_progress
 from scalebits_compiler.passes.observers import RoundTrip, Timing, VerifyEach
 from scalebits_compiler.passes.pipeline import Observer, parse_passes, run_pipeline
@@ -145,11 +146,13 @@ def _run_passes(
 ) -> Module:
     timing = Timing()
     hooks.registry.install_rules()
-    checks = [_AskTarget(target), *hooks.observers, RoundTrip(hooks.registry.ops), VerifyEach()]
+    early = _EarlyChecks(target, passes)
+    checks = [early, *hooks.observers, RoundTrip(hooks.registry.ops), VerifyEach(), timing]
     try:
-        module = run_pipeline(module, passes, ctx, [*checks, timing], hooks.registry.passes)
-    except TargetError as error:
-        error.notes.clear()  # they blame the pass that ran last
+        module = run_pipeline(module, passes, ctx, checks, hooks.registry.passes)
+    except ScalebitsError as error:
+        if error is early.refusal:
+            error.notes.clear()  # they blame the pass that ran last
         raise
     stages.seconds.update(dict(timing.seconds))
     if "packed" not in module.facts:
@@ -157,21 +160,32 @@ def _run_passes(
     return module
 
 
-class _AskTarget(Observer):
-    """Lets the target refuse a module when its ops are known, before the long search."""
+class _EarlyChecks(Observer):
+    """Refuses, before the long search, what is known once the ops and blocks are."""
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, passes: Sequence[Pass]) -> None:
         self.target = target
+        self.search = [item for item in passes if isinstance(item, AssignBits)]
+        self.refusal: ScalebitsError | None = None
 
     def start(self, module: Module) -> None:
-        """Ask about a dump that is canonical already."""
+        """Check a dump that is canonical already."""
         if "canonical" in module.facts:
-            self.target.check_module(module)
+            self._check(module)
 
     def after(self, item: Pass, before: Module, after: Module) -> None:
-        """Ask after the pass that makes the module canonical."""
+        """Check after the pass that makes the module canonical."""
         if "canonical" in after.facts - before.facts:
-            self.target.check_module(after)
+            self._check(after)
+
+    def _check(self, module: Module) -> None:
+        try:
+            self.target.check_module(module)
+            for item in self.search:
+                block_costs(module, item.avg_bits, item.min_bits, item.max_bits)
+        except ScalebitsError as error:
+            self.refusal = error
+            raise
 
 
 def _check_budget(module: Module, avg_bits: float) -> None:
