@@ -63,9 +63,10 @@ class Keys:
 class Comparison:
     """What differs between a and b; pairs are (a, b). Empty parts say that nothing does.
 
-    header: facts and history, and for artifacts the target. bits: matrix -> `MatrixBits` as a dict.
-    totals: layer -> code bits and bytes of both sides, with the key `all` first. ops: texts without
-    value numbers; `rewired` if only the values that ops read differ. notes: what was not compared.
+    header: name, source, facts and history, and for artifacts the target. bits: matrix -> what
+    `_matrix_bits` tells, its layer, and whether its channels are in another order. totals: layer ->
+    code bits and bytes, with the key `all` first. ops: texts without value numbers; `rewired` if
+    only the values that ops read differ. notes: what was not compared.
     """
 
     paths: tuple[str, str]
@@ -143,7 +144,9 @@ def _header(a: Side, b: Side) -> dict[str, tuple[Any, Any]]:
     def told(side: Side) -> dict[str, Any]:
         target = side.manifest.target["kind"] if side.manifest else None
         facts, history = sorted(side.module.facts), list(side.module.history)
-        return {"name": side.module.name, "facts": facts, "history": history, "target": target}
+        module = side.module
+        told = {"name": module.name, "source": module.source, "facts": facts, "history": history}
+        return {**told, "target": target}
 
     left, right = told(a), told(b)
     if a.manifest is None or b.manifest is None:  # a text has no target

@@ -13,6 +13,7 @@ from scalebits_compiler.errors import FrontendError, UsageError
 from scalebits_compiler.frontend.calibration import load_tokenizer, read_windows
 from scalebits_compiler.numerics.metrics import QualityMeter
 from scalebits_compiler.passes.base import Progress, no_progress
+from scalebits_compiler.plugins import Registry
 from scalebits_compiler.runtime.manifest import MANIFEST
 
 Logits = Callable[[torch.Tensor], torch.Tensor]
@@ -25,15 +26,21 @@ def is_artifact(path: Path) -> bool:
     return (path / MANIFEST).is_file()
 
 
-def logits_of(path: Path, target: str | None = None, activations: str = "a16") -> Logits:
+def logits_of(
+    path: Path,
+    target: str | None = None,
+    activations: str = "a16",
+    registry: Registry | None = None,
+) -> Logits:
     """A function ids i64[b, s] -> logits f32[b, s, v] of an artifact or a Hugging Face folder.
 
-    `target` picks how an artifact is run: None as it was compiled, or "reference".
+    `target` picks how an artifact is run: None as it was compiled, or "reference"; `registry` knows
+    the ops that its module may have.
     """
     if is_artifact(path):
         from scalebits_compiler.sessions import open_session
 
-        session = open_session(path, target, activations, torch.get_num_threads())
+        session = open_session(path, target, activations, torch.get_num_threads(), registry)
         return lambda ids: torch.from_numpy(session.forward(ids.numpy()))
     for option, value in (("--target", target), ("--activations", activations)):
         if value not in (None, "a16"):
@@ -57,6 +64,7 @@ def evaluate(
     windows: int | None = None,
     target: str | None = None,
     activations: str = "a16",
+    registry: Registry | None = None,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Score a text with windows of `seq_len` tokens, no overlap, all but the first token scored.
@@ -69,7 +77,7 @@ def evaluate(
     if length > limit:
         raise UsageError(f"--seq-len {length} is more than the model's {limit} positions")
     tokens = read_windows(text, load_tokenizer(path), length)[:windows]
-    ours = logits_of(path, target, activations)
+    ours = logits_of(path, target, activations, registry)
     original = None if versus is None else logits_of(versus)
     meter = QualityMeter()
     with torch.no_grad():

@@ -5,17 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 
 from scalebits_compiler.errors import UsageError
+from scalebits_compiler.plugins import Registry
 from scalebits_compiler.runtime.artifact import read_manifest
 from scalebits_compiler.runtime.session import Session, load
 
 
 def open_session(
-    path: Path, target: str | None = None, activations: str = "a16", threads: int = 1
+    path: Path,
+    target: str | None = None,
+    activations: str = "a16",
+    threads: int = 1,
+    registry: Registry | None = None,
 ) -> Session:
     """An artifact as it was compiled, or (target "reference") by torch definitions.
 
-    Torch is imported for the reference target only. Raises ArtifactError for a damaged artifact,
-    UsageError for options that do not go together.
+    Torch is imported for the reference target only; `registry` knows the ops that it may meet.
+    Raises ArtifactError for a damaged artifact, UsageError for options that do not go together.
     """
     if "reference" not in (target, read_manifest(path).target["kind"]):
         return load(path, activations=activations, threads=threads)
@@ -26,4 +31,4 @@ def open_session(
         )
     from scalebits_compiler.reference_session import load_reference
 
-    return load_reference(path)
+    return load_reference(path, registry)

@@ -24,6 +24,7 @@ def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
     add("--seq-len", type=int, metavar="N", help="tokens per window")
     add("--windows", type=int, metavar="N", help="only the first N windows of the text")
     add("--target", choices=("reference",), help="run by torch definitions, not by kernels")
+    add("--plugin", type=Path, action="append", default=[], metavar="FILE", help="load a plugin")
     add("--activations", choices=("a16", "a8"), default="a16", help="a8 is faster, less exact")
     add("--json", action="store_true", help="print JSON")
     add("-q", "--quiet", action="store_true", help="no progress")
@@ -37,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} {value} must be at least 1")
     from scalebits_compiler.evaluation import evaluate
+    from scalebits_compiler.plugins import load_plugins
 
     result = evaluate(
         args.model,
@@ -46,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
         windows=args.windows,
         target=args.target,
         activations=args.activations,
+        registry=load_plugins(args.plugin),
         progress=progress_for(args.quiet),
     )
     if args.json:

@@ -25,6 +25,7 @@ def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
     add("--top-p", type=float, default=1.0, metavar="P", help="sample among the likeliest mass P")
     add("--seed", type=int, default=0, help="of the sampling (default 0)")
     add("--target", choices=("reference",), help="run by torch definitions, not by kernels")
+    add("--plugin", type=Path, action="append", default=[], metavar="FILE", help="load a plugin")
     add("--activations", choices=("a16", "a8"), default="a16", help="a8 is faster, less exact")
     add("--threads", type=int, default=1, metavar="N", help="for large matrices (default 1)")
     add("--json", action="store_true", help="print prompts, tokens and text as JSON")
@@ -33,9 +34,12 @@ def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Generate and print; a single prompt is printed as it is written."""
+    from scalebits_compiler.plugins import load_plugins
     from scalebits_compiler.sessions import open_session
 
-    session = open_session(args.artifact, args.target, args.activations, args.threads)
+    session = open_session(
+        args.artifact, args.target, args.activations, args.threads, load_plugins(args.plugin)
+    )
     live = len(args.prompt) == 1 and not args.json
     if live:
         sys.stdout.write(args.prompt[0])

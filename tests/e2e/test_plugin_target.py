@@ -116,3 +116,85 @@ def test_an_unknown_target_lists_those_of_plugins(build: Callable[..., Any]) -> 
     assert ran.code == 2
     assert "there is no target 'tpu'" in ran.err
     assert "the targets are cpu, reference, plan-only, listing, picky" in ran.err
+
+
+OP = """
+    from __future__ import annotations
+
+    from dataclasses import dataclass, replace
+    from typing import Any, ClassVar
+
+    from scalebits_compiler.ir.attrs import Value
+    from scalebits_compiler.ir.module import Module
+    from scalebits_compiler.ir.op import Op, Typing
+    from scalebits_compiler.ir.ops import Silu
+    from scalebits_compiler.ir.types import Type
+    from scalebits_compiler.passes.base import Pass, PassContext
+    from scalebits_compiler.plugins import Plugin
+
+    @dataclass(frozen=True, kw_only=True)
+    class Swish(Op):
+        name: ClassVar[str] = "mine.swish"
+        x: Value
+        beta: float = 1.0
+
+        def infer(self, t: Typing) -> Type:
+            return t.type(self.x)
+
+    def swish(op: Swish, scope: Any) -> Any:
+        x = scope.value(op.x)
+        return x * (op.beta * x).sigmoid()
+
+    @dataclass(frozen=True)
+    class UseSwish(Pass):
+        \"\"\"Every silu as mine.swish.\"\"\"
+
+        name: ClassVar[str] = "use-swish"
+        beta: float = 1.0
+
+        def run(self, module: Module, ctx: PassContext) -> Module:
+            ops = tuple(
+                Swish(x=op.x, beta=self.beta, result=op.result, type=op.type, loc=op.loc)
+                if isinstance(op, Silu) else op
+                for op in module.function.ops
+            )
+            return replace(module, function=replace(module.function, ops=ops))
+
+    PLUGIN = Plugin(ops=(Swish,), passes=(UseSwish,), rules={Swish: swish})
+"""
+
+
+@pytest.fixture
+def swish(tmp_path: Path) -> Path:
+    path = tmp_path / "swish.py"
+    path.write_text(textwrap.dedent(OP))
+    return path
+
+
+def test_an_op_of_a_file_from_pass_to_artifact(
+    cli: Any, compiled: Any, compile_small: Any, swish: Path, tmp_path: Path, text: Path
+) -> None:
+    (packed,) = compiled.dump.glob("*-pack-blocks.sbir")
+    changed, out, plugin = tmp_path / "swish.sbir", tmp_path / "out", ("--plugin", swish)
+    ran = cli("opt", packed, *plugin, "-p", "use-swish{beta = 1.5}", "-o", changed)
+    assert ran.code == 0, ran.err
+    assert cli("opt", changed, *plugin).out == changed.read_text()
+    ran = cli("opt", changed)
+    assert (ran.code, "unknown op 'mine.swish'" in ran.err) == (1, True)
+
+    start = ("--from", changed, *plugin)
+    ran = compile_small(compiled.model, out, *start)
+    assert ran.code == 1
+    assert "the runtime has no op for mine.swish (model.layers.0.mlp.act_fn)" in ran.err
+    ran = compile_small(compiled.model, out, *start, "--target", "reference")
+    assert ran.code == 0, ran.err
+    ran = cli("run", out, *plugin, "--prompt", "The city", "-n", 2)
+    assert ran.code == 0, ran.err
+
+    scores = []
+    for path in (out, compiled.path):
+        few = ("--text", text, "--windows", 2, "--seq-len", 32, "-q", "--json")
+        ran = cli("eval", path, *plugin, "--target", "reference", *few)
+        assert ran.code == 0, ran.err
+        scores.append(json.loads(ran.out)["perplexity"])
+    assert scores[0] != scores[1]
