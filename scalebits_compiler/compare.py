@@ -19,7 +19,7 @@ from scalebits_compiler.ir.ops import OPS
 from scalebits_compiler.ir.parser import read_module
 from scalebits_compiler.ir.printer import print_op, renumbered
 from scalebits_compiler.ir.verifier import verify
-from scalebits_compiler.runtime.artifact import StoredTensor, map_tensors
+from scalebits_compiler.runtime.artifact import StoredTensor, map_tensors, read_manifest
 from scalebits_compiler.runtime.manifest import MANIFEST, Manifest
 from scalebits_compiler.summary import matrix_summary
 
@@ -101,7 +101,7 @@ def open_side(path: Path, ops: Mapping[str, type[Op]] = OPS) -> Side:
                 help="give an IR file (.sbir), or a folder that `scalebitsc compile` wrote",
             )
         if (path / MANIFEST).is_file():
-            manifest = Manifest.from_json((path / MANIFEST).read_text(), str(path / MANIFEST))
+            manifest = read_manifest(path)
     module, source = read_module(text, ops)
     verify(module, source)
     tensors: dict[str, StoredTensor] = {}

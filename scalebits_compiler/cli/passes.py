@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import json
 from pathlib import Path
+from typing import Any
 
 from scalebits_compiler.passes.base import Pass
 from scalebits_compiler.passes.pipeline import Option, pass_options
@@ -19,6 +21,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--plugin", type=Path, action="append", default=[], metavar="FILE", help="load a plugin"
     )
+    parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
 
 
@@ -26,14 +29,35 @@ def run(args: argparse.Namespace) -> int:
     """Print every pass, or the named ones."""
     registry = load_plugins(args.plugin)
     names = args.names or list(registry.passes)
-    parts = [
-        describe(find_pass(name, registry.passes), registry.origins.get(("pass", name), OWN))
+    found = [
+        (find_pass(name, registry.passes), registry.origins.get(("pass", name), OWN))
         for name in names
     ]
+    if args.json:
+        told = {"passes": [as_json(*one) for one in found]}
+        print(json.dumps(told if args.names else {**told, "pipelines": PIPELINES}, indent=2))
+        return 0
+    parts = [describe(*one) for one in found]
     if not args.names:
         parts += [f"pipeline {name} = {text}" for name, text in PIPELINES.items()]
     print("\n\n".join(parts))
     return 0
+
+
+def as_json(cls: type[Pass], origin: str) -> dict[str, Any]:
+    """The same for programs; defaults are texts, as in a pipeline, null where required."""
+    return {
+        "name": cls.name,
+        "description": inspect.getdoc(cls) or "",
+        "requires": sorted(cls.requires),
+        "establishes": sorted(cls.establishes),
+        "invalidates": sorted(cls.invalidates),
+        "origin": origin,
+        "options": [
+            {"name": o.name, "type": o.type, "default": o.default, "help": o.help}
+            for o in pass_options(cls)
+        ],
+    }
 
 
 def describe(cls: type[Pass], origin: str = OWN) -> str:

@@ -116,6 +116,7 @@ def test_the_runtime_imports_only_what_it_may() -> None:
         f"import {NAME}.plugins, {NAME}.cli.opt, {NAME}.cli.passes",
         f"from {NAME}.cli.main import main; main(['passes'])",
         f"from {NAME}.cli.main import main; main(['opt', {str(EXAMPLE)!r}])",
+        f"from {NAME}.cli.main import main; main(['diff', *[{str(EXAMPLE)!r}] * 2])",
     ],
 )
 def test_text_needs_no_torch(statement: str) -> None:

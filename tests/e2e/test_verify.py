@@ -1,0 +1,95 @@
+"""`scalebitsc verify` accepts what compile wrote, and names what is wrong in anything else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scalebits_compiler.runtime.manifest import FileRecord, Manifest, sha256_of
+
+
+def sign(folder: Path, change: Callable[[Manifest], Manifest] = lambda m: m) -> None:
+    """Give the manifest the checksums of the files as they are now: a forger's work."""
+    path = folder / "manifest.json"
+    manifest = Manifest.from_json(path.read_text())
+    files = {
+        name: FileRecord(sha256_of(folder / name), (folder / name).stat().st_size)
+        for name in manifest.files
+    }
+    path.write_text(change(replace(manifest, files=files)).to_json())
+
+
+def test_what_compile_wrote(cli: Any, compiled: Any) -> None:
+    ran = cli("verify", compiled.path, "-q")
+    assert ran.code == 0, ran.err
+    names = [line.split()[1] for line in ran.out.splitlines()]
+    assert names == ["files", "module", "matrices", "summary", "plan"]
+    told = json.loads(cli("verify", compiled.path, "-q", "--json").out)
+    assert [check["name"] for check in told["checks"]] == names
+    assert told["checks"][2]["detail"].startswith("14 unpack and pack to the same")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "module.sbir", "kernels/cpu.so"])
+def test_a_changed_byte(
+    cli: Any, compiled: Any, copy_of: Callable[[Path], Path], name: str
+) -> None:
+    copy = copy_of(compiled.path)
+    data = bytearray((copy / name).read_bytes())
+    data[-2] ^= 1
+    (copy / name).write_bytes(data)
+    ran = cli("verify", copy, "-q")
+    assert ran.code == 1
+    assert f"{name} was changed after the build (checksum)" in ran.err
+
+
+def test_a_module_of_another_plan(cli: Any, compiled: Any, copy_of: Callable[[Path], Path]) -> None:
+    copy = copy_of(compiled.path)
+    text = (copy / "module.sbir").read_text()
+    (copy / "module.sbir").write_text(text.replace("eps = 1e-06", "eps = 1e-05"))
+    assert (copy / "module.sbir").read_text() != text
+    sign(copy)
+    ran = cli("verify", copy, "-q")
+    assert (ran.code, "the plan is not that of module.sbir" in ran.err) == (1, True)
+
+
+def test_a_module_that_is_wrong(cli: Any, compiled: Any, copy_of: Callable[[Path], Path]) -> None:
+    copy = copy_of(compiled.path)
+    text = (copy / "module.sbir").read_text()
+    (copy / "module.sbir").write_text(text.replace("= silu %", "= merge_heads %", 1))
+    sign(copy)
+    ran = cli("verify", copy, "-q")
+    assert ran.code == 1
+    assert "module.sbir:" in ran.err
+
+
+def test_other_widths_and_sums(cli: Any, compiled: Any, copy_of: Callable[[Path], Path]) -> None:
+    copy = copy_of(compiled.path)
+    text = (copy / "module.sbir").read_text()
+    start = text.index("grid([[") + len("grid([[")
+    (copy / "module.sbir").write_text(f"{text[:start]}{9 - int(text[start])}{text[start + 1 :]}")
+    sign(copy)
+    ran = cli("verify", copy, "-q")
+    assert (ran.code, "has other widths than in module.sbir" in ran.err) == (1, True)
+
+    copy_path = copy / "module.sbir"
+    copy_path.write_text(text)
+    sign(copy, lambda m: replace(m, summary={**m.summary, "effective_bits": 1.5}))
+    ran = cli("verify", copy, "-q")
+    assert (ran.code, "the summary's effective_bits is not what" in ran.err) == (1, True)
+
+
+def test_passes_as_json(cli: Any) -> None:
+    told = json.loads(cli("passes", "--json").out)
+    names = [item["name"] for item in told["passes"]]
+    assert ",".join(names[:7]) == told["pipelines"]["default"]
+    (one,) = json.loads(cli("passes", "assign-bits", "--json").out)["passes"]
+    assert one["requires"] == ["canonical"]
+    assert one["origin"] == "scalebits_compiler itself"
+    assert {"name": "avg-bits", "type": "float", "default": "3.0"}.items() <= (
+        one["options"][0].items()
+    )
