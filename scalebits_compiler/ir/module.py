@@ -14,7 +14,9 @@ from scalebits_compiler.ir.resources import ResourceStore
 from scalebits_compiler.ir.types import TensorType, Type
 
 # What can have been established about a module, in pipeline order.
-FACTS = ("canonical", "sensitivity", "reordered", "folded", "bits", "rounded", "packed")
+FACTS = (
+    "canonical", "sensitivity", "reordered", "folded", "bits", "rounded", "tuned", "packed",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,7 +44,7 @@ class AssignBits(Pass):
     name: ClassVar[str] = "assign-bits"
     requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
     establishes: ClassVar[frozenset[str]] = frozenset({"bits"})
-    invalidates: ClassVar[frozenset[str]] = frozenset({"rounded"})
+    invalidates: ClassVar[frozenset[str]] = frozenset({"rounded", "tuned"})
 
     avg_bits: float = field(default=3.0, metadata={"help": "cap on effective bits per weight"})
     min_bits: int = field(default=1, metadata={"help": "smallest width of a block"})

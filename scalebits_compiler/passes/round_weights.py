@@ -31,6 +31,7 @@ class RoundWeights(Pass):
     name: ClassVar[str] = "round-weights"
     requires: ClassVar[frozenset[str]] = frozenset({"bits"})
     establishes: ClassVar[frozenset[str]] = frozenset({"rounded"})
+    invalidates: ClassVar[frozenset[str]] = frozenset({"tuned"})
 
     method: str = field(default="gptq", metadata={"help": "gptq (error feedback) or rtn (nearest)"})
     damping: float = field(default=0.01, metadata={"help": "share of the mean Hessian diagonal"})
@@ -59,7 +60,7 @@ class RoundWeights(Pass):
         done: dict[str, Quantized] = {}
         for weight in ctx.progress(module.quantized(), "rounding to nearest"):
             dense, group = _dense(module, weight)
-            bits = _group_bits(module, weight)
+            bits = group_bits(module, weight)
             done[weight.symbol] = LevelTable.fit(dense, group).quantize(dense, bits)
         return done
 
@@ -79,12 +80,12 @@ class RoundWeights(Pass):
                 return weight
             if symbol not in done:
                 next(ticks, None)
-                bits = _group_bits(module, wanted[symbol])
+                bits = group_bits(module, wanted[symbol])
                 group = wanted[symbol].group or 0
                 hessian = shared.of(inputs)
                 done[symbol] = gptq(weight, hessian, bits, group, self.damping)
             rounded, group = done[symbol], wanted[symbol].group or 0
-            bits = _group_bits(module, wanted[symbol])
+            bits = group_bits(module, wanted[symbol])
             return dequantize(rounded.codes, rounded.params, bits, group)
 
         windows = ctx.windows(module, self.name).calibration
@@ -117,7 +118,7 @@ def _dense(module: Module, weight: Weight) -> tuple[torch.Tensor, int]:
     return module.resources.torch(weight.data.key).float(), weight.group
 
 
-def _group_bits(module: Module, weight: Weight) -> torch.Tensor:
+def group_bits(module: Module, weight: Weight) -> torch.Tensor:
     """Width per group, int64 [m, groups]."""
     import torch
 

@@ -20,13 +20,14 @@ PASSES: dict[str, str | type[Pass]] = {
     "fold-permutes": f"{_HOME}.fold_permutes:FoldPermutes",
     "assign-bits": f"{_HOME}.assign_bits:AssignBits",
     "round-weights": f"{_HOME}.round_weights:RoundWeights",
+    "tune-scales": f"{_HOME}.tune_scales:TuneScales",
     "pack-blocks": f"{_HOME}.pack_blocks:PackBlocks",
 }
 
 # Named pipelines are data: a name in a pipeline stands for this text.
 PIPELINES: dict[str, str] = {
     "default": "canonicalize,annotate-sensitivity,reorder-channels,fold-permutes,assign-bits,"
-    "round-weights,pack-blocks",
+    "round-weights,tune-scales,pack-blocks",
 }
 
 
