@@ -6,6 +6,7 @@ import functools
 import json
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
+from difflib import get_close_matches
 from typing import Any, NamedTuple, get_type_hints
 
 from lark import Token, Transformer
@@ -15,8 +16,11 @@ from scalebits_compiler.ir.attrs import Grid, Resource, Symbol, Value
 from scalebits_compiler.ir.coerce import coerce
 from scalebits_compiler.ir.module import Argument, Function, Module, Perm, Weight
 from scalebits_compiler.ir.op import FieldSpec, Op, op_fields
+from scalebits_compiler.ir.printer import print_attr
 from scalebits_compiler.ir.types import DYNAMIC, Dim, Factor, TensorType, TupleType, Type
 
+# Of a value that is wrong, so much stands in the message.
+MOST_SHOWN = 60
 _WORDS: dict[str, bool | None] = {"true": True, "false": False, "none": None}
 
 
@@ -307,7 +311,8 @@ def _coerced(value: object, hint: Any, what: str, token: Token) -> Any:
     try:
         return coerce(value, hint)
     except ValueError as error:
-        raise Located(f"{what}: {error}", token) from None
+        shown = print_attr(value)
+        raise Located(f"{what}: {error}, got {shown[:MOST_SHOWN]}", token) from None
 
 
 def _function(raw: RawFunction, source: Source, ops: Mapping[str, type[Op]]) -> Function:
@@ -315,7 +320,7 @@ def _function(raw: RawFunction, source: Source, ops: Mapping[str, type[Op]]) -> 
     for index, item in enumerate(raw.ops):
         cls = ops.get(item.name)
         if cls is None:
-            raise Located(f"unknown op '{item.name}'; known: {', '.join(ops)}", item.name)
+            raise Located(f"unknown op '{item.name}'{_hint(item.name, ops)}", item.name)
         source.note(f"op:{index}", item.result)
         filled = _fill(cls, item)
         made.append(
@@ -339,12 +344,14 @@ def _fill(cls: type[Op], raw: RawOp) -> dict[str, Any]:
     attrs = dict(raw.attrs or {})
     for spec in specs:
         if spec.role != "attr":
-            _take(spec, queues[spec.role], filled, token)
+            _take(spec, queues, filled, token)
         elif spec.name in attrs:
             what = f"{spec.name} of '{token}'"
             filled[spec.name] = _coerced(attrs.pop(spec.name), spec.hint, what, token)
         elif spec.default is MISSING:
-            raise Located(f"'{token}' needs the attribute '{spec.name}'", token)
+            unknown = [name for name in attrs if all(name != spec.name for spec in specs)]
+            told = f", it has '{unknown[0]}'" if unknown else ""
+            raise Located(f"'{token}' needs the attribute '{spec.name}'{told}", token)
     extra = queues["value"] + queues["symbol"]
     if extra:
         raise Located(f"'{token}' does not take the operand {extra[0]}", token)
@@ -354,7 +361,15 @@ def _fill(cls: type[Op], raw: RawOp) -> dict[str, Any]:
     return filled
 
 
-def _take(spec: FieldSpec, queue: list[Any], filled: dict[str, Any], token: Token) -> None:
+def _hint(name: str, known: Mapping[str, object]) -> str:
+    near = get_close_matches(name, known, n=1)
+    return f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(known)}"
+
+
+def _take(
+    spec: FieldSpec, queues: dict[str, list[Any]], filled: dict[str, Any], token: Token
+) -> None:
+    queue = queues[spec.role]
     if spec.variadic:
         filled[spec.name] = tuple(queue)
         queue.clear()
@@ -363,4 +378,5 @@ def _take(spec: FieldSpec, queue: list[Any], filled: dict[str, Any], token: Toke
     elif spec.optional:
         filled[spec.name] = None
     else:
-        raise Located(f"'{token}' needs the operand '{spec.name}'", token)
+        sigil = "%value" if spec.role == "value" else "@symbol"
+        raise Located(f"'{token}' needs the operand '{spec.name}', a {sigil}", token)

@@ -15,6 +15,8 @@ from scalebits_compiler.ir.attrs import AttrValue, Symbol, Value, walk
 from scalebits_compiler.ir.op import Op, Typing, check
 from scalebits_compiler.ir.types import Dim, Factor, TensorType, TupleType, Type
 
+FLOATS = ("f64", "f32", "f16", "bf16")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Positions(Op):
@@ -54,9 +56,14 @@ def _matrix(t: Typing, symbol: Symbol) -> tuple[Dim, Dim]:
 
 
 def _vector(t: Typing, symbol: Symbol) -> Dim:
-    dims = t.weight(symbol).dims
-    check(len(dims) == 1, f"{symbol} must have one axis, it has {len(dims)}")
-    return dims[0]
+    kind = t.weight(symbol)
+    check(kind.rank == 1, f"{symbol} must have one axis, it has {kind.rank}")
+    _check_float(kind, str(symbol))
+    return kind.dims[0]
+
+
+def _check_float(kind: TensorType, what: str) -> None:
+    check(kind.dtype in FLOATS, f"{what} must be of a float type, it is {kind.dtype}")
 
 
 def _channels(t: Typing, x: Value) -> Dim:
@@ -115,6 +122,7 @@ class RmsNorm(Op):
     eps: float
 
     def infer(self, t: Typing) -> Type:
+        _check_float(t.type(self.x), str(self.x))
         last = t.same(_channels(t, self.x), _vector(t, self.gain), f"channels of {self.gain}")
         return t.type(self.x).with_dim(-1, last)
 
@@ -127,6 +135,7 @@ class Silu(Op):
     x: Value
 
     def infer(self, t: Typing) -> Type:
+        _check_float(t.type(self.x), str(self.x))
         return t.type(self.x)
 
 

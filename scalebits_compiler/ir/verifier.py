@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 import numpy as np
 
@@ -31,7 +32,9 @@ class Rigid:
     def raw_type(self, value: Value) -> Type:
         """The type of a value defined above."""
         if value not in self.known:
-            raise VerifyError(f"{value} is used before it is defined")
+            later = any(op.result == value for op in self.module.function.ops)
+            told = "is used before it is defined" if later else "is not defined"
+            raise VerifyError(f"{value} {told}")
         return self.known[value]
 
     def type(self, value: Value) -> TensorType:
@@ -44,7 +47,9 @@ class Rigid:
     def weight(self, symbol: Symbol) -> TensorType:
         """The type of a module-level weight."""
         if symbol.name not in self.module.weights:
-            raise VerifyError(f"{symbol} is not defined in the module")
+            near = get_close_matches(symbol.name, self.module.weights, n=1)
+            told = f"; did you mean @{near[0]}?" if near else ""
+            raise VerifyError(f"{symbol} is not defined in the module{told}")
         return self.module.weights[symbol.name].type
 
     def same(self, a: Dim, b: Dim, what: str) -> Dim:
@@ -148,10 +153,10 @@ def _verify_perm(module: Module, perm: Perm) -> None:
     if isinstance(perm.data, Resource) and perm.data.key not in module.resources:
         return  # a text without its tensors still verifies
     data = module.permutation(perm.symbol)
-    check(
-        data.shape == (count,) and bool(np.array_equal(np.sort(data), np.arange(count or 0))),
-        f"{name} is no permutation of 0..{(count or 0) - 1}",
-    )
+    told = f"{name} is no permutation of 0..{(count or 0) - 1}"
+    check(data.shape == (count,), f"{told}: it has {_times(data.shape)} elements")
+    for lacking in np.setdiff1d(np.arange(count or 0), data)[:1]:
+        raise VerifyError(f"{told}: {lacking} is not in it")
 
 
 def _verify_weight(module: Module, weight: Weight) -> None:

@@ -103,7 +103,8 @@ def modules(draw: Callable[[Any], Any]) -> Module:
     function = Function("forward", args, tuple(ops), draw(st.sampled_from(known)), draw(TENSORS))
     return Module(
         draw(NAMES), function, {w.symbol: w for w in weights}, {p.symbol: p for p in perms},
-        draw(st.frozensets(NAMES, max_size=3)), draw(st.lists(TEXTS, max_size=2).map(tuple)),
+        draw(TEXTS), draw(st.frozensets(NAMES, max_size=3)),
+        draw(st.lists(TEXTS, max_size=2).map(tuple)),
     )  # fmt: skip
 
 
@@ -210,6 +211,16 @@ def body(*lines: str, header: str = "", entries: str = "") -> str:
         (body(entries="weight @a : f32[4]\nweight @a : f32[4]"), "@a is defined twice"),
         (body("%0 = shrug %x : f32[?, 4]"), "unknown op 'shrug'"),
         (body("%0 = silu : f32[?, 4]"), "'silu' needs the operand 'x'"),
+        (body("%0 = add %x, @g : f32[?, 4]"), "'add' needs the operand 'b', a %value"),
+        (body("%0 = sillu %x : f32[?, 4]"), "unknown op 'sillu'; did you mean 'silu'?"),
+        (
+            body("%0 = rms_norm %x, @g {esp = 1.0} : f32[?, 4]"),
+            "'rms_norm' needs the attribute 'eps', it has 'esp'",
+        ),
+        (
+            body('%0 = rms_norm %x, @g {eps = "1"} : f32[?, 4]'),
+            "eps of 'rms_norm': expected float, got \"1\"",
+        ),
         (body("%0 = silu %x, %x : f32[?, 4]"), "'silu' does not take the operand %x"),
         (body("%0 = rms_norm %x, @g : f32[?, 4]"), "'rms_norm' needs the attribute 'eps'"),
         (body('%0 = rms_norm %x, @g {eps = "a"} : f32[?, 4]'), "eps of 'rms_norm': expected float"),
