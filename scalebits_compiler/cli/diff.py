@@ -83,7 +83,7 @@ def _header(key: str, pair: tuple[Any, Any]) -> Iterator[str]:
 def _bits(found: Comparison) -> Iterator[str]:
     counted = [change for change in found.bits.values() if change["changed"] is not None]
     up, down = (sum(change[key] for change in counted) for key in ("raised", "lowered"))
-    yield f"bits: {up + down} blocks changed in {len(found.bits)} matrices, {up} up, {down} down"
+    yield f"bits: matrices changed {len(found.bits)}, blocks {up + down}: {up} up, {down} down"
     yield from _cut(_matrix(symbol, change) for symbol, change in found.bits.items())
     if any(change["order_changed"] for change in found.bits.values()):
         yield "  * stored in another channel order: a block does not hold the same weights"
@@ -108,7 +108,7 @@ def _histogram(hist: dict[str, int] | None) -> str:
 
 def _totals(totals: dict[str, dict[str, tuple[Any, Any]]]) -> Iterator[str]:
     width = max(map(len, totals))
-    yield f"{'layer':<{width}}  {'code bits':^16}  {'effective bits':^16}  {'bytes':^25}"
+    yield f"{'layer':<{width}}  {'code bits':>16}  {'effective bits':>16}  {'bytes':>25}"
     for name, pairs in totals.items():
         code, effective = (
             " -> ".join("-".rjust(6) if v is None else f"{v:6.3f}" for v in pairs[key])

@@ -70,7 +70,7 @@ def test_changed_bits(cli: Any, edited: Callable[..., Path]) -> None:
 def test_the_text_names_blocks_and_layers(cli: Any, edited: Callable[..., Path]) -> None:
     other = edited(("bits = grid([[4], [3]])", "bits = grid([[6], [2]])"))
     out = cli("diff", EXAMPLE, other).out
-    assert "bits: 2 blocks changed in 1 matrices, 1 up, 1 down" in out
+    assert "bits: matrices changed 1, blocks 2: 1 up, 1 down" in out
     assert "  ~ @l0.q  1 up, 1 down: [0, 0] 4->6, [1, 0] 3->2" in out
     assert re.search(r"^model\.layers\.0 +\d\.\d{3} -> +\d\.\d{3} ", out, re.MULTILINE)
 
