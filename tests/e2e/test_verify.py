@@ -86,7 +86,7 @@ def test_other_widths_and_sums(cli: Any, compiled: Any, copy_of: Callable[[Path]
 def test_passes_as_json(cli: Any) -> None:
     told = json.loads(cli("passes", "--json").out)
     names = [item["name"] for item in told["passes"]]
-    assert ",".join(names[:7]) == told["pipelines"]["default"]
+    assert {*told["pipelines"]["default"].split(",")} <= {*names}
     (one,) = json.loads(cli("passes", "assign-bits", "--json").out)["passes"]
     assert one["requires"] == ["canonical"]
     assert one["origin"] == "scalebits_compiler itself"
