@@ -23,6 +23,10 @@ def check_output(out: Path, force: bool) -> None:
     _recover(out)
     if out.exists() and not out.is_dir():
         raise UsageError(f"the output {out} is a file", help="give a folder with -o")
+    if Path.cwd().is_relative_to(out) and out.is_dir():
+        raise UsageError(
+            f"the output {out} holds the current folder", help="give a folder of its own"
+        )
     if out.is_dir() and any(out.iterdir()) and not force:
         raise UsageError(
             f"the output folder {out} exists and is not empty",
@@ -32,10 +36,6 @@ def check_output(out: Path, force: bool) -> None:
         raise UsageError(
             f"the output folder {out} is not empty and holds no artifact, --force leaves it alone",
             help="give another folder with -o",
-        )
-    if Path.cwd().is_relative_to(out) and out.is_dir():
-        raise UsageError(
-            f"the output {out} holds the current folder", help="give a folder of its own"
         )
     probe = _partial(out)
     try:

@@ -261,7 +261,8 @@ def test_one_artifact_for_both_targets(cli: Any, compiled: Any, compile_small: A
     assert not (plain / "kernels").exists()
     ids = ids_for(load(ours))
     near(load_reference(plain).forward(ids), load_reference(ours).forward(ids))
-    assert cli("run", plain, "--prompt", "a", "-n", "3", "--target", "reference").code == 0
-    ran = cli("run", plain, "--prompt", "a")
-    assert ran.code == 1
-    assert "help: run it with --target reference" in ran.err
+    words = ("run", plain, "--prompt", "a", "-n", "3")
+    assert cli(*words).out == cli(*words, "--target", "reference").out
+    refused = cli(*words, "--activations", "a8")
+    assert refused.code == 2
+    assert "reference target" in refused.err

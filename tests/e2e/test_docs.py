@@ -59,7 +59,7 @@ def test_the_commands_of_the_readme_run(clone: Path, capsys: pytest.CaptureFixtu
 def test_the_python_of_the_readme_runs(
     clone: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(TextOptions.__init__, "__defaults__", (None, 32, 2, 2))
+    monkeypatch.setattr(TextOptions.__init__, "__defaults__", (None, None, 32, 2, 2))
     (source,) = blocks(ROOT / "README.md", "python")
     exec(compile(source, "README.md", "exec"), {})
     assert len(capsys.readouterr().out.strip()) > 10

@@ -36,7 +36,7 @@ X, X4 = "f32[?, ?, 32]", "f32[?, 4, ?, 8]"
 
 
 def test_every_op_has_a_rule():
-    assert set(RULES) == set(OPS.values())
+    assert set(RULES) >= set(OPS.values())  # other tests may have installed plugins
 
 
 def test_rms_norm_silu_add_mul_linear():
