@@ -58,7 +58,7 @@ class CompileOptions:
     """Options of `compile_model`; the command line has one flag for each.
 
     avg_bits: cap on effective bits per quantized weight. block: (rows, columns); group: columns
-    per scale; both chosen by the size of the model if None.
+    per scale; both chosen by the size of the model if None. tune_scales: run that pass too.
     """
 
     target: str = "cpu"
@@ -67,6 +67,7 @@ class CompileOptions:
     group: int | None = None
     seed: int = 0
     text: TextOptions = field(default_factory=TextOptions)
+    tune_scales: bool = False
     force: bool = False
 
 
@@ -306,7 +307,7 @@ def pipeline_for(options: CompileOptions, table: PassTable) -> list[Pass]:
         "canonicalize": {"block": options.block, "group": options.group},
         "assign-bits": {"avg_bits": options.avg_bits},
     }
-    passes = parse_passes(PIPELINES["default"], table)
+    passes = parse_passes(PIPELINES["tuned" if options.tune_scales else "default"], table)
     return [replace(item, **given.get(item.name, {})) for item in passes]
 
 

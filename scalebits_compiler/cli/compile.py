@@ -36,6 +36,7 @@ def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
     add("--accept-windows", type=int, default=64, metavar="N", help="windows that accept a step")
     add("--block", type=_block, metavar="RxC", help="rows x columns of a block, e.g. 128x128")
     add("--group", type=int, metavar="G", help="columns that share a scale, e.g. 128")
+    add("--tune-scales", action="store_true", help="fit scales to the original's predictions")
     add("--seed", type=int, default=0, help="picks the calibration windows (default 0)")
     add("--force", action="store_true", help="replace OUT if it exists")
     add("--from", dest="start", type=Path, metavar="FILE.sbir", help="go on from a dump")
@@ -89,6 +90,7 @@ def _options(args: argparse.Namespace) -> CompileOptions:
         group=args.group,
         seed=args.seed,
         text=text,
+        tune_scales=args.tune_scales,
         force=args.force,
     )
 
@@ -104,7 +106,8 @@ def _observers(args: argparse.Namespace, registry: Registry) -> list[Observer]:
         watch.append(PrintAfter(sys.stderr.write))
     elif args.print_ir_after is not None:
         find_pass(args.print_ir_after, registry.passes)
-        if args.print_ir_after not in PIPELINES["default"].split(","):
+        used = PIPELINES["tuned" if args.tune_scales else "default"]
+        if args.print_ir_after not in used.split(","):
             raise UsageError(f"--print-ir-after: '{args.print_ir_after}' is not in the pipeline")
         watch.append(PrintAfter(sys.stderr.write, frozenset({args.print_ir_after})))
     return watch

@@ -24,10 +24,13 @@ PASSES: dict[str, str | type[Pass]] = {
     "pack-blocks": f"{_HOME}.pack_blocks:PackBlocks",
 }
 
+_UP_TO_ROUNDING = (
+    "canonicalize,annotate-sensitivity,reorder-channels,fold-permutes,assign-bits,round-weights"
+)
 # Named pipelines are data: a name in a pipeline stands for this text.
 PIPELINES: dict[str, str] = {
-    "default": "canonicalize,annotate-sensitivity,reorder-channels,fold-permutes,assign-bits,"
-    "round-weights,tune-scales,pack-blocks",
+    "default": f"{_UP_TO_ROUNDING},pack-blocks",
+    "tuned": f"{_UP_TO_ROUNDING},tune-scales,pack-blocks",
 }
 
 

@@ -231,3 +231,16 @@ def test_run_json(cli: Any, compiled: Any) -> None:
         assert len(row["prompt"]) == 3
         assert len(row["tokens"]) <= 3
         assert row["finish"] in ("stop", "length")
+
+
+def test_tune_scales_is_a_pass_of_its_own(
+    cli: Any, compile_small: Any, compiled: Any, tmp_path: Path
+):
+    """The flag adds the pass before packing; the budget does not notice."""
+    ran = compile_small(compiled.model, tmp_path / "out", "--tune-scales")
+    assert ran.code == 0, ran.err
+    tuned, plain = (
+        json.loads(cli("inspect", p, "--json").out) for p in (tmp_path / "out", compiled.path)
+    )
+    assert tuned["pipeline"] == plain["pipeline"].replace("pack-blocks", "tune-scales,pack-blocks")
+    assert tuned["effective_bits"] == plain["effective_bits"]
