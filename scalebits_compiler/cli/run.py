@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,9 +41,7 @@ def run(args: argparse.Namespace) -> int:
     session = open_session(
         args.artifact, args.target, args.activations, args.threads, load_plugins(args.plugin)
     )
-    live = len(args.prompt) == 1 and not args.json
-    if live:
-        sys.stdout.write(args.prompt[0])
+    live = _after(args.prompt[0]) if len(args.prompt) == 1 and not args.json else None
     done = session.generate(
         args.prompt,
         args.max_new_tokens,
@@ -50,20 +49,27 @@ def run(args: argparse.Namespace) -> int:
         top_k=args.top_k,
         top_p=args.top_p,
         seed=args.seed,
-        stream=_write if live else None,
+        stream=live,
     )
     if args.json:
         pairs = zip(args.prompt, done, strict=True)
         rows = [{"prompt_text": text, **asdict(generation)} for text, generation in pairs]
         print(json.dumps({"variant": session.variant, "generations": rows}, indent=2))
-    elif live:
-        print()
+    elif live is not None:
+        live(0, "\n")
     else:
         for text, generation in zip(args.prompt, done, strict=True):
             print(f"{text}{generation.text}\n---")
     return 0
 
 
-def _write(row: int, piece: str) -> None:
-    sys.stdout.write(piece)
-    sys.stdout.flush()
+def _after(prompt: str) -> Callable[[int, str], None]:
+    """Writes pieces as they come, the prompt with the first: not before the options are checked."""
+    head = [prompt]
+
+    def write(row: int, piece: str) -> None:
+        sys.stdout.write("".join(head) + piece)
+        sys.stdout.flush()
+        head.clear()
+
+    return write

@@ -171,7 +171,14 @@ def _encode(session: Session, prompt: str | Tokens) -> tuple[int, ...]:
             f"{session.artifact.path} has no tokenizer.json", help="give the prompt as token ids"
         )
     else:
-        tokens = tuple(session.tokenizer.encode(prompt).ids) if prompt else ()
+        tokens = _tokens(session.tokenizer, prompt)
     if not tokens:
         raise UsageError("the prompt is empty", help="give at least one token of text")
     return tokens
+
+
+def _tokens(tokenizer: Tokenizer, prompt: str) -> tuple[int, ...]:
+    # Bytes of a command line that are no UTF-8 arrive as lone surrogates.
+    if any("\ud800" <= char <= "\udfff" for char in prompt):
+        raise UsageError("the prompt is not UTF-8 text", help="give it in UTF-8")
+    return tuple(tokenizer.encode(prompt).ids) if prompt else ()

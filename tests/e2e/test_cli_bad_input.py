@@ -234,6 +234,7 @@ class TestArtifacts:
     ("options", "word"),
     [
         (["--prompt", ""], "prompt"),
+        (["--prompt", "a\udcff"], "UTF-8"),
         (["--prompt", "a", "-n", "0"], "0"),
         (["--prompt", "a", "-n", "500"], "128 positions"),
         (["--prompt", "a", "--temperature=-1"], "temperature"),
@@ -247,7 +248,9 @@ class TestArtifacts:
     ],
 )
 def test_run(cli: Any, compiled: Any, options: list[str], word: str) -> None:
-    refused(cli("run", compiled.path, *options), 2, word)
+    ran = cli("run", compiled.path, *options)
+    refused(ran, 2, word)
+    assert ran.out == ""  # a prompt that is not continued is not echoed
 
 
 def test_eval(cli: Any, compiled: Any, text: Path, tmp_path: Path) -> None:
