@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -246,9 +244,3 @@ def test_tune_scales_is_a_pass_of_its_own(
     )
     assert tuned["pipeline"] == plain["pipeline"].replace("pack-blocks", "tune-scales,pack-blocks")
     assert tuned["effective_bits"] == plain["effective_bits"]
-
-
-def test_runs_as_a_module() -> None:
-    words = [sys.executable, "-m", "scalebits_compiler", "--version"]
-    ran = subprocess.run(words, capture_output=True, text=True, check=True)
-    assert ran.stdout.startswith("scalebitsc ")
