@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -66,6 +67,10 @@ class Grid:
         """((bits, number of blocks), ...) in rising bits."""
         counts = np.bincount(np.frombuffer(b"".join(self.rows), dtype=np.uint8))
         return tuple((int(bits), int(counts[bits])) for bits in np.flatnonzero(counts))
+
+    def digest(self) -> str:
+        """Eight hex digits that change with any width."""
+        return f"{zlib.crc32(b'/'.join(self.rows)):08x}"
 
     def __str__(self) -> str:
         return f"grid([{', '.join(str(list(row)) for row in self.rows)}])"

@@ -37,7 +37,8 @@ class Weight:
     the text or beside it with `hist` = ((bits, blocks), ...); row_scores, column_scores: summed
     sensitivity of each line, float32; block_scores: float32 [block rows, block columns, 2], the
     predicted change of the loss for one bit more and one bit less; codes, scales, zeros: the
-    rounded matrix, uint8 [n, k], float16 [n, groups], uint8 [n, groups].
+    rounded matrix, uint8 [n, k], float16 [n, groups], uint8 [n, groups]; rounded_at: digest of the
+    widths that it was rounded at, so that widths edited later are noticed.
     """
 
     symbol: str
@@ -54,6 +55,7 @@ class Weight:
     codes: Resource | None = None
     scales: Resource | None = None
     zeros: Resource | None = None
+    rounded_at: str | None = None
     loc: str = field(default="", compare=False)
 
     def grid_shape(self) -> tuple[int, int]:
@@ -161,6 +163,7 @@ class Module:
             else:
                 tensors[key] = torch.from_numpy(made.array())
                 changes = {"bits": Resource(key), "hist": made.histogram()}
-            weights.append(replace(self.weights[symbol], **changes))
+            stale = dict.fromkeys(("codes", "scales", "zeros", "rounded_at"))
+            weights.append(replace(self.weights[symbol], **changes, **stale))
         changed = self.with_weights(weights)
         return replace(changed, resources=self.resources.with_(tensors))

@@ -226,6 +226,11 @@ def _verify_bits(module: Module, weight: Weight) -> None:
     )
     wrong = grid[(grid < 1) | (grid > 8)]
     check(wrong.size == 0, f"{name}: {wrong[0] if wrong.size else ''} bits; widths are 1 to 8")
+    if weight.rounded_at not in (None, Grid.of(grid).digest()):
+        raise VerifyError(
+            f"{name}: the bits were changed after it was rounded, its codes are for other widths",
+            help="edit a dump from before round-weights, and run round-weights on it",
+        )
     if isinstance(weight.bits, Resource) and weight.hist is not None:
         actual = Grid.of(grid).histogram()
         check(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from scalebits_compiler.errors import PassError
-from scalebits_compiler.ir.attrs import Resource
+from scalebits_compiler.ir.attrs import Grid, Resource
 from scalebits_compiler.ir.module import Module, Weight
 from scalebits_compiler.ir.ops import Linear
 from scalebits_compiler.passes.base import Pass, PassContext
@@ -50,7 +50,9 @@ class RoundWeights(Pass):
             }
             tensors.update({f"{symbol}.{role}": tensor for role, tensor in made.items()})
             keys = {role: Resource(f"{symbol}.{role}") for role in made}
-            weights.append(replace(module.weights[symbol], **keys))
+            weight = module.weights[symbol]
+            digest = Grid.of(module.bits(weight)).digest()
+            weights.append(replace(weight, rounded_at=digest, **keys))
         changed = module.with_weights(weights)
         return replace(changed, resources=module.resources.with_(tensors))
 

@@ -88,3 +88,16 @@ def test_dumps_without_their_tensors_still_print_and_verify(
         bare.write_text(path.read_text())
         assert main(["opt", str(bare)]) == 0
         assert capsys.readouterr().out == path.read_text(), path.name
+
+
+@pytest.mark.parametrize("stage", ["06-round-weights", "07-pack-blocks"])
+def test_widths_edited_after_rounding_are_refused(
+    compiled: Path, stage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (dump,) = (path for path in dumps(compiled) if path.stem == stage)
+    text = dump.read_text()
+    edited = re.sub(r"grid\(\[\[(\d)", lambda found: f"grid([[{9 - int(found[1])}", text, count=1)
+    assert edited != text
+    (tmp_path / "edited.sbir").write_text(edited)
+    assert main(["opt", str(tmp_path / "edited.sbir"), "-p", ""]) == 1
+    assert "the bits were changed after it was rounded" in capsys.readouterr().err
