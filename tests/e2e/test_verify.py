@@ -73,7 +73,7 @@ def test_other_widths_and_sums(cli: Any, compiled: Any, copy_of: Callable[[Path]
     text = (copy / "module.sbir").read_text()
     start = text.index("grid([[") + len("grid([[")
     edited = f"{text[:start]}{9 - int(text[start])}{text[start + 1 :]}"
-    # The digest of the widths that a matrix was rounded at shows the edit; without it, the bytes do.
+    # The digest of the widths at rounding shows the edit; without it, the bytes do.
     undigested = re.sub(r', rounded_at = "[0-9a-f]+"', "", edited)
     assert undigested != edited
     for module, told in (
