@@ -20,7 +20,7 @@ demo: $(VENV)/.cpu ## compile the bundled model, generate text, and print the ta
 	@$(BIN)/python examples/demo.py --model $(MODEL) --out $(OUT)/demo
 
 test: $(VENV)/.dev ## run all tests
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(VENV)/.dev ## check style and formatting
 	@$(BIN)/ruff check
