@@ -116,7 +116,7 @@ def _observers(args: argparse.Namespace, registry: Registry) -> list[Observer]:
 def _dump_kernels(folder: Path | None, built: Built) -> None:
     if folder is None:
         return
-    for name, content in built.files.items():
+    for name, content in {**built.files, **built.sources}.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content if isinstance(content, bytes) else content.read_bytes())

@@ -19,12 +19,14 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Built:
     """plan and kernels go into the manifest (None where the target has none); files into the
-    artifact, by their name there.
+    artifact, by their name there. sources: text to read, which running does not need; it goes
+    with files into a dump and not into the artifact.
     """
 
     plan: Plan | None = None
     kernels: Kernels | None = None
     files: Mapping[str, Path | bytes] = field(default_factory=dict)
+    sources: Mapping[str, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -198,8 +198,9 @@ class TestCompileReport:
     def test_kernels_are_dumped(self, compiled: Any) -> None:
         dumped = {path.name for path in (compiled.dump / "kernels").iterdir()}
         written = {path.name for path in (compiled.path / "kernels").iterdir()}
-        assert dumped == written
-        assert any(name.endswith(".py") for name in dumped)
+        sources = {name for name in dumped if name.endswith(".py")}
+        assert sources
+        assert dumped - sources == written
 
     def test_print_ir(self, compile_small: Any, compiled: Any, tmp_path: Path) -> None:
         start = ("--target", "reference", "--from", compiled.dump / "04-fold-permutes.sbir")

@@ -56,6 +56,5 @@ class CpuTarget(Target):
         specs, dispatch = select_specs(matrices)
         library = folder / "cpu.so"
         sources = compile_kernels(specs, library)
-        files: dict[str, Path | bytes] = {LIBRARY: library}
-        files |= {f"kernels/{key}.py": text.encode() for key, text in sources.items()}
-        return Built(plan, Kernels(LIBRARY, dispatch), files)
+        texts = {f"kernels/{key}.py": text.encode() for key, text in sources.items()}
+        return Built(plan, Kernels(LIBRARY, dispatch), {LIBRARY: library}, texts)
