@@ -15,6 +15,7 @@ from scalebits_compiler.numerics.metrics import QualityMeter
 from scalebits_compiler.passes.base import Progress, no_progress
 from scalebits_compiler.plugins import Registry
 from scalebits_compiler.runtime.manifest import MANIFEST
+from scalebits_compiler.runtime.variants import EXACT
 
 Logits = Callable[[torch.Tensor], torch.Tensor]
 BATCH_TOKENS = 2048
@@ -29,7 +30,7 @@ def is_artifact(path: Path) -> bool:
 def logits_of(
     path: Path,
     target: str | None = None,
-    activations: str = "a16",
+    activations: str = EXACT,
     registry: Registry | None = None,
 ) -> Logits:
     """A function ids i64[b, s] -> logits f32[b, s, v] of an artifact or a Hugging Face folder.
@@ -43,7 +44,7 @@ def logits_of(
         session = open_session(path, target, activations, torch.get_num_threads(), registry)
         return lambda ids: torch.from_numpy(session.forward(ids.numpy()))
     for option, value in (("--target", target), ("--activations", activations)):
-        if value not in (None, "a16"):
+        if value not in (None, EXACT):
             raise UsageError(f"{path} is no artifact, {option} does not apply to it")
     return _model_logits(path)
 
@@ -63,7 +64,7 @@ def evaluate(
     seq_len: int | None = None,
     windows: int | None = None,
     target: str | None = None,
-    activations: str = "a16",
+    activations: str = EXACT,
     registry: Registry | None = None,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:

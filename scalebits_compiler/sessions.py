@@ -8,12 +8,13 @@ from scalebits_compiler.errors import UsageError
 from scalebits_compiler.plugins import Registry
 from scalebits_compiler.runtime.artifact import read_manifest
 from scalebits_compiler.runtime.session import Session, load
+from scalebits_compiler.runtime.variants import EXACT
 
 
 def open_session(
     path: Path,
     target: str | None = None,
-    activations: str = "a16",
+    activations: str = EXACT,
     threads: int = 1,
     registry: Registry | None = None,
 ) -> Session:
@@ -24,7 +25,7 @@ def open_session(
     """
     if "reference" not in (target, read_manifest(path).target["kind"]):
         return load(path, activations=activations, threads=threads)
-    if activations != "a16":
+    if activations != EXACT:
         raise UsageError(
             f"activations {activations} are for compiled kernels, not for the reference target",
             help="leave the option out",

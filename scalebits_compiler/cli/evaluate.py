@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from scalebits_compiler.cli.progress import progress_for
 from scalebits_compiler.errors import UsageError
+from scalebits_compiler.runtime.variants import ACTIVATIONS, EXACT
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
@@ -25,7 +26,7 @@ def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
     add("--windows", type=int, metavar="N", help="only the first N windows of the text")
     add("--target", choices=("reference",), help="run by torch definitions, not by kernels")
     add("--plugin", type=Path, action="append", default=[], metavar="FILE", help="load a plugin")
-    add("--activations", choices=("a16", "a8"), default="a16", help="a8 is faster, less exact")
+    add("--activations", choices=ACTIVATIONS, default=EXACT, help="int8 is faster, less exact")
     add("--json", action="store_true", help="print JSON")
     add("-q", "--quiet", action="store_true", help="no progress")
     parser.set_defaults(run=run)

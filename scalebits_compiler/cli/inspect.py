@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +33,6 @@ def run(args: argparse.Namespace) -> int:
 
 def describe(artifact: Artifact) -> dict[str, Any]:
     """Everything `inspect` tells, for programs."""
-    from scalebits_compiler.runtime.cpu_features import cpu_features
-
     manifest = artifact.manifest
     found = {
         "target": manifest.target["kind"],
@@ -45,12 +44,24 @@ def describe(artifact: Artifact) -> dict[str, Any]:
         "model": manifest.provenance.model,
     }
     if manifest.kernels is not None:
-        features = cpu_features()
-        found["kernel_variants"] = [
-            {"name": v["name"], "runs_here": set(v["features"]) <= features}
-            for v in manifest.kernels.dispatch.get("variants", ())
-        ]
+        found["kernels"] = _kernels(manifest.kernels.dispatch.get("variants", ()))
     return found
+
+
+def _kernels(variants: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The variants of a dispatch table, and what a session on this machine would use of them."""
+    from scalebits_compiler.errors import ArtifactError
+    from scalebits_compiler.runtime.cpu_features import cpu_features
+    from scalebits_compiler.runtime.variants import ACTIVATIONS, EXACT, choose_mode, choose_variant
+
+    named = [{"name": v["name"], "arch": v["arch"], "modes": list(v["modes"])} for v in variants]
+    try:
+        chosen = choose_variant(variants, cpu_features())
+    except ArtifactError:
+        return {"variants": named, "chosen": None, "activations": {}}
+    offered = [name for name in ACTIVATIONS if name == EXACT or name in chosen["modes"]]
+    activations = {name: choose_mode(chosen, name) for name in offered}
+    return {"variants": named, "chosen": chosen["name"], "activations": activations}
 
 
 def as_text(found: dict[str, Any]) -> str:
@@ -61,9 +72,8 @@ def as_text(found: dict[str, Any]) -> str:
         f"effective bits  {found['effective_bits']:.3f}",
         f"file bytes      {found['file_bytes']:,}",
     ]
-    for variant in found.get("kernel_variants", []):
-        verdict = "runs here" if variant["runs_here"] else "needs another processor"
-        lines.append(f"kernels         {variant['name']}: {verdict}")
+    if "kernels" in found:
+        lines += _kernel_lines(found["kernels"])
     width = max(map(len, found["matrices"]))
     lines.append(f"{'matrix':<{width}}  {'shape':>13}  {'block':>9}  group  bits   blocks by width")
     for name, matrix in found["matrices"].items():
@@ -74,3 +84,14 @@ def as_text(found: dict[str, Any]) -> str:
             f"  {matrix['code_bits']:.3f}  {counts}"
         )
     return "\n".join(lines)
+
+
+def _kernel_lines(kernels: Mapping[str, Any]) -> Iterator[str]:
+    for variant in kernels["variants"]:
+        chosen = ": runs on this machine" if variant["name"] == kernels["chosen"] else ""
+        modes = ", ".join(variant["modes"])
+        yield f"kernels         {variant['name']} ({variant['arch']}; {modes}){chosen}"
+    for name, mode in kernels["activations"].items():
+        yield f"activations     {name}: {mode} arithmetic"
+    if kernels["chosen"] is None:
+        yield "kernels         none of them runs on this machine"

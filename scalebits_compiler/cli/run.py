@@ -10,6 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from scalebits_compiler.runtime.variants import ACTIVATIONS, EXACT
+
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
 
@@ -27,7 +29,7 @@ def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
     add("--seed", type=int, default=0, help="of the sampling (default 0)")
     add("--target", choices=("reference",), help="run by torch definitions, not by kernels")
     add("--plugin", type=Path, action="append", default=[], metavar="FILE", help="load a plugin")
-    add("--activations", choices=("a16", "a8"), default="a16", help="a8 is faster, less exact")
+    add("--activations", choices=ACTIVATIONS, default=EXACT, help="int8 is faster, less exact")
     add("--threads", type=int, default=1, metavar="N", help="for large matrices (default 1)")
     add("--json", action="store_true", help="print prompts, tokens and text as JSON")
     parser.set_defaults(run=run)

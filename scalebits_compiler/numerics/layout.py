@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from scalebits_compiler.errors import ArtifactError, TargetError
 
-FORMAT_VERSION = 1  # of the packed bytes and of the kernels that read them
+FORMAT_VERSION = 2  # of the packed bytes and of the kernels that read them
 MAX_BITS = 8
 UNIT_CODES = 512
 LANES = 16  # rows of one vector

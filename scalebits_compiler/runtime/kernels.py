@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import platform
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,11 +18,13 @@ from numpy.typing import NDArray
 from scalebits_compiler.errors import ArtifactError, TargetError
 from scalebits_compiler.numerics.layout import FORMAT_VERSION, BlockLayout
 from scalebits_compiler.runtime.cpu_features import cpu_features
+from scalebits_compiler.runtime.variants import EXACT, choose_mode, choose_variant
 
 THREAD_WORK = 1 << 23
 """Multiply-adds below which a thread is not worth its ~25 us of hand-over."""
 
 F32 = NDArray[np.float32]
+_PLANES = {"int16": (2, np.int8), "int8": (1, np.int8), "float32": (1, np.float32)}
 Function = Callable[..., None]
 
 
@@ -31,8 +32,8 @@ Function = Callable[..., None]
 class QuantizedInput:
     """Activations x[tokens, cols] as the matrix kernels read them; see `KernelLibrary.quantize`.
 
-    values: [groups, padded tokens, planes, group], int8 or in mode f32 float32. scales: f32[groups,
-    padded tokens, 2], the step and the sum of x of each group.
+    values: [groups, padded tokens, planes, group], int8, in mode float32 float32. scales:
+    f32[groups, padded tokens, 2], the step and the sum of x of each group.
     """
 
     tokens: int
@@ -51,8 +52,7 @@ class QuantizedInput:
 class KernelLibrary:
     """The kernels of an artifact that this processor can run; made by `open`.
 
-    variant: name of the chosen variant. mode: its arithmetic, "a16" (two int8 passes, about 3e-5
-    relative error), "a8" (one pass, about 6e-3) or "f32" (for processors without int8 products).
+    variant: name of the chosen variant. mode: its arithmetic, as `variants` explains it.
     threads: how many threads large products are split over. gemv_tokens: up to so many tokens use
     the gemv kernel; beyond, gemm works on multiples of tile_tokens, chunk_tokens at a time.
     """
@@ -77,16 +77,14 @@ class KernelLibrary:
         path: Path,
         dispatch: dict[str, Any],
         features: frozenset[str] | None = None,
-        mode: str = "a16",
+        activations: str = EXACT,
     ) -> KernelLibrary:
         """Load the shared object `path`; choose the first variant of `dispatch` that runs here.
 
-        `features` are processor flags (default: those of this one). `mode` is "a16" or "a8"; a
-        variant without it uses its first mode. Raises `ArtifactError` if no variant runs here, or
-        the file or table is damaged.
+        `features` are processor flags (default: those of this one). Raises `ArtifactError` if no
+        variant runs here, or the file or table is damaged; `TargetError` if the chosen variant
+        does not have the `activations`.
         """
-        if mode not in ("a16", "a8"):
-            raise TargetError(f"unknown activation mode {mode!r}", help='use "a16" or "a8"')
         if dispatch.get("version") != FORMAT_VERSION:
             raise ArtifactError(
                 f"kernel table of version {dispatch.get('version')}, expected {FORMAT_VERSION}",
@@ -95,17 +93,17 @@ class KernelLibrary:
         flags = cpu_features() if features is None else features
         if "variants" not in dispatch:
             raise ArtifactError("the kernel table lacks 'variants'", help="compile the model again")
-        variant = _choose(dispatch["variants"], flags)
+        variant = choose_variant(dispatch["variants"], flags)
+        mode = choose_mode(variant, activations)
         if not path.is_file():
             raise ArtifactError(f"kernel file {path} is missing", help="compile the model again")
-        chosen = mode if mode in variant["modes"] else variant["modes"][0]
         try:
             module = tvm_ffi.load_module(str(path))
         except (RuntimeError, OSError) as error:
             raise ArtifactError(
                 f"kernel file {path} cannot be loaded: {error}", help="compile the model again"
             ) from None
-        return cls(module, variant, chosen)
+        return cls(module, variant, mode)
 
     def function(
         self,
@@ -145,7 +143,7 @@ class KernelLibrary:
             source[:, :cols] = x
         else:
             source = np.ascontiguousarray(x)
-        planes, dtype = {"a16": (2, np.int8), "a8": (1, np.int8), "f32": (1, np.float32)}[self.mode]
+        planes, dtype = _PLANES[self.mode]
         # Padding tokens are computed and thrown away; zeros keep slow denormals out of them.
         make = np.empty if padded == tokens else np.zeros
         values: NDArray[Any] = make((groups, padded, planes, group), dtype)
@@ -232,7 +230,7 @@ class PackedLinear:
 
     def _gemm_range(self, x: QuantizedInput, y: Any) -> Callable[[int, int], None]:
         panel, group = self.layout.panel, self.layout.group
-        dtype = np.float32 if x.mode == "f32" else np.uint8
+        dtype = np.float32 if x.mode == "float32" else np.uint8
 
         def run(lo: int, hi: int) -> None:
             codes = np.empty(panel * group, dtype)
@@ -250,20 +248,3 @@ def _view(array: NDArray[Any]) -> Any:
         raw: Any = (ctypes.c_uint8 * array.nbytes).from_address(array.ctypes.data)
         array = np.frombuffer(raw, array.dtype).reshape(array.shape)
     return tvm_ffi.from_dlpack(array)
-
-
-def _choose(variants: list[dict[str, Any]], flags: frozenset[str]) -> dict[str, Any]:
-    """The first variant that a machine with `flags` can run."""
-    machine = {"AMD64": "x86_64"}.get(platform.machine(), platform.machine())
-    notes = []
-    for variant in variants:
-        missing = sorted(set(variant["features"]) - flags)
-        if variant["arch"] == machine and not missing:
-            return variant
-        why = f"lacks {', '.join(missing)}" if variant["arch"] == machine else f"is {machine}"
-        notes.append(f"kernels {variant['name']!r} are for {variant['arch']}; this machine {why}")
-    raise ArtifactError(
-        "this machine can run none of the compiled kernels",
-        help="compile the model on this machine, or with --target reference",
-        notes=notes,
-    )

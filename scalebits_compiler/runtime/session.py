@@ -15,6 +15,7 @@ from scalebits_compiler.runtime.artifact import Artifact
 from scalebits_compiler.runtime.cache import KVCache
 from scalebits_compiler.runtime.manifest import COMPILE_AGAIN, Plan
 from scalebits_compiler.runtime.ops import Frame
+from scalebits_compiler.runtime.variants import ACTIVATIONS, EXACT
 from scalebits_compiler.runtime.weights import Weights
 
 if TYPE_CHECKING:
@@ -30,18 +31,21 @@ I64 = NDArray[np.int64]
 def load(
     path: str | Path,
     *,
-    activations: str = "a16",
+    activations: str = EXACT,
     threads: int = 1,
     features: frozenset[str] | None = None,
 ) -> Session:
     """Open an artifact and make it ready to run.
 
-    activations: "a16" (weight-only semantics, about 3e-5 relative error) or "a8" (int8 activations,
-    faster). threads: for large packed matrices. features: processor flags, those of this machine
-    if None. Raises `ArtifactError` for a damaged artifact or one that this machine cannot run.
+    activations: "exact" (weight-only semantics, about 3e-5 relative error) or "int8" (rounded to
+    8 bits, faster). threads: for large packed matrices. features: processor flags, those of this
+    machine if None. Raises `ArtifactError` for a damaged artifact or one that this machine cannot
+    run, `TargetError` for int8 activations where the processor's kernels have none.
     """
-    if activations not in ("a16", "a8"):
-        raise UsageError(f"unknown activations {activations!r}", help='use "a16" or "a8"')
+    if activations not in ACTIVATIONS:
+        raise UsageError(
+            f"unknown activations {activations!r}", help=f"use {' or '.join(ACTIVATIONS)}"
+        )
     if threads < 1:
         raise UsageError(f"threads is {threads}, it must be 1 or more")
     artifact = Artifact.open(path)

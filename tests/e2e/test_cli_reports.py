@@ -12,6 +12,7 @@ import torch
 from tokenizers import Tokenizer
 
 from scalebits_compiler.reference_session import load_reference
+from scalebits_compiler.runtime.session import load
 
 EVAL_KEYS = {"perplexity", "kl_divergence", "top1_agreement", "tokens", "protocol"}
 LENGTH, WINDOWS = 24, 5
@@ -151,7 +152,11 @@ class TestInspect:
         said = json.loads(compiled.json)
         assert f"effective bits  {said['effective_bits']:.3f}" in ran.out
         assert f"file bytes      {said['file_bytes']:,}" in ran.out
-        assert "kernels         plain: runs here" in ran.out
+        kernels = json.loads(cli("inspect", compiled.path, "--json").out)["kernels"]
+        assert kernels["chosen"] == load(compiled.path).variant
+        assert f"kernels         {kernels['chosen']} (" in ran.out
+        assert ran.out.count("runs on this machine") == 1
+        assert f"activations     exact: {kernels['activations']['exact']} arithmetic" in ran.out
         rows = [line for line in ran.out.splitlines() if line.startswith("layers.")]
         assert len(rows) == 14
 

@@ -26,7 +26,7 @@ from scalebits_compiler.codegen.tvm.build import (
 )
 from scalebits_compiler.codegen.tvm.spec import VNNI, KernelSpec, host_variants, select_specs
 
-TOLERANCE = {"a16": 5e-5, "a8": 2e-2, "f32": 1e-5}
+TOLERANCE = {"int16": 5e-5, "int8": 2e-2, "float32": 1e-5}
 ALL = tuple(range(1, 9))
 X86 = platform.machine() in ("x86_64", "AMD64")
 
@@ -77,15 +77,16 @@ def compiled(tmp_path_factory):
 
 def open_mode(compiled, mode):
     path, dispatch = compiled
-    if mode == "f32":
+    if mode == "float32":
         return KernelLibrary.open(path, dispatch, cpu_features() - {"avx512_vnni"})
     missing = set(VNNI.features) - cpu_features()
     if not X86 or missing:
         pytest.skip(f"this processor lacks {', '.join(sorted(missing)) or 'x86'}")
-    return KernelLibrary.open(path, dispatch, mode=mode)
+    activations = "exact" if mode == "int16" else mode
+    return KernelLibrary.open(path, dispatch, activations=activations)
 
 
-@pytest.fixture(params=["a16", "a8", "f32"])
+@pytest.fixture(params=["int16", "int8", "float32"])
 def library(compiled, request):
     return open_mode(compiled, request.param)
 
@@ -100,7 +101,9 @@ def check(library, matrix, tokens, seed=1):
     found = PackedLinear(library, matrix.layout, matrix.arena, matrix.bits)(x)
     assert found.dtype == np.float32
     assert found.shape == (tokens, matrix.layout.rows)
-    assert error(found, x @ matrix.weights.T) < TOLERANCE[library.mode]
+    # Against the size that outputs have for random x: a single output may happen to cancel.
+    typical = np.linalg.norm(matrix.weights) * np.sqrt((x.astype(np.float64) ** 2).mean() * tokens)
+    assert np.linalg.norm(found - x @ matrix.weights.T) < TOLERANCE[library.mode] * typical
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 8, 33, 70])
@@ -128,7 +131,7 @@ def test_uniform_width(library, width, tokens):
 )
 def test_any_shape(compiled, rows, cols, tokens, seed):
     """16-row blocks have 16-row panels at every size, so one kernel serves them all."""
-    library = open_mode(compiled, "a16")
+    library = open_mode(compiled, "int16")
     check(library, make_matrix(BlockLayout(rows, cols, 16, 64, 32), ALL, seed), tokens, seed)
 
 
@@ -225,7 +228,7 @@ def test_refuses_a_processor_without_the_features(compiled):
     assert "--target reference" in caught.value.help
     assert KernelLibrary.open(path, dispatch, frozenset(VNNI.features)).variant == "vnni"
     plain = KernelLibrary.open(path, dispatch, frozenset(VNNI.features) - {"avx512_vnni"})
-    assert (plain.variant, plain.mode) == ("plain", "f32")
+    assert (plain.variant, plain.mode) == ("plain", "float32")
 
 
 def test_refuses_another_architecture_version_mode_and_file(compiled, tmp_path):
@@ -237,8 +240,11 @@ def test_refuses_another_architecture_version_mode_and_file(compiled, tmp_path):
         KernelLibrary.open(path, {**dispatch, "version": 0})
     with pytest.raises(ArtifactError, match="lacks 'variants'"):
         KernelLibrary.open(path, {"version": dispatch["version"]})
-    with pytest.raises(TargetError, match="int4"):
-        KernelLibrary.open(path, dispatch, mode="int4")
+    with pytest.raises(TargetError, match=r"int4.*\n.*exact or int8"):
+        KernelLibrary.open(path, dispatch, activations="int4")
+    plain = [variant for variant in dispatch["variants"] if variant["name"] == "plain"]
+    with pytest.raises(TargetError, match=r"\(plain\) have no int8 arithmetic, only float32"):
+        KernelLibrary.open(path, {**dispatch, "variants": plain}, activations="int8")
     with pytest.raises(ArtifactError, match="missing"):
         KernelLibrary.open(tmp_path / "none.so", dispatch)
     damaged = tmp_path / "damaged.so"
@@ -302,15 +308,14 @@ from pathlib import Path
 folder = Path(sys.argv[1])
 data = np.load(folder / "case.npz")
 layout = BlockLayout(*json.loads((folder / "layout.json").read_text()))
+dispatch = json.loads((folder / "dispatch.json").read_text())
 for features in (None, frozenset(json.loads(sys.argv[2]))):
-    for mode in ("a16", "a8"):
-        dispatch = json.loads((folder / "dispatch.json").read_text())
-        library = KernelLibrary.open(folder / "k.so", dispatch, features, mode)
-        linear = PackedLinear(library, layout, data["arena"], data["bits"])
-        for tokens in (1, 5, 40):
-            x = np.random.default_rng(0).standard_normal((tokens, layout.cols)).astype(np.float32)
-            expected = x @ data["weights"].T
-            assert np.abs(linear(x) - expected).max() < 2e-2 * np.abs(expected).max()
+    library = KernelLibrary.open(folder / "k.so", dispatch, features)
+    linear = PackedLinear(library, layout, data["arena"], data["bits"])
+    for tokens in (1, 5, 40):
+        x = np.random.default_rng(0).standard_normal((tokens, layout.cols)).astype(np.float32)
+        expected = x @ data["weights"].T
+        assert np.abs(linear(x) - expected).max() < 1e-3 * np.abs(expected).max()
 """
 
 

@@ -87,7 +87,9 @@ def test_decode_equals_forward(out, ids):
 
 
 def test_int8_activations_are_close(out, ids):
-    exact, fast = load(out).forward(ids), load(out, activations="a8").forward(ids)
+    if "avx512_vnni" not in cpu_features():
+        pytest.skip("the plain kernels have no int8 arithmetic")
+    exact, fast = load(out).forward(ids), load(out, activations="int8").forward(ids)
     assert error(fast, exact) < 0.1
 
 

@@ -241,9 +241,9 @@ class Input:
 
     @classmethod
     def declare(cls, spec: KernelSpec) -> Input:
-        """Declare the two buffers; values are int8, in mode f32 float32."""
+        """Declare the two buffers; values are int8, in mode float32 float32."""
         groups, tokens = size_arg("groups"), size_arg("tokens")
-        dtype = "float32" if spec.mode == "f32" else "int8"
+        dtype = "float32" if spec.mode == "float32" else "int8"
         shape = (groups, tokens, i64(spec.planes), i64(spec.group))
         return cls(
             buffer_arg("values", shape, dtype),

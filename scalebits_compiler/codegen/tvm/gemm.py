@@ -41,17 +41,17 @@ def build_gemm(spec: KernelSpec) -> Any:
     """The TVM function of a `gemm` spec.
 
     Arguments: `Tables`, `Input` (tokens a multiple of TILE_TOKENS), y f32[tokens, N], scratch for
-    the unpacked group (u8[panel * group], in mode f32 float32) and for the outputs
+    the unpacked group (u8[panel * group], in mode float32 float32) and for the outputs
     f32[CHUNK_TOKENS, panel], panel range lo..hi (int64).
     """
     with prim_func(spec.key) as builder:
         tables, x = Tables.declare(spec), Input.declare(spec)
         y = buffer_arg("y", (size_arg("y_tokens"), size_arg("y_rows")), "float32")
-        dtype = "float32" if spec.mode == "f32" else "uint8"
+        dtype = "float32" if spec.mode == "float32" else "uint8"
         codes = buffer_arg("codes", (i64(spec.panel * spec.group),), dtype)
         total = buffer_arg("total", (i64(CHUNK_TOKENS), i64(spec.panel)), "float32")
         lo, hi = T.arg("lo", T.int64()), T.arg("hi", T.int64())
-        tile = (_FloatTile if spec.mode == "f32" else _IntegerTile)(tables, x, codes, total)
+        tile = (_FloatTile if spec.mode == "float32" else _IntegerTile)(tables, x, codes, total)
         at, spill = Scalar(), Slots.alloc(1, "float32")
         with loop(lo, hi) as panel, T.serial(0, ceildiv(x.tokens, CHUNK_TOKENS)) as chunk:
             first = T.bind(chunk * CHUNK_TOKENS)

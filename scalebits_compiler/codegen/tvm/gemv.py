@@ -40,7 +40,7 @@ def build_gemv(spec: KernelSpec) -> Any:
         tables, x = Tables.declare(spec), Input.declare(spec)
         y = buffer_arg("y", (size_arg("y_tokens"), size_arg("y_rows")), "float32")
         lo, hi = T.arg("lo", T.int64()), T.arg("hi", T.int64())
-        inner = (_FloatSum if spec.mode == "f32" else _IntegerSum)(spec, tables, x)
+        inner = (_FloatSum if spec.mode == "float32" else _IntegerSum)(spec, tables, x)
         at, total = Scalar(), Slots.alloc(spec.row_groups, "float32")
         spill = Slots.alloc(1, "float32")
         with loop(lo, hi) as panel, T.serial(0, y.shape[0]) as token:

@@ -26,7 +26,7 @@ from scalebits_compiler.codegen.tvm.emit import (
 from scalebits_compiler.codegen.tvm.spec import KernelSpec
 from scalebits_compiler.numerics.layout import LANES
 
-LEVELS = {"a16": 127 * 256 + 127, "a8": 127}
+LEVELS = {"int16": 127 * 256 + 127, "int8": 127}
 """Largest magnitude of a quantised value: its high and low byte must both fit int8."""
 SMALLEST = 1e-30
 """A group whose largest magnitude is below this counts as zero: its reciprocal would overflow."""
@@ -36,12 +36,14 @@ def build_quantize(spec: KernelSpec) -> Any:
     """The TVM function of a `quantize` spec.
 
     Arguments: x f32[tokens, groups * group] (zero beyond K), `Input`. Tokens of the output beyond
-    those of x are left alone. In mode f32 the values are x itself.
+    those of x are left alone. In mode float32 the values are x itself.
     """
     with prim_func(spec.key) as builder:
         x = buffer_arg("x", (size_arg("x_tokens"), size_arg("x_cols")), "float32")
         out = Input.declare(spec)
-        writer = _CopyGroup(spec, x, out) if spec.mode == "f32" else _QuantizeGroup(spec, x, out)
+        writer = (
+            _CopyGroup(spec, x, out) if spec.mode == "float32" else _QuantizeGroup(spec, x, out)
+        )
         with T.serial(0, x.shape[0]) as token, T.serial(0, out.values.shape[0]) as group:
             writer.run(token, group)
     return builder.get()
@@ -72,7 +74,7 @@ class _Group:
 
 
 class _CopyGroup(_Group):
-    """Mode f32: values as they are."""
+    """Mode float32: values as they are."""
 
     def run(self, token: Expr, group: Expr) -> None:
         """Emit the code for one group."""
@@ -87,7 +89,7 @@ class _CopyGroup(_Group):
 
 
 class _QuantizeGroup(_Group):
-    """Modes a16 and a8: round to the nearest of 2 * LEVELS + 1 values."""
+    """Modes int16 and int8: round to the nearest of 2 * LEVELS + 1 values."""
 
     def run(self, token: Expr, group: Expr) -> None:
         """Emit the code for one group."""

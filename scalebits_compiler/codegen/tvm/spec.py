@@ -14,7 +14,7 @@ from scalebits_compiler.errors import TargetError
 from scalebits_compiler.numerics.layout import FORMAT_VERSION, LANES, BlockLayout
 
 Kind = Literal["gemv", "gemm", "quantize"]
-Mode = Literal["a16", "a8", "f32"]
+Mode = Literal["int16", "int8", "float32"]
 TILE_TOKENS = 4  # the gemm kernel computes this many tokens at a time
 CHUNK_TOKENS = 64  # tokens for which the gemm kernel uses an unpacked group
 
@@ -53,10 +53,10 @@ VNNI = Variant(
     "x86-64-v4",
     ("+avx512vnni",),
     (*_X86_64_V4, "avx512_vnni"),
-    ("a16", "a8"),
+    ("int16", "int8"),
     8,
 )
-PLAIN_X86 = Variant("plain", "x86_64", "x86-64-v3", (), _X86_64_V3, ("f32",), 2)
+PLAIN_X86 = Variant("plain", "x86_64", "x86-64-v3", (), _X86_64_V3, ("float32",), 2)
 
 
 def host_variants() -> dict[str, Variant]:
@@ -64,7 +64,7 @@ def host_variants() -> dict[str, Variant]:
     machine = platform.machine()
     if machine in ("x86_64", "AMD64"):
         return {variant.name: variant for variant in (VNNI, PLAIN_X86)}
-    return {"plain": Variant("plain", machine, "", (), (), ("f32",), 2)}
+    return {"plain": Variant("plain", machine, "", (), (), ("float32",), 2)}
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,8 @@ class KernelSpec:
 
     @property
     def planes(self) -> int:
-        """int8 planes of an activation: 2 (high and low byte) in a16, else 1."""
-        return 2 if self.mode == "a16" else 1
+        """int8 planes of an activation: 2 (high and low byte) in int16, else 1."""
+        return 2 if self.mode == "int16" else 1
 
 
 def select_specs(

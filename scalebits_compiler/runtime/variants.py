@@ -1,0 +1,56 @@
+"""Which compiled kernels run on this processor, and in which arithmetic (layer L1).
+
+`activations` is what a user asks for: "exact" is the most exact arithmetic of the kernels that run
+here, "int8" rounds activations to 8 bits for speed. A variant lists its arithmetics as `modes`, the
+most exact first: "int16" (two int8 passes, about 3e-5 relative error), "float32", and "int8" (one
+pass, about 6e-3).
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from scalebits_compiler.errors import ArtifactError, TargetError
+
+EXACT = "exact"
+ACTIVATIONS = (EXACT, "int8")
+
+
+def choose_variant(variants: Sequence[Mapping[str, Any]], flags: frozenset[str]) -> dict[str, Any]:
+    """The first variant of a dispatch table that a processor with `flags` can run.
+
+    Raises `ArtifactError` if there is none.
+    """
+    machine = {"AMD64": "x86_64"}.get(platform.machine(), platform.machine())
+    notes = []
+    for variant in variants:
+        missing = sorted(set(variant["features"]) - flags)
+        if variant["arch"] == machine and not missing:
+            return dict(variant)
+        why = f"lacks {', '.join(missing)}" if variant["arch"] == machine else f"is {machine}"
+        notes.append(f"kernels {variant['name']!r} are for {variant['arch']}; this machine {why}")
+    raise ArtifactError(
+        "this machine can run none of the compiled kernels",
+        help="compile the model on this machine, or with --target reference",
+        notes=notes,
+    )
+
+
+def choose_mode(variant: Mapping[str, Any], activations: str) -> str:
+    """The arithmetic of a variant for what the user asked; `TargetError` if it has no such one."""
+    if activations not in ACTIVATIONS:
+        raise TargetError(
+            f"unknown activations {activations!r}", help=f"use {' or '.join(ACTIVATIONS)}"
+        )
+    modes = variant["modes"]
+    if activations == EXACT:
+        return modes[0]
+    if activations not in modes:
+        raise TargetError(
+            f"the kernels for this processor ({variant['name']}) have no {activations} arithmetic,"
+            f" only {', '.join(modes)}",
+            help="leave --activations out",
+        )
+    return activations
