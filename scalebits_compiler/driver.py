@@ -238,6 +238,9 @@ def remaining(passes: Sequence[Pass], module: Module) -> list[Pass]:
 
 def _prepare(model: Path, out: Path, options: CompileOptions, registry: Registry) -> Target:
     """Everything that can be refused before any work."""
+    from scalebits_compiler.frontend.calibration import read_text
+    from scalebits_compiler.passes.canonicalize import Canonicalize
+
     if options.seed < 0:
         raise UsageError(f"--seed is {options.seed}, it must be 0 or more")
     # Even --force must not replace the model by its artifact.
@@ -251,6 +254,10 @@ def _prepare(model: Path, out: Path, options: CompileOptions, registry: Registry
             " between about 1.2 and 8.4",
             help="try --avg-bits 3",
         )
+    Canonicalize(options.block, options.group).check()
+    for file in (options.text.file, options.text.accept_file):
+        if file is not None:
+            read_text(file)
     target = find_target(options.target, {**TARGETS, **registry.targets})
     target.check()
     check_output(out, options.force)

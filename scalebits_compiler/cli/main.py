@@ -24,6 +24,8 @@ def parser() -> argparse.ArgumentParser:
     commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add_parser(commands)
+    for command in commands.choices.values():
+        command.allow_abbrev = False  # a typo must not become another option
     return made
 
 
@@ -34,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # not all cores are free, up to ten times slower (measured with one busy neighbour).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        return args.run(args)
+        code = args.run(args)
+        sys.stdout.flush()
+        return code
     except ScalebitsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
@@ -43,8 +47,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         # The reader of our output went away; keep Python's own flush at exit quiet.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _silence_output()
         return 1
+    except OSError as error:
+        # A full disk, a lost mount: whatever was being written is not there, see codegen/output.py.
+        print(f"error: {error}", file=sys.stderr)
+        _silence_output()
+        return 1
+
+
+def _silence_output() -> None:
+    """What is still buffered for standard output cannot be written; Python would try at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -86,10 +86,10 @@ def _draw(
     return torch.from_numpy(np.ascontiguousarray(windows))
 
 
-def _tokens(file: Path, tokenizer: Tokenizer) -> np.ndarray:
-    """int64[n]: the tokens of a whole file."""
+def read_text(file: Path) -> str:
+    """The content of a UTF-8 text file; FrontendError if it cannot be read."""
     try:
-        content = file.read_bytes().decode("utf-8")
+        return file.read_bytes().decode("utf-8")
     except OSError as error:
         raise FrontendError(
             f"the text {file} cannot be read: {error.strerror}", help="give a UTF-8 text file"
@@ -99,7 +99,12 @@ def _tokens(file: Path, tokenizer: Tokenizer) -> np.ndarray:
             f"{file} is not UTF-8 text, the byte at {error.start} cannot be decoded",
             help="give a plain text file in UTF-8",
         ) from error
-    encoded = tokenizer.encode_batch_fast(_pieces(content), add_special_tokens=False)
+
+
+def _tokens(file: Path, tokenizer: Tokenizer) -> np.ndarray:
+    """int64[n]: the tokens of a whole file."""
+    pieces = _pieces(read_text(file))
+    encoded = tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
     parts = [np.array(piece.ids, dtype=np.int64) for piece in encoded]
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 

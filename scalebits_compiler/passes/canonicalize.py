@@ -54,6 +54,13 @@ class Canonicalize(Pass):
         }
         return raised.with_weights(changed)
 
+    def check(self) -> None:
+        """PassError if the options alone say that nothing can be packed; before any work."""
+        if self.block is not None:
+            check_block(self.block, self.group or min(self.block[1], 32))
+        elif self.group is not None:
+            check_block((16, self.group), self.group)
+
     def _blocks(self, marked: list[Weight]) -> tuple[tuple[int, int], int, str]:
         block, group = default_block(marked)
         narrowest = min((w.type.static_shape()[1] for w in marked), default=0)
@@ -65,14 +72,19 @@ class Canonicalize(Pass):
             group, why = self.group, "as asked"
             if self.block is None:
                 block = (block[0], -(-block[1] // group) * group if group > 0 else block[1])
-        rows, columns = block
-        if min(rows, columns, group) < 1 or rows % 16 or group % 32 or columns % group:
-            raise PassError(
-                f"blocks of {rows} x {columns} with groups of {group} cannot be packed",
-                help="block rows must be a multiple of 16, the group a multiple of 32, block"
-                " columns a multiple of the group",
-            )
+        check_block(block, group)
         return block, group, why
+
+
+def check_block(block: tuple[int, int], group: int) -> None:
+    """PassError for a block (rows, columns) and group that the byte layout cannot hold."""
+    rows, columns = block
+    if min(rows, columns, group) < 1 or rows % 16 or group % 32 or columns % group:
+        raise PassError(
+            f"blocks of {rows} x {columns} with groups of {group} cannot be packed",
+            help="block rows must be a multiple of 16, the group a multiple of 32, block"
+            " columns a multiple of the group",
+        )
 
 
 def _raise(module: Module, ctx: PassContext) -> Module:

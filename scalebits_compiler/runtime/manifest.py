@@ -141,8 +141,8 @@ class Manifest:
 
     @property
     def file_bytes(self) -> int:
-        """Bytes of all files, the manifest not counted."""
-        return sum(record.bytes for record in self.files.values())
+        """Bytes of all files of the artifact, the manifest itself included."""
+        return sum(record.bytes for record in self.files.values()) + len(self.to_json().encode())
 
     def to_json(self) -> str:
         """The text of manifest.json; equal manifests give equal bytes."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,21 @@ def test_damaged_model(
         content = path.read_bytes()
         path.write_bytes(content[: len(content) // 2] if damage == "cut" else b"")
     refused(compile_small(copy, out), 1, str(copy), "help:")
+
+
+def test_options_are_not_abbreviated(cli: Any, model: Path, out: Path) -> None:
+    refused(cli("compile", model, "-o", out, "--avg", "3"), 2, "--avg")
+
+
+def test_a_full_disk(compiled: Any) -> None:
+    """Standard output that cannot be written, as `> /dev/full` gives it."""
+    command = [sys.executable, "-m", "scalebits_compiler.cli.main", "inspect", str(compiled.path)]
+    with open("/dev/full", "w") as full:
+        ran = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert ran.returncode == 1
+    assert ran.stderr.startswith("error: ")
+    assert "No space left" in ran.stderr
+    assert len(ran.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

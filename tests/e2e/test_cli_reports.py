@@ -117,7 +117,8 @@ class TestInspect:
         found = json.loads(ran.out)
         assert {"code_bits", "effective_bits", "file_bytes", "matrices", "files"} <= set(found)
         assert found["code_bits"] < found["effective_bits"] <= 3.0
-        assert found["file_bytes"] == sum(found["files"].values())
+        manifest = (compiled.path / "manifest.json").stat().st_size
+        assert found["file_bytes"] == sum(found["files"].values()) + manifest
         for name, size in found["files"].items():
             assert (compiled.path / name).stat().st_size == size
         names = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
