@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from scalebits_compiler.errors import ArtifactError, UsageError
 from scalebits_compiler.runtime.artifact import Artifact
 from scalebits_compiler.runtime.cache import KVCache
-from scalebits_compiler.runtime.manifest import COMPILE_AGAIN, Plan
+from scalebits_compiler.runtime.manifest import COMPILE_AGAIN, Plan, Step
 from scalebits_compiler.runtime.ops import Frame
 from scalebits_compiler.runtime.variants import ACTIVATIONS, EXACT
 from scalebits_compiler.runtime.weights import Weights
@@ -83,6 +84,7 @@ class Session:
 
     variant: which compiled kernels run ("reference": none, packed matrices are dequantized).
     vocabulary: number of token ids. limit: longest sequence that the model knows, None if unknown.
+    on_step: if set, called after every op with its name and the seconds it took.
     """
 
     def __init__(self, artifact: Artifact, library: KernelLibrary | None) -> None:
@@ -95,6 +97,7 @@ class Session:
                 self._weights.packed(step.weights[0])
         self.vocabulary = self._vocabulary()
         self.limit: int | None = artifact.config.get("max_position_embeddings")
+        self.on_step: Callable[[str, float], None] | None = None
 
     def forward(self, ids: ArrayLike, pad: ArrayLike | None = None) -> F32:
         """Logits f32[batch, sequence, vocabulary] of token ids i64[batch, sequence].
@@ -172,12 +175,20 @@ class Session:
         """All steps; with `last` the final product is computed for the last position only."""
         frame = Frame(self._weights, cache, pad, {self._plan.input: tokens})
         for step in self._plan.steps[:-1]:
-            frame.run(step)
+            self._step(frame, step)
         final = self._plan.steps[-1]
         if last and final.op in ("linear", "qlinear"):
             frame.replace(final.inputs[0], frame.values[final.inputs[0]][:, -1:])
-        frame.run(final)
+        self._step(frame, final)
         return frame.values[self._plan.output]
+
+    def _step(self, frame: Frame, step: Step) -> None:
+        if self.on_step is None:
+            frame.run(step)
+            return
+        start = time.perf_counter()
+        frame.run(step)
+        self.on_step(step.op, time.perf_counter() - start)
 
     def _tokens(self, ids: ArrayLike, past: int = 0) -> I64:
         tokens = np.asarray(ids)

@@ -1,0 +1,71 @@
+"""`scalebitsc bench`: how fast an artifact runs on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scalebits_compiler.cli.progress import progress_for
+from scalebits_compiler.runtime.variants import ACTIVATIONS, EXACT
+
+if TYPE_CHECKING:
+    from argparse import _SubParsersAction
+
+
+def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command `bench`."""
+    parser = subparsers.add_parser("bench", help="measure speed and memory of an artifact")
+    add = parser.add_argument
+    add("artifact", type=Path, metavar="OUT", help="a folder that compile wrote")
+    add("--prompt-tokens", type=int, default=128, metavar="N", help="of the prefill (default 128)")
+    add("--new-tokens", type=int, default=32, metavar="N", help="tokens to decode (default 32)")
+    add("--threads", type=int, default=1, metavar="N", help="default 1")
+    add("--activations", choices=ACTIVATIONS, default=EXACT, help="int8 is faster, less exact")
+    add("--repeat", type=int, default=5, metavar="N", help="rounds (default 5)")
+    add("--json", action="store_true", help="print JSON")
+    add("-q", "--quiet", action="store_true", help="no progress")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and print."""
+    from scalebits_compiler.benchmark import BenchOptions, bench
+
+    options = BenchOptions(
+        args.prompt_tokens, args.new_tokens, args.threads, args.activations, args.repeat
+    )
+    found = bench(args.artifact, options, progress_for(args.quiet))
+    print(json.dumps(found, indent=2) if args.json else as_text(found))
+    return 0
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """The measurements for people."""
+    megabytes = found["bytes_per_token"] / 1e6
+    lines = [
+        f"kernels         {found['variant']}, {found['arithmetic']} arithmetic,"
+        f" {found['threads']} thread(s), {found['repeat']} rounds: median [lowest..highest]",
+        f"prefill         {_rate(found['prefill_tokens_per_second'])} tokens/s"
+        f" of {found['prompt_tokens']} tokens",
+        f"decode          {_rate(found['decode_tokens_per_second'])} tokens/s"
+        f" of {found['new_tokens']} tokens",
+        f"bytes per token {megabytes:,.1f} MB of weights",
+        f"read bandwidth  {_rate(found['read_bandwidth'], 1e9)} GB/s measured,"
+        f" decode uses {found['bandwidth_share']:.0%}",
+        f"peak memory     {found['peak_memory_bytes'] / 1e6:,.0f} MB",
+    ]
+    for phase, by_op in found["seconds_by_op"].items():
+        total = sum(by_op.values()) or 1.0
+        lines.append(f"{phase} by op, ms" + (" per token" if phase == "decode" else ""))
+        lines += [
+            f"  {op:<14}{seconds * 1e3:>10.3f}{seconds / total:>7.1%}"
+            for op, seconds in by_op.items()
+        ]
+    return "\n".join(lines)
+
+
+def _rate(rate: dict[str, float], unit: float = 1.0) -> str:
+    middle, low, high = (rate[key] / unit for key in ("median", "low", "high"))
+    return f"{middle:,.1f} [{low:,.1f}..{high:,.1f}]"
