@@ -19,9 +19,10 @@ from scalebits_compiler.errors import PassError, ScalebitsError, UsageError
 from scalebits_compiler.ir.attrs import Resource
 from scalebits_compiler.ir.module import Module
 from scalebits_compiler.ir.parser import read_module
-from scalebits_compiler.passes.assign_bits import AssignBits, block_costs
+from scalebits_compiler.passes.assign_bits import AssignBits
 from scalebits_compiler.passes.base import Pass, PassContext, Progress, no_progress
 from scalebits_compiler.passes.observers import RoundTrip, Timing, VerifyEach
+from scalebits_compiler.passes.patterns import parse_pin
 from scalebits_compiler.passes.pipeline import Observer, parse_passes, run_pipeline
 from scalebits_compiler.passes.table import PIPELINES, PassTable
 from scalebits_compiler.plugins import Registry
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 # Longest default window; a model's own limit may be shorter.
 WINDOW = 512
+# The options that canonicalize takes.
+_BLOCKS = ("block", "group", "exclude", "head_bits", "embedding_bits")
 BUNDLED_TEXT = "wikitext2-calibration.txt"
 
 
@@ -58,13 +61,19 @@ class CompileOptions:
     """Options of `compile_model`; the command line has one flag for each.
 
     avg_bits: cap on effective bits per quantized weight. block: (rows, columns); group: columns
-    per scale; both chosen by the size of the model if None. tune_scales: run that pass too.
+    per scale; both chosen by the size of the model if None. pins: PATTERN=4..8, widths that some
+    matrices may have; exclude: patterns of matrices that stay dense; head_bits, embedding_bits:
+    width of head and embedding (None: dense). tune_scales: run that pass too.
     """
 
     target: str = "cpu"
     avg_bits: float = 3.0
     block: tuple[int, int] | None = None
     group: int | None = None
+    pins: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    head_bits: int | None = None
+    embedding_bits: int | None = None
     seed: int = 0
     text: TextOptions = field(default_factory=TextOptions)
     tune_scales: bool = False
@@ -183,7 +192,7 @@ class _EarlyChecks(Observer):
         try:
             self.target.check_module(module)
             for item in self.search:
-                block_costs(module, item.avg_bits, item.min_bits, item.max_bits)
+                item.problem(module)
         except ScalebitsError as error:
             self.refusal = error
             raise
@@ -213,11 +222,15 @@ def _check_start(
             f"{start} is not a dump of {source.path}",
             help="give the model that the dump was made from, with the same weight files",
         )
-    blocks = options.block is not None or options.group is not None
-    if blocks and not any(item.name == "canonicalize" for item in passes):
+    names = {item.name for item in passes}
+    late = [name for name in _BLOCKS if getattr(options, name) not in (None, ())]
+    late = late if "canonicalize" not in names else []
+    late += ["bits"] if options.pins and "assign-bits" not in names else []
+    if late:
+        listed = " and ".join(f"--{name.replace('_', '-')}" for name in late)
         raise UsageError(
-            f"--block and --group come too late for {start}, whose blocks are chosen",
-            help="leave them out, or go on from 00-input.sbir",
+            f"{listed} comes too late for {start}, whose blocks or widths are chosen",
+            help="leave it out, or go on from an earlier dump, such as 00-input.sbir",
         )
 
 
@@ -254,7 +267,9 @@ def _prepare(model: Path, out: Path, options: CompileOptions, registry: Registry
             " between about 1.2 and 8.4",
             help="try --avg-bits 3",
         )
-    Canonicalize(options.block, options.group).check()
+    Canonicalize(**_block_options(options)).check()
+    for pin in options.pins:
+        parse_pin(pin)
     for file in (options.text.file, options.text.accept_file):
         if file is not None:
             read_text(file)
@@ -311,11 +326,16 @@ def input_module(source: SourceModel, text: TextOptions, seed: int) -> Module:
 def pipeline_for(options: CompileOptions, table: PassTable) -> list[Pass]:
     """The default pipeline with the options of the command line in their passes."""
     given = {
-        "canonicalize": {"block": options.block, "group": options.group},
-        "assign-bits": {"avg_bits": options.avg_bits},
+        "canonicalize": _block_options(options),
+        "assign-bits": {"avg_bits": options.avg_bits, "pins": options.pins},
     }
     passes = parse_passes(PIPELINES["tuned" if options.tune_scales else "default"], table)
     return [replace(item, **given.get(item.name, {})) for item in passes]
+
+
+def _block_options(options: CompileOptions) -> dict[str, Any]:
+    """The options that canonicalize takes."""
+    return {name: getattr(options, name) for name in _BLOCKS}
 
 
 def _write(

@@ -38,21 +38,24 @@ def _code_bits(bits: np.ndarray, rows: int, columns: int, block: tuple[int, int]
 
 
 def summarize(module: Module) -> dict[str, Any]:
-    """Totals over the quantized matrices, and each matrix by its symbol.
+    """Totals, and each quantized matrix by its symbol.
 
-    code_bits: mean width of the codes. effective_bits: all stored bits (codes, scales, zero points,
-    bit table, padding) per weight. dense_bytes: everything that stays unquantized.
+    weights, code_bits (mean width of the codes) and effective_bits (all stored bits: codes, scales,
+    zero points, bit table, padding; per weight) are of the matrices whose widths are searched: head
+    and embedding have a width of their own, and are in matrix_bytes only. dense_bytes: everything
+    that stays unquantized.
     """
     matrices = {w.symbol: matrix_summary(w, module.bits(w)) for w in module.quantized()}
-    weights = sum(math.prod(m["shape"]) for m in matrices.values())
-    codes = sum(m["code_bits"] * math.prod(m["shape"]) for m in matrices.values())
-    stored = sum(m["bytes"] for m in matrices.values())
+    searched = [matrices[w.symbol] for w in module.searched()]
+    weights = sum(math.prod(m["shape"]) for m in searched)
+    codes = sum(m["code_bits"] * math.prod(m["shape"]) for m in searched)
+    stored = sum(m["bytes"] for m in searched)
     dense = [w for w in module.weights.values() if not w.quantize and w.data is not None]
     return {
         "weights": weights,
         "code_bits": codes / weights,
         "effective_bits": 8 * stored / weights,
-        "matrix_bytes": stored,
+        "matrix_bytes": sum(m["bytes"] for m in matrices.values()),
         "dense_bytes": sum(module.resources.byte_size(w.data.key) for w in dense if w.data),
         "matrices": matrices,
     }

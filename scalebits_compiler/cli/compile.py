@@ -36,6 +36,12 @@ def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
     add("--accept-windows", type=int, default=64, metavar="N", help="windows that accept a step")
     add("--block", type=_block, metavar="RxC", help="rows x columns of a block, e.g. 128x128")
     add("--group", type=int, metavar="G", help="columns that share a scale, e.g. 128")
+    told = "widths that some matrices may have, e.g. '*.down_proj=4..8'; may be repeated"
+    add("--bits", action="append", default=[], metavar="PATTERN=A..B", help=told)
+    told = "matrices that stay dense, a glob or re:...; may be repeated"
+    add("--exclude", action="append", default=[], metavar="PATTERN", help=told)
+    add("--head-bits", type=int, metavar="N", help="quantize the head at this width")
+    add("--embedding-bits", type=int, metavar="N", help="quantize the embedding at this width")
     add("--tune-scales", action="store_true", help="fit scales to the original's predictions")
     add("--seed", type=int, default=0, help="picks the calibration windows (default 0)")
     add("--force", action="store_true", help="replace OUT if it exists")
@@ -76,6 +82,9 @@ def run(args: argparse.Namespace) -> int:
 def _options(args: argparse.Namespace) -> CompileOptions:
     from scalebits_compiler.driver import CompileOptions, TextOptions
 
+    for name in ("head_bits", "embedding_bits"):
+        if not 1 <= (8 if getattr(args, name) is None else getattr(args, name)) <= 8:
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)} is not in 1..8")
     for name in ("seq_len", "calib_windows", "accept_windows"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -88,6 +97,10 @@ def _options(args: argparse.Namespace) -> CompileOptions:
         avg_bits=args.avg_bits,
         block=args.block,
         group=args.group,
+        pins=tuple(args.bits),
+        exclude=tuple(args.exclude),
+        head_bits=args.head_bits,
+        embedding_bits=args.embedding_bits,
         seed=args.seed,
         text=text,
         tune_scales=args.tune_scales,

@@ -33,8 +33,10 @@ class Perm:
 class Weight:
     """A tensor of the model. The fields below `data` belong to matrices that are quantized.
 
-    block: (rows, columns) of a block; group: columns per scale; bits: width of every block, in
-    the text or beside it with `hist` = ((bits, blocks), ...); row_scores, column_scores: summed
+    block: (rows, columns) of a block; group: columns per scale; limits: (least, most) bits that a
+    block may get; fixed_bits: one width for the whole matrix, which is then neither searched nor
+    counted in the average (head, embedding); bits: width of every block, in the text or beside it
+    with `hist` = ((bits, blocks), ...); row_scores, column_scores: summed
     sensitivity of each line, float32; block_scores: float32 [block rows, block columns, 2], the
     predicted change of the loss for one bit more and one bit less; codes, scales, zeros: the
     rounded matrix, uint8 [n, k], float16 [n, groups], uint8 [n, groups]; rounded_at: digest of the
@@ -47,6 +49,8 @@ class Weight:
     quantize: bool = False
     block: tuple[int, int] | None = None
     group: int | None = None
+    limits: tuple[int, int] | None = None
+    fixed_bits: int | None = None
     bits: Grid | Resource | None = None
     hist: tuple[tuple[int, int], ...] | None = None
     row_scores: Resource | None = None
@@ -124,6 +128,10 @@ class Module:
     def quantized(self) -> list[Weight]:
         """The matrices that get block bits, in the order of the text."""
         return [weight for weight in self.weights.values() if weight.quantize]
+
+    def searched(self) -> list[Weight]:
+        """Those of them whose widths are searched, and count in the average."""
+        return [weight for weight in self.quantized() if weight.fixed_bits is None]
 
     def weight(self, symbol: Symbol | str) -> Weight:
         """A weight by symbol; IRError if missing."""

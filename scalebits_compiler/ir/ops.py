@@ -31,7 +31,7 @@ class Positions(Op):
 
 @dataclass(frozen=True, kw_only=True)
 class Embedding(Op):
-    """Rows of a table [vocabulary, channels] picked by token id."""
+    """Rows of a table [vocabulary, channels] picked by token id; f32 rows of a packed table."""
 
     name: ClassVar[str] = "embedding"
     ids: Value
@@ -40,7 +40,9 @@ class Embedding(Op):
     def infer(self, t: Typing) -> Type:
         vocabulary, channels = _matrix(t, self.table)
         t.natural(vocabulary, f"vocabulary of {self.table}")
-        return TensorType(t.weight(self.table).dtype, (*_ids(t, self.ids), channels))
+        dtype = t.weight(self.table).dtype
+        found = "f32" if dtype == "packed" else dtype
+        return TensorType(found, (*_ids(t, self.ids), channels))
 
 
 def _ids(t: Typing, ids: Value) -> tuple[Dim, ...]:

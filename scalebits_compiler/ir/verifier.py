@@ -169,6 +169,7 @@ def _verify_weight(module: Module, weight: Weight) -> None:
     _verify_orders(module, weight.type, name)
     if weight.quantize or packed or weight.bits is not None:
         _verify_blocks(weight)
+        _verify_limits(weight)
         _verify_bits(module, weight)
     _verify_stage(module, weight)
     if weight.data is not None and not packed and weight.data.key in module.resources:
@@ -211,6 +212,16 @@ def _verify_blocks(weight: Weight) -> None:
     )
 
 
+def _verify_limits(weight: Weight) -> None:
+    name = f"@{weight.symbol}"
+    low, high = weight.limits or (1, 8)
+    check(1 <= low <= high <= 8, f"{name}: limits {low}..{high} are not within 1..8")
+    fixed = weight.fixed_bits
+    if fixed is not None:
+        check(1 <= fixed <= 8, f"{name}: fixed_bits {fixed} is not within 1..8")
+        check(weight.limits is None, f"{name} has a fixed width, and limits too")
+
+
 def _verify_bits(module: Module, weight: Weight) -> None:
     name = f"@{weight.symbol}"
     if weight.bits is None:
@@ -226,6 +237,9 @@ def _verify_bits(module: Module, weight: Weight) -> None:
     )
     wrong = grid[(grid < 1) | (grid > 8)]
     check(wrong.size == 0, f"{name}: {wrong[0] if wrong.size else ''} bits; widths are 1 to 8")
+    low, high = weight.limits or (weight.fixed_bits or 1, weight.fixed_bits or 8)
+    for width in grid[(grid < low) | (grid > high)][:1]:
+        raise VerifyError(f"{name}: {width} bits; it is limited to {low}..{high}")
     if weight.rounded_at not in (None, Grid.of(grid).digest()):
         raise VerifyError(
             f"{name}: the bits were changed after it was rounded, its codes are for other widths",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -12,6 +12,7 @@ from scalebits_compiler.errors import PassError
 from scalebits_compiler.ir.module import Module
 from scalebits_compiler.passes.base import Pass, PassContext
 from scalebits_compiler.passes.pack_blocks import layout_of
+from scalebits_compiler.passes.patterns import matching, parse_pin
 from scalebits_compiler.passes.search import (
     Costs,
     Ints,
@@ -51,18 +52,31 @@ class AssignBits(Pass):
     max_bits: int = field(default=8, metadata={"help": "largest width of a block"})
     rounds: int = field(default=12, metadata={"help": "most rounds of swaps"})
 
+    pins: tuple[str, ...] = field(
+        default=(), metadata={"help": "widths by pattern, PATTERN=4..8; the last that fits counts"}
+    )
+
     def run(self, module: Module, ctx: PassContext) -> Module:
-        """Adds `bits` to every matrix that is quantized."""
-        self._check()
-        costs = block_costs(module, self.avg_bits, self.min_bits, self.max_bits)
-        problem = _Problem.load(module, ctx, self)
-        start = problem.start(costs, self)
+        """Adds `bits` to every matrix that is quantized, `limits` to those that are pinned."""
+        pinned, costs = self.problem(module)
+        problem = _Problem.load(pinned, costs, ctx)
+        start = problem.start()
         settings = SearchSettings(rounds=self.rounds)
         found = swap_search(start, costs, problem.score, problem.held, settings)
         shipped = self._guard(found, costs, problem, ctx)
-        return module.with_bits(problem.grids_numpy(shipped))
+        fixed = {
+            w.symbol: np.full(w.grid_shape(), w.fixed_bits, np.uint8)
+            for w in pinned.quantized()
+            if w.fixed_bits is not None
+        }
+        return pinned.with_bits({**problem.grids_numpy(shipped), **fixed})
 
-    def _check(self) -> None:
+    def problem(self, module: Module) -> tuple[Module, Costs]:
+        """The module with the pins as limits, and the storage of its blocks.
+
+        Raises PassError for options that are out of range, a pattern that matches nothing, and a
+        budget that cannot be met or used.
+        """
         if not 1 <= self.min_bits <= self.max_bits <= 8:
             raise PassError(
                 f"widths {self.min_bits}..{self.max_bits} are not within 1..8",
@@ -70,18 +84,29 @@ class AssignBits(Pass):
             )
         if self.rounds < 0:
             raise PassError(f"{self.rounds} rounds of swaps", help="0 keeps the greedy start")
+        pinned = self._pinned(module)
+        return pinned, block_costs(pinned, self.avg_bits, (self.min_bits, self.max_bits))
+
+    def _pinned(self, module: Module) -> Module:
+        searched = module.searched()
+        limits: dict[str, tuple[int, int]] = {}
+        for text in self.pins:
+            pin = parse_pin(text)
+            limits |= dict.fromkeys(matching(pin.pattern, searched), (pin.low, pin.high))
+        changed = (replace(module.weights[s], limits=found) for s, found in limits.items())
+        return module.with_weights(changed)
 
     def _guard(
         self, found: SearchResult, costs: Costs, problem: _Problem, ctx: PassContext
     ) -> Ints:
         """The searched widths, or the best uniform ones that fit if those are better."""
-        uniform = best_uniform(costs, self.min_bits, self.max_bits)
-        uniform_loss = math.inf if uniform is None else problem.held(uniform)
-        kept = uniform if uniform is not None and uniform_loss < found.loss else found.bits
+        width, uniform = best_uniform(costs)
+        uniform_loss = problem.held(uniform)
+        kept = uniform if uniform_loss < found.loss else found.bits
         ctx.report[self.name] = {
             "held_loss": min(found.loss, uniform_loss),
-            "uniform_held_loss": None if math.isinf(uniform_loss) else uniform_loss,
-            "uniform_bits": None if uniform is None else int(uniform[0]),
+            "uniform_held_loss": uniform_loss,
+            "uniform_bits": width,
             "shipped": "search" if kept is found.bits else "uniform",
             "steps": [asdict(step) for step in found.steps],
             "stored_bits": costs.total(kept),
@@ -90,20 +115,24 @@ class AssignBits(Pass):
         return kept
 
 
-def block_costs(module: Module, avg_bits: float, low: int, high: int) -> Costs:
-    """Storage of all blocks in the order of the module; PassError if the budget cannot be met."""
-    per_bit, fixed, weights = [], [], 0
-    for weight in module.quantized():
+def block_costs(module: Module, avg_bits: float, limits: tuple[int, int]) -> Costs:
+    """Storage of all searched blocks in the order of the module, and the widths they may have.
+
+    limits: of the matrices that have none of their own. PassError if the budget cannot be met.
+    """
+    blocks: list[tuple[np.ndarray, ...]] = []
+    weights = 0
+    for weight in module.searched():
         bit, rest = layout_of(weight).block_cost()
-        per_bit.append(bit.ravel())
-        fixed.append(rest.ravel() + GRID_BITS)
+        low, high = (np.full(bit.size, width) for width in weight.limits or limits)
+        blocks.append((bit.ravel(), rest.ravel() + GRID_BITS, low, high))
         rows, columns = weight.type.static_shape()
         weights += rows * columns
-    if not weights:
+    if not blocks:
         raise PassError("the module has no matrix to quantize")
-    costs = Costs(np.concatenate(per_bit), np.concatenate(fixed), math.floor(avg_bits * weights))
-    least = costs.total(np.full(len(costs.fixed), low)) / weights
-    most = costs.total(np.full(len(costs.fixed), high)) / weights
+    per_bit, fixed, low, high = (np.concatenate(part) for part in zip(*blocks, strict=True))
+    costs = Costs(per_bit, fixed, math.floor(avg_bits * weights), low, high)
+    least, most = costs.total(low) / weights, costs.total(high) / weights
     if avg_bits < least:
         raise PassError(
             f"{avg_bits} effective bits per weight cannot be met: the smallest feasible is"
@@ -112,7 +141,7 @@ def block_costs(module: Module, avg_bits: float, low: int, high: int) -> Costs:
         )
     if avg_bits > math.ceil(most):
         raise PassError(
-            f"{avg_bits} effective bits per weight is more than {high}-bit blocks can use"
+            f"{avg_bits} effective bits per weight is more than {high.max()}-bit blocks can use"
             f" ({most:.3f})",
             help=f"give at most {math.ceil(most)}",
         )
@@ -128,31 +157,30 @@ class _Problem:
     calibration: torch.Tensor
     acceptance: torch.Tensor
     ctx: PassContext
-    limits: tuple[int, int]
+    costs: Costs
 
     @staticmethod
-    def load(module: Module, ctx: PassContext, settings: AssignBits) -> _Problem:
+    def load(module: Module, costs: Costs, ctx: PassContext) -> _Problem:
         """Fit the level tables."""
         from scalebits_compiler.passes import statistics as st
 
-        text = ctx.windows(module, settings.name)
-        limits = (settings.min_bits, settings.max_bits)
+        text = ctx.windows(module, AssignBits.name)
         return _Problem(
-            ctx.evaluator(module, settings.name),
+            ctx.evaluator(module, AssignBits.name),
             st.load_matrices(module, ctx),
             text.calibration,
             text.acceptance,
             ctx,
-            limits,
+            costs,
         )
 
-    def start(self, costs: Costs, settings: AssignBits) -> Ints:
+    def start(self) -> Ints:
         """The greedy start from curves at full precision."""
         from scalebits_compiler.passes import statistics as st
 
         curves = st.width_curves(self.evaluator, self.matrices, self.calibration, self.ctx)
         flat = np.concatenate([c.flatten(1).numpy() for c in curves.values()], 1)
-        return greedy_start(flat, costs, settings.min_bits, settings.max_bits)
+        return greedy_start(flat, self.costs)
 
     def grids(self, bits: Ints) -> dict[str, torch.Tensor]:
         """Flat widths as one int64 grid per matrix."""
@@ -176,16 +204,12 @@ class _Problem:
         from scalebits_compiler.passes import statistics as st
 
         scores = st.move_scores(
-            self.evaluator,
-            self.matrices,
-            self.grids(bits),
-            self.calibration,
-            self.ctx,
-            self.limits,
+            self.evaluator, self.matrices, self.grids(bits), self.calibration, self.ctx
         )
         up = np.concatenate([t.flatten().numpy() for t in scores.up.values()])
         down = np.concatenate([t.flatten().numpy() for t in scores.down.values()])
-        return Moves(up, down)
+        low, high = self.costs.low, self.costs.high
+        return Moves(np.where(bits < high, up, np.inf), np.where(bits > low, down, np.inf))
 
     def held(self, bits: Ints) -> float:
         """Loss on the acceptance windows at these widths (nats)."""

@@ -13,18 +13,21 @@ from scalebits_compiler.ir.op import Op
 from scalebits_compiler.ir.ops import Aten, Linear
 from scalebits_compiler.passes.base import Pass, PassContext
 from scalebits_compiler.passes.blocks import default_block
+from scalebits_compiler.passes.patterns import check_pattern, matching
 from scalebits_compiler.passes.position_only import PositionOnly
 from scalebits_compiler.passes.raising import STRUCTURAL, raise_attention
 from scalebits_compiler.passes.raising_graph import Graph, Replacement
+from scalebits_compiler.passes.roles import embedding_tables, head_matrix, head_value
 
 
 @dataclass(frozen=True)
 class Canonicalize(Pass):
     """Raise ATen patterns to semantic ops; what is not recognised stays `aten` and still runs.
 
-    Every matrix of a linear op is marked for quantization, but the one that gives the result (the
-    head) and tables that an embedding reads. Masks and rotary tables are recognised by evaluating
-    them, so this pass needs the evaluator.
+    Every matrix of a linear op is marked for quantization; the one that gives the result (the head)
+    and the table of an embedding only if `head-bits` or `embedding-bits` gives them a width. One
+    that serves as both stays one. Masks and rotary tables are recognised by evaluating them, so
+    this pass needs the evaluator.
     """
 
     name: ClassVar[str] = "canonicalize"
@@ -36,13 +39,26 @@ class Canonicalize(Pass):
     group: int | None = field(
         default=None, metadata={"help": "columns that share a scale; chosen by size if not given"}
     )
+    exclude: tuple[str, ...] = field(
+        default=(), metadata={"help": "patterns of matrices that stay dense"}
+    )
+    head_bits: int | None = field(
+        default=None, metadata={"help": "width of the head; dense if not given"}
+    )
+    embedding_bits: int | None = field(
+        default=None, metadata={"help": "width of the embedding table; dense if not given"}
+    )
 
     def run(self, module: Module, ctx: PassContext) -> Module:
         """The raised module; PassError for a block shape that cannot be packed."""
         raised = _without_dead(_raise(module, ctx))
-        marked = _matrices(raised)
+        marked = self._kept(_matrices(raised))
         block, group, why = self._blocks(marked)
-        changed = [replace(w, quantize=True, block=block, group=group) for w in marked]
+        fixed = self._fixed(raised)
+        changed = [
+            replace(w, quantize=True, block=block, group=group, fixed_bits=fixed.get(w.symbol))
+            for w in (*marked, *(raised.weights[symbol] for symbol in fixed))
+        ]
         left = Counter(op.target for op in raised.function.ops if isinstance(op, Aten))
         ctx.report[self.name] = {
             "message": f"{len(marked)} matrices in blocks of {block[0]} x {block[1]},"
@@ -60,6 +76,37 @@ class Canonicalize(Pass):
             check_block(self.block, self.group or min(self.block[1], 32))
         elif self.group is not None:
             check_block((16, self.group), self.group)
+        for pattern in self.exclude:
+            check_pattern(pattern)
+
+    def _kept(self, matrices: list[Weight]) -> list[Weight]:
+        """Without those that stay dense; PassError for a pattern that matches none."""
+        out = {symbol for pattern in self.exclude for symbol in matching(pattern, matrices)}
+        kept = [weight for weight in matrices if weight.symbol not in out]
+        if out and not kept:
+            raise PassError("every matrix is excluded, none is left to quantize")
+        return kept
+
+    def _fixed(self, module: Module) -> dict[str, int]:
+        """Symbol -> width of head and embedding, where they are asked for."""
+        head, tables = head_matrix(module), embedding_tables(module)[:1]
+        given = {"head": (self.head_bits, [head] if head else [])}
+        given["embedding"] = (self.embedding_bits, tables)
+        fixed: dict[str, int] = {}
+        for name, (bits, symbols) in given.items():
+            if bits is None:
+                continue
+            if not 1 <= bits <= 8:
+                raise PassError(f"{name}-bits = {bits} is not within 1..8")
+            if not symbols:
+                raise PassError(f"{name}-bits = {bits}: the module has no {name} to quantize")
+            if fixed.setdefault(symbols[0], bits) != bits:
+                raise PassError(
+                    f"head and embedding are one matrix, @{head}: it cannot have"
+                    f" {self.head_bits} and {self.embedding_bits} bits",
+                    help="give one of head-bits and embedding-bits, or the same width",
+                )
+        return fixed
 
     def _blocks(self, marked: list[Weight]) -> tuple[tuple[int, int], int, str]:
         block, group = default_block(marked)
@@ -139,7 +186,7 @@ def _without_dead(module: Module) -> Module:
 
 def _matrices(module: Module) -> list[Weight]:
     """Matrices that only linear ops read, but not the head."""
-    head = _head(module)
+    head = head_value(module)
     readers: dict[str, list[Op]] = {}
     for op in module.function.ops:
         for symbol in op.symbols():
@@ -150,15 +197,3 @@ def _matrices(module: Module) -> list[Weight]:
         if weight.type.rank == 2
         and all(isinstance(op, Linear) and op.result != head for op in readers.get(name, []))
     ]
-
-
-def _head(module: Module) -> Value:
-    """The result, or what it is made of one for one (scaled or capped logits)."""
-    defs = {op.result: op for op in module.function.ops}
-    value = module.function.result
-    while (op := defs.get(value)) is not None and not isinstance(op, Linear):
-        sources = set(op.operands())
-        if len(sources) != 1:
-            break
-        value = sources.pop()
-    return value

@@ -107,7 +107,7 @@ def class_scores(module: Module, orders: Orders, found: OrderClass) -> np.ndarra
     scored = False
     for symbol, axis, position in found.members:
         weight = module.weights[symbol]
-        if not weight.quantize or len(weight.type.dims) != 2:
+        if not weight.quantize or weight.fixed_bits is not None:
             continue
         scores = (weight.row_scores, weight.column_scores)[axis]
         if scores is None:

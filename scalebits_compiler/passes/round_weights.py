@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
@@ -11,6 +11,7 @@ from scalebits_compiler.ir.attrs import Grid, Resource
 from scalebits_compiler.ir.module import Module, Weight
 from scalebits_compiler.ir.ops import Linear
 from scalebits_compiler.passes.base import Pass, PassContext
+from scalebits_compiler.passes.roles import embedding_tables
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +26,7 @@ class RoundWeights(Pass):
     """Round by error feedback in the permuted order (GPTQ), or to nearest as the paper does.
 
     With error feedback, layers are rounded in the order of execution on the activations that the
-    already rounded layers give.
+    already rounded layers give. Tables of embeddings are rounded to nearest.
     """
 
     name: ClassVar[str] = "round-weights"
@@ -40,38 +41,34 @@ class RoundWeights(Pass):
         """Adds codes uint8 [m, n], scales float16 and zeros uint8 [m, groups] to each matrix."""
         if self.method not in METHODS:
             raise PassError(f"unknown rounding method {self.method!r}: {' or '.join(METHODS)}")
-        done = self._rtn(module, ctx) if self.method == "rtn" else self._gptq(module, ctx)
-        weights, tensors = [], {}
-        for symbol, rounded in done.items():
-            made = {
-                "codes": rounded.codes,
-                "scales": rounded.params.scales,
-                "zeros": rounded.params.zeros,
-            }
-            tensors.update({f"{symbol}.{role}": tensor for role, tensor in made.items()})
-            keys = {role: Resource(f"{symbol}.{role}") for role in made}
-            weight = module.weights[symbol]
-            digest = Grid.of(module.bits(weight)).digest()
-            weights.append(replace(weight, rounded_at=digest, **keys))
-        changed = module.with_weights(weights)
-        return replace(changed, resources=module.resources.with_(tensors))
+        if self.method == "rtn":
+            return _stored(module, self._rtn(module, module.quantized(), ctx))
+        tables = set(embedding_tables(module))
+        looked_up = [weight for weight in module.quantized() if weight.symbol in tables]
+        if looked_up:
+            module = _stored(module, self._rtn(module, looked_up, ctx))
+        return _stored(module, self._gptq(module, tables, ctx))
 
-    def _rtn(self, module: Module, ctx: PassContext) -> dict[str, Quantized]:
+    def _rtn(
+        self, module: Module, weights: Sequence[Weight], ctx: PassContext
+    ) -> dict[str, Quantized]:
         from scalebits_compiler.numerics.quantize import LevelTable
 
         done: dict[str, Quantized] = {}
-        for weight in ctx.progress(module.quantized(), "rounding to nearest"):
+        for weight in ctx.progress(weights, "rounding to nearest"):
             dense, group = _dense(module, weight)
             bits = group_bits(module, weight)
             done[weight.symbol] = LevelTable.fit(dense, group).quantize(dense, bits)
         return done
 
-    def _gptq(self, module: Module, ctx: PassContext) -> dict[str, Quantized]:
+    def _gptq(
+        self, module: Module, tables: Collection[str], ctx: PassContext
+    ) -> dict[str, Quantized]:
         from scalebits_compiler.numerics.gptq import gptq
         from scalebits_compiler.numerics.quantize import dequantize
         from scalebits_compiler.passes.statistics import batches
 
-        wanted = {weight.symbol: weight for weight in module.quantized()}
+        wanted = {w.symbol: w for w in module.quantized() if w.symbol not in tables}
         done: dict[str, Quantized] = {}
         ticks = iter(ctx.progress(range(len(wanted)), "rounding with error feedback", len(wanted)))
         shared = _Hessian()
@@ -94,6 +91,24 @@ class RoundWeights(Pass):
         ctx.evaluator(module, self.name).stream(batches(windows), rule)
         next(ticks, None)
         return done
+
+
+def _stored(module: Module, done: Mapping[str, Quantized]) -> Module:
+    """The module with the codes, scales and zeros of some matrices."""
+    weights, tensors = [], {}
+    for symbol, rounded in done.items():
+        made = {
+            "codes": rounded.codes,
+            "scales": rounded.params.scales,
+            "zeros": rounded.params.zeros,
+        }
+        tensors.update({f"{symbol}.{role}": tensor for role, tensor in made.items()})
+        keys = {role: Resource(f"{symbol}.{role}") for role in made}
+        weight = module.weights[symbol]
+        digest = Grid.of(module.bits(weight)).digest()
+        weights.append(replace(weight, rounded_at=digest, **keys))
+    changed = module.with_weights(weights)
+    return replace(changed, resources=module.resources.with_(tensors))
 
 
 @dataclass

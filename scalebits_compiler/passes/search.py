@@ -18,32 +18,37 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Costs:
-    """Storage of every block in bits, int64 [blocks]; `budget` bounds the sum."""
+    """Storage of every block in bits, int64 [blocks]; `budget` bounds the sum.
+
+    low, high: the widths that each block may have, int64 [blocks].
+    """
 
     per_bit: Ints
     fixed: Ints
     budget: int
+    low: Ints
+    high: Ints
 
     def total(self, bits: Ints) -> int:
         """Stored bits of an assignment."""
         return int((self.per_bit * bits + self.fixed).sum())
 
 
-def greedy_start(curves: Floats, costs: Costs, low: int, high: int) -> Ints:
+def greedy_start(curves: Floats, costs: Costs) -> Ints:
     """Widths [blocks] by falling gain per stored bit along each block's lower convex hull.
 
     curves: predicted loss [8, blocks] at widths 1..8. Exact for the hull up to the last segment.
     """
     blocks = curves.shape[1]
-    level = np.full(blocks, low, dtype=np.int64)
+    level = costs.low
     segments: list[tuple[Floats, Ints, Ints]] = []
     index = np.arange(blocks)
     while True:
         here = curves[level - 1, index]
-        slopes = np.full((high, blocks), -np.inf)
-        for width in range(low + 1, high + 1):
+        slopes = np.full((8, blocks), -np.inf)
+        for width in range(int(costs.low.min()) + 1, int(costs.high.max()) + 1):
             step = (width - level) * costs.per_bit
-            open_ = width > level
+            open_ = (width > level) & (width <= costs.high)
             gain = (here - curves[width - 1]) / np.where(open_, step, 1)
             slopes[width - 1] = np.where(open_, gain, -np.inf)
         best = slopes.argmax(0) + 1
@@ -53,13 +58,11 @@ def greedy_start(curves: Floats, costs: Costs, low: int, high: int) -> Ints:
             break
         segments.append((slope[grows], index[grows], best[grows]))
         level = np.where(grows, best, level)
-    return _take_segments(segments, costs, low, blocks)
+    return _take_segments(segments, costs)
 
 
-def _take_segments(
-    segments: list[tuple[Floats, Ints, Ints]], costs: Costs, low: int, blocks: int
-) -> Ints:
-    bits = np.full(blocks, low, dtype=np.int64)
+def _take_segments(segments: list[tuple[Floats, Ints, Ints]], costs: Costs) -> Ints:
+    bits = costs.low.copy()
     left = costs.budget - costs.total(bits)
     if not segments:
         return bits
@@ -176,10 +179,13 @@ def swap_search(
     return result
 
 
-def best_uniform(costs: Costs, low: int, high: int) -> Ints | None:
-    """The widest uniform assignment that fits the budget; None if not even `low` fits."""
-    for width in range(high, low - 1, -1):
-        bits = np.full(len(costs.fixed), width, dtype=np.int64)
+def best_uniform(costs: Costs) -> tuple[int, Ints]:
+    """(width, widths) of the widest uniform assignment that fits, within the limits of blocks.
+
+    With limits that differ it is uniform only as far as they allow; the least widths always fit.
+    """
+    for width in range(int(costs.high.max()), int(costs.low.min()), -1):
+        bits = np.clip(width, costs.low, costs.high)
         if costs.total(bits) <= costs.budget:
-            return bits
-    return None
+            return width, bits
+    return int(costs.low.min()), costs.low

@@ -56,9 +56,9 @@ Bits = Mapping[str, Tensor]  # symbol -> int64 [block rows, block columns]
 
 
 def load_matrices(module: Module, ctx: PassContext, clip: bool = True) -> dict[str, Matrix]:
-    """The quantizable matrices with their level tables, in the order of the module."""
+    """The matrices under search with their level tables, in the order of the module."""
     matrices: dict[str, Matrix] = {}
-    for weight in ctx.progress(module.quantized(), "fitting levels"):
+    for weight in ctx.progress(module.searched(), "fitting levels"):
         if weight.data is None or weight.group is None:
             raise PassError(f"@{weight.symbol} has no data or group", help="run canonicalize first")
         dense = module.resources.torch(weight.data.key).float()

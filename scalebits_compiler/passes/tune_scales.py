@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from scalebits_compiler.errors import PassError
 from scalebits_compiler.ir.module import Module, Weight
 from scalebits_compiler.passes.base import Evaluator, Pass, PassContext
+from scalebits_compiler.passes.roles import embedding_tables
 from scalebits_compiler.passes.round_weights import group_bits
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class TuneScales(Pass):
 
         evaluator = ctx.evaluator(module, self.name)
         text = ctx.windows(module, self.name)
-        problem = _Problem.load(module, evaluator)
+        problem = _Problem.load(module, evaluator, ctx.evaluator(_original(module), self.name))
         before = problem.divergence(text.acceptance)
         shuffle = torch.Generator().manual_seed(ctx.seed)
         steps = [
@@ -119,23 +120,29 @@ class _Tuned:
         return ungrouped(scales.unsqueeze(-1) * (self.codes - offset), columns)
 
 
+def _original(module: Module) -> Module:
+    """The module as it was before rounding."""
+    plain = [replace(w, codes=None, scales=None, zeros=None) for w in module.quantized()]
+    return module.with_weights(plain)
+
+
 @dataclass
 class _Problem:
     """Divergence of the rounded model from the original one, as a function of the parameters."""
 
     evaluator: Evaluator
-    original: dict[str, torch.Tensor]
+    original: Evaluator
     tuned: dict[str, _Tuned]
 
     @staticmethod
-    def load(module: Module, evaluator: Evaluator) -> _Problem:
-        """The original matrices and the rounded ones."""
-        original, tuned = {}, {}
-        for weight in module.quantized():
-            if weight.data is None:
-                raise PassError(f"@{weight.symbol} has no original to compare with")
-            original[weight.symbol] = module.resources.torch(weight.data.key).float()
-            tuned[weight.symbol] = _Tuned.load(module, weight)
+    def load(module: Module, evaluator: Evaluator, original: Evaluator) -> _Problem:
+        """All rounded matrices but those that an embedding reads, where no gradient arrives."""
+        tables = embedding_tables(module)
+        tuned = {
+            weight.symbol: _Tuned.load(module, weight)
+            for weight in module.quantized()
+            if weight.symbol not in tables
+        }
         return _Problem(evaluator, original, tuned)
 
     def optimize(self, steps: list[torch.Tensor], settings: TuneScales, ctx: PassContext) -> None:
@@ -172,7 +179,7 @@ class _Problem:
         import torch
 
         with torch.no_grad():
-            target = self.evaluator.run(ids, _using(self.original)).log_softmax(-1)
+            target = self.original.run(ids).log_softmax(-1)
         ours = self.evaluator.run(ids, _using(weights)).log_softmax(-1)
         return torch.nn.functional.kl_div(ours, target, reduction="sum", log_target=True)
 

@@ -373,6 +373,8 @@ def _step_problem(step: Step, known: set[str], weights: Mapping[str, WeightRecor
     if missing:
         return f"{missing[0]} is not defined"
     kinds = ["packed" if step.op == "qlinear" and not i else "dense" for i in range(most)]
+    if step.op == "embedding":
+        return ""  # of either kind
     for symbol, kind in zip(step.weights, kinds, strict=False):
         if weights[symbol].kind != kind:
             return f"the weight {symbol} must be {kind}"

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from scalebits_compiler.runtime.artifact import Artifact
+from scalebits_compiler.numerics.layout import BlockLayout
+from scalebits_compiler.runtime.artifact import Artifact, PackedMatrix
 
 if TYPE_CHECKING:
     from scalebits_compiler.runtime.kernels import KernelLibrary, PackedLinear
@@ -26,6 +27,34 @@ class DequantizedLinear:
         return x @ self.matrix.T
 
 
+class PackedRows:
+    """A packed matrix of which single rows are read: only their panels are unpacked."""
+
+    def __init__(self, matrix: PackedMatrix) -> None:
+        layout, self._arena, self._bits = matrix
+        self.height, self.columns = layout.panel, layout.cols
+        self._panels_per_block = layout.block_rows // layout.panel
+        self._first = layout.metadata(self._bits).offsets
+        # One panel is a packed matrix of its own, in the bytes of the whole one.
+        self._panel = BlockLayout(
+            layout.panel, layout.cols, layout.panel, layout.block_cols, layout.group
+        )
+
+    def __call__(self, index: NDArray[np.int64]) -> F32:
+        """float32 [..., columns] of the rows `index`."""
+        out = np.empty((*index.shape, self.columns), np.float32)
+        panels = index // self.height
+        for panel in np.unique(panels):
+            here = panels == panel
+            out[here] = self._dequantized(int(panel))[index[here] % self.height]
+        return out
+
+    def _dequantized(self, panel: int) -> F32:
+        row = panel // self._panels_per_block
+        bits, start = self._bits[row : row + 1], self._first[panel]
+        return self._panel.dequantize(self._arena[start : start + self._panel.nbytes(bits)], bits)
+
+
 class Weights:
     """Weights by symbol. With a kernel library, packed bytes are used where they are mapped."""
 
@@ -34,6 +63,7 @@ class Weights:
         self._artifact = artifact
         self._dense: dict[str, F32] = {}
         self._packed: dict[str, PackedLinear | DequantizedLinear] = {}
+        self._tables: dict[str, PackedRows] = {}
 
     def float32(self, symbol: str) -> F32:
         """A dense weight as float32, converted once."""
@@ -42,7 +72,11 @@ class Weights:
         return self._dense[symbol]
 
     def rows(self, symbol: str, index: NDArray[np.int64]) -> F32:
-        """float32 rows of a dense weight; only these are read from the file."""
+        """float32 rows of a weight; only these are read from the file, or unpacked."""
+        if self._artifact.manifest.weights[symbol].kind == "packed":
+            if symbol not in self._tables:
+                self._tables[symbol] = PackedRows(self._artifact.matrix(symbol))
+            return self._tables[symbol](index)
         return self._artifact.tensors[symbol].rows(index)
 
     def raw(self, symbol: str) -> NDArray[Any]:

@@ -30,8 +30,9 @@ seeds = st.integers(0, 2**32)
 quick = settings(max_examples=60, deadline=None, derandomize=True)
 
 
-def costs_for(per_bit: Any, fixed: Any, budget: float) -> Costs:
-    return Costs(np.array(per_bit, np.int64), np.array(fixed, np.int64), int(budget))
+def costs_for(per_bit: Any, fixed: Any, budget: float, low: int = 1, high: int = 8) -> Costs:
+    limits = (np.full(len(per_bit), width) for width in (low, high))
+    return Costs(np.array(per_bit, np.int64), np.array(fixed, np.int64), int(budget), *limits)
 
 
 def convex_curves(rng: np.random.Generator, blocks: int) -> np.ndarray:
@@ -61,7 +62,7 @@ class TestGreedyStart:
     def test_is_exact_for_convex_curves_of_equal_cost(self, seed: int, budget_bits: int) -> None:
         curves = convex_curves(np.random.default_rng(seed), 4)
         costs = costs_for([10] * 4, [3] * 4, 10 * budget_bits + 12)
-        bits = greedy_start(curves, costs, 1, 8)
+        bits = greedy_start(curves, costs)
         assert loss_of(curves, bits) == pytest.approx(best_of_all(curves, costs, 1, 8), abs=1e-9)
 
     @quick
@@ -71,11 +72,11 @@ class TestGreedyStart:
         rng = np.random.default_rng(seed)
         curves = np.cumsum(rng.normal(0.2, 1, (8, 4)), 0)[::-1]
         low, high = 2, 6
-        costs = costs_for(rng.integers(1, 40, 4), rng.integers(0, 9, 4), 0)
+        costs = costs_for(rng.integers(1, 40, 4), rng.integers(0, 9, 4), 0, low, high)
         least = costs.total(np.full(4, low))
         most = costs.total(np.full(4, high))
         costs = replace(costs, budget=int(least + share * (most - least)))
-        bits = greedy_start(curves, costs, low, high)
+        bits = greedy_start(curves, costs)
         assert costs.total(bits) <= costs.budget
         assert ((bits >= low) & (bits <= high)).all()
         window = curves[low - 1 : high]
@@ -86,12 +87,12 @@ class TestGreedyStart:
     def test_steps_over_a_width_that_is_off_the_hull(self) -> None:
         # 1 -> 2 gains nothing, 1 -> 3 gains 8: the hull goes straight to 3.
         curves = np.array([[10, 10, 2, 2, 2, 2, 2, 2], [5, 4, 3.5, 3, 3, 3, 3, 3]]).T
-        bits = greedy_start(curves, costs_for([1, 1], [0, 0], 4), 1, 8)
+        bits = greedy_start(curves, costs_for([1, 1], [0, 0], 4))
         assert bits.tolist() == [3, 1]
 
     def test_no_bits_for_what_gains_nothing(self) -> None:
         curves = np.zeros((8, 3))
-        assert greedy_start(curves, costs_for([1] * 3, [0] * 3, 24), 1, 8).tolist() == [1, 1, 1]
+        assert greedy_start(curves, costs_for([1] * 3, [0] * 3, 24)).tolist() == [1, 1, 1]
 
 
 class TestPropose:
@@ -180,7 +181,7 @@ class TestSwapSearch:
 
     def test_comes_near_the_optimum_of_a_convex_problem(self) -> None:
         fake = Fake.make(11, noise=0)
-        ideal = loss_of(fake.curves, greedy_start(fake.curves, fake.costs, 1, 8))
+        ideal = loss_of(fake.curves, greedy_start(fake.curves, fake.costs))
         start = np.full(24, 3)
         found = swap_search(start, fake.costs, fake.score, fake.held, SearchSettings(rounds=60))
         first = loss_of(fake.curves, start)
@@ -237,15 +238,15 @@ class TestBestUniform:
     @given(seed=seeds, share=st.floats(0, 1.5))
     def test_is_the_widest_that_fits(self, seed: int, share: float) -> None:
         rng = np.random.default_rng(seed)
-        costs = costs_for(rng.integers(1, 40, 9), rng.integers(0, 9, 9), 0)
-        costs = replace(costs, budget=int(share * costs.total(np.full(9, 6))))
-        fits = [b for b in range(2, 7) if costs.total(np.full(9, b)) <= costs.budget]
-        found = best_uniform(costs, 2, 6)
-        if not fits:
-            assert found is None
-        else:
-            assert found is not None
-            assert found.tolist() == [max(fits)] * 9
+        costs = costs_for(rng.integers(1, 40, 9), rng.integers(0, 9, 9), 0, 2, 6)
+        costs = replace(costs, high=np.where(rng.random(9) < 0.3, 3, 6))
+        low, high = costs.total(costs.low), costs.total(costs.high)
+        costs = replace(costs, budget=int(low + share * (high - low)))
+        width, found = best_uniform(costs)
+        assert costs.total(found) <= costs.budget
+        assert found.tolist() == np.clip(width, costs.low, costs.high).tolist()
+        wider = np.clip(width + 1, costs.low, costs.high)
+        assert width == 6 or costs.total(wider) > costs.budget
 
 
 @pytest.fixture(scope="module")

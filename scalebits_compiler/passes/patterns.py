@@ -1,0 +1,84 @@
+"""Matrices by name: globs, `re:` expressions, and pins `PATTERN=4..8`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+
+from scalebits_compiler.errors import PassError, UsageError
+from scalebits_compiler.ir.module import Weight
+
+_PIN = re.compile(r"(?P<pattern>.+)=(?P<low>\d+)(?:\.\.(?P<high>\d+))?")
+# So many names stand in the help of a pattern that matches nothing.
+_NEAR = 3
+
+
+@dataclass(frozen=True)
+class Pin:
+    """The widths that blocks of some matrices may have."""
+
+    pattern: str
+    low: int
+    high: int
+
+
+def parse_pin(text: str) -> Pin:
+    """`PATTERN=4..8` or `PATTERN=4`; UsageError for anything else."""
+    found = _PIN.fullmatch(text)
+    if found is None:
+        raise UsageError(
+            f"{text!r} pins no widths", help="write PATTERN=4..8, or PATTERN=4 for one width"
+        )
+    low, high = int(found["low"]), int(found["high"] or found["low"])
+    if not 1 <= low <= high <= 8:
+        raise UsageError(f"{text!r}: widths {low}..{high} are not within 1..8")
+    check_pattern(found["pattern"])
+    return Pin(found["pattern"], low, high)
+
+
+def check_pattern(pattern: str) -> None:
+    """UsageError for an `re:` expression that is none."""
+    try:
+        re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
+    except re.error as error:
+        raise UsageError(f"{pattern!r} is no regular expression: {error}") from None
+
+
+def matching(pattern: str, matrices: Iterable[Weight]) -> list[str]:
+    """The symbols of the matrices that a pattern names; PassError with near names if it is none.
+
+    A pattern is a glob, or `re:` and a regular expression, for all of the symbol or of the module
+    path in the original model.
+    """
+    check_pattern(pattern)
+    known = list(matrices)
+    found = [w.symbol for w in known if _fits(pattern, w.symbol) or _fits(pattern, w.loc)]
+    if not found:
+        near = near_names(pattern.removeprefix("re:"), [w.symbol for w in known])
+        told = f"near it: {', '.join(near)}; " if near else ""
+        raise PassError(
+            f"the pattern {pattern!r} matches no matrix whose widths are searched",
+            help=f"{told}a pattern is for the whole name, e.g. '*.down_proj' or 're:.*down_proj'",
+        )
+    return found
+
+
+def _fits(pattern: str, name: str) -> bool:
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], name) is not None
+    return fnmatchcase(name, pattern)
+
+
+def near_names(text: str, names: Sequence[str]) -> list[str]:
+    """Up to three names that hold a text (special characters aside), or else end or read alike."""
+    spelt = re.sub(r"[^\w.]+", "", text).strip(".")
+    holding = [name for name in names if spelt and spelt in name]
+    if holding:
+        return holding[:_NEAR]
+    last = {name.rpartition(".")[2]: name for name in reversed(names)}
+    tails = get_close_matches(spelt.rpartition(".")[2], last, n=_NEAR)
+    close = get_close_matches(spelt, names, n=_NEAR, cutoff=0.8)
+    return close or [last[tail] for tail in tails]
