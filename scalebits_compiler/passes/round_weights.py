@@ -36,6 +36,9 @@ class RoundWeights(Pass):
 
     method: str = field(default="gptq", metadata={"help": "gptq (error feedback) or rtn (nearest)"})
     damping: float = field(default=0.01, metadata={"help": "share of the mean Hessian diagonal"})
+    clip: bool = field(
+        default=True, metadata={"help": "search the range of every group; false: its min and max"}
+    )
 
     def run(self, module: Module, ctx: PassContext) -> Module:
         """Adds codes uint8 [m, n], scales float16 and zeros uint8 [m, groups] to each matrix."""
@@ -58,7 +61,7 @@ class RoundWeights(Pass):
         for weight in ctx.progress(weights, "rounding to nearest"):
             dense, group = _dense(module, weight)
             bits = group_bits(module, weight)
-            done[weight.symbol] = LevelTable.fit(dense, group).quantize(dense, bits)
+            done[weight.symbol] = LevelTable.fit(dense, group, clip=self.clip).quantize(dense, bits)
         return done
 
     def _gptq(
@@ -82,7 +85,7 @@ class RoundWeights(Pass):
                 bits = group_bits(module, wanted[symbol])
                 group = wanted[symbol].group or 0
                 hessian = shared.of(inputs)
-                done[symbol] = gptq(weight, hessian, bits, group, self.damping)
+                done[symbol] = gptq(weight, hessian, bits, group, self.damping, self.clip)
             rounded, group = done[symbol], wanted[symbol].group or 0
             bits = group_bits(module, wanted[symbol])
             return dequantize(rounded.codes, rounded.params, bits, group)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from scalebits_compiler.codegen.reference.executor import Executor
+from scalebits_compiler.codegen.reference.weights import dense
 from scalebits_compiler.driver import CompileOptions, pipeline_for, remaining
 from scalebits_compiler.errors import PassError
 from scalebits_compiler.frontend.hf import load_model, trace
@@ -162,3 +163,16 @@ def test_restart_runs_what_the_facts_lack() -> None:
         assert [p.name for p in left] == [p.name for p in passes[index:]]
         facts |= item.establishes
     assert remaining(passes, replace(empty, facts=frozenset(facts))) == []
+
+
+def test_min_max_ranges_on_request(assigned: Module) -> None:
+    """clip = false: the levels reach the largest weight of every group, and the error is larger."""
+    errors = {}
+    for clip in (True, False):
+        rounded = RoundWeights(method="rtn", clip=clip).run(assigned, context())
+        weight = rounded.quantized()[0]
+        assert weight.data is not None
+        errors[clip] = float(
+            (dense(rounded, weight) - rounded.resources.torch(weight.data.key)).square().mean()
+        )
+    assert errors[True] < errors[False]
