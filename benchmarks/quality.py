@@ -185,7 +185,8 @@ class Subject:
                 {w.symbol: np.full(w.grid_shape(), width, np.uint8) for w in module.quantized()}
             )
         )
-        return found["effective_bits"]
+        # Half a bit of storage more, so that the product with the weights does not round down.
+        return found["effective_bits"] + 0.5 / found["weights"]
 
     def widths(self, method: Method, budget: float) -> Stage:
         """With a width per block under the budget."""
@@ -194,7 +195,7 @@ class Subject:
         if not method.uniform:
             return self.stage(key, start.module, f"assign-bits{{avg-bits = {budget!r}}}")
         module = start.module
-        bits = evenly(block_costs(module, budget, 1, 8))
+        bits = evenly(block_costs(module, budget, (1, 8)))
         grids, offset = {}, 0
         for weight in module.quantized():
             shape = weight.grid_shape()
