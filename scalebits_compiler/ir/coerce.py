@@ -51,7 +51,10 @@ def coerce(value: object, hint: Any) -> Any:
         return _coerce_tuple(value, hint)
     elif hint is float:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
+            try:
+                return float(value)
+            except OverflowError:  # an integer beyond the floats
+                raise ValueError(f"expected {type_text(hint)}") from None
     elif hint is int:
         if isinstance(value, int) and not isinstance(value, bool):
             return value

@@ -7,6 +7,8 @@ The slow torch rule of each op in `codegen/reference` is its definition.
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -16,6 +18,7 @@ from scalebits_compiler.ir.op import Op, Typing, check
 from scalebits_compiler.ir.types import Dim, Factor, TensorType, TupleType, Type
 
 FLOATS = ("f64", "f32", "f16", "bf16")
+_SIZE = re.compile("[1-9][0-9]{0,17}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +48,9 @@ class Embedding(Op):
         return TensorType(found, (*_ids(t, self.ids), channels))
 
 
-def _ids(t: Typing, ids: Value) -> tuple[Dim, ...]:
+def _ids(t: Typing, ids: Value, what: str = "token ids") -> tuple[Dim, ...]:
     xtype = t.type(ids)
-    check(xtype.dtype in ("i64", "i32"), f"token ids are i64 or i32, {ids} is {xtype.dtype}")
+    check(xtype.dtype in ("i64", "i32"), f"{what} are i64 or i32, {ids} is {xtype.dtype}")
     return xtype.dims
 
 
@@ -79,6 +82,8 @@ def _linear_type(t: Typing, x: Value, weight: Symbol, bias: Symbol | None, dtype
     t.same(_channels(t, x), columns, f"input channels of {weight}")
     if bias is not None:
         rows = t.same(rows, _vector(t, bias), f"output channels of {weight} and {bias}")
+        found = t.weight(bias).dtype
+        check(found == dtype, f"a {found} bias {bias} cannot be added to {dtype} output")
     return TensorType(dtype, (*t.type(x).dims[:-1], rows))
 
 
@@ -125,6 +130,7 @@ class RmsNorm(Op):
 
     def infer(self, t: Typing) -> Type:
         _check_float(t.type(self.x), str(self.x))
+        check(0 <= self.eps < math.inf, f"eps is {self.eps}, it must be 0 or more and finite")
         last = t.same(_channels(t, self.x), _vector(t, self.gain), f"channels of {self.gain}")
         return t.type(self.x).with_dim(-1, last)
 
@@ -206,6 +212,12 @@ class MergeHeads(Op):
         return TensorType(xtype.dtype, (batch, sequence, Dim.join((heads, inner))))
 
 
+def _positions(t: Typing, positions: Value) -> tuple[Dim, Dim]:
+    dims = _ids(t, positions, "positions")
+    check(len(dims) == 2, f"positions are [batch, sequence], {positions} has {len(dims)} axes")
+    return dims[0], dims[1]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rope(Op):
     """Rotary embedding, halves convention: pair (i, i+d/2) turns by position · frequency[i].
@@ -222,6 +234,11 @@ class Rope(Op):
     def infer(self, t: Typing) -> Type:
         xtype = t.type(self.x)
         check(xtype.rank == 4, f"rope of {xtype}")
+        _check_float(xtype, str(self.x))
+        check(math.isfinite(self.scaling), f"scaling is {self.scaling}, it must be finite")
+        batch, sequence = _positions(t, self.positions)
+        t.same(batch, xtype.dims[0], f"batch of {self.positions}")
+        t.same(sequence, xtype.dims[2], f"sequence of {self.positions}")
         # A pair and its frequency belong together, so the order inside a head is fixed.
         inner = t.natural(xtype.dims[-1], "head dimension under rope")
         frequency = t.natural(_vector(t, self.frequency), f"{self.frequency}")
@@ -251,6 +268,12 @@ class Attention(Op):
         check(
             q.rank == k.rank == v.rank == 4, "attention reads [batch, heads, sequence, d] tensors"
         )
+        check(q.dtype == k.dtype == v.dtype, f"attention of {q.dtype}, {k.dtype} and {v.dtype}")
+        _check_float(q, str(self.q))
+        check(math.isfinite(self.scale), f"scale is {self.scale}, it must be finite")
+        check(self.window >= 0, f"window is {self.window}, it must be 0 (none) or more")
+        for other in (k, v):
+            t.same(q.dims[0], other.dims[0], "batch of query, key and value")
         groups = t.same(k.dims[1], v.dims[1], "key and value heads")
         outer, _ = t.split(q.dims[1], groups.size or 0, "query heads per key-value head")
         t.same(outer, groups, "query and key-value heads")
@@ -288,7 +311,7 @@ def parse_dim(text: str) -> Dim:
     factors: list[Factor] = []
     for part in text.split("*"):
         size, _, order = part.partition("@")
-        check(size.isdigit() and int(size) > 0, f"{text!r} is no channel order, e.g. 256@p.res")
+        check(_SIZE.fullmatch(size) is not None, f"{text!r} is no channel order, e.g. 256@p.res")
         factors.append(Factor(int(size), order or None))
     return Dim.of(*factors)
 

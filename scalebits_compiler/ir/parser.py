@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lark import Lark, UnexpectedInput, UnexpectedToken
+from lark import Lark, Token, UnexpectedInput, UnexpectedToken
 
 from scalebits_compiler.errors import ParseError
 from scalebits_compiler.ir.build import Located, Source, Values, build_module
@@ -22,10 +22,29 @@ __all__ = ["Source", "parse_module", "parse_pipeline", "read_module", "with_tens
 
 # A longer list of what could have stood there helps nobody.
 MOST_EXPECTED = 4
+# Deeper than any argument of a model, and far from the depth that Python can recurse to.
+MOST_NESTED = 64
 _READABLE = {
     "VALUE": "%value", "SYMBOL": "@symbol", "NAME": "a name", "STRING": "a string",
-    "INT": "a number", "FLOAT": "a number", "$END": "the end",
+    "INT": "a number", "FLOAT": "a number", "<END-OF-FILE>": "the end",
 }  # fmt: skip
+
+
+class _Nesting:
+    """Passes tokens on, and refuses brackets that are nested too deeply."""
+
+    always_accept = ()
+
+    def process(self, stream: Iterator[Token]) -> Iterator[Token]:
+        depth = 0
+        for token in stream:
+            if token in ("[", "(", "{"):
+                depth += 1
+                if depth > MOST_NESTED:
+                    raise Located(f"brackets are nested more than {MOST_NESTED} deep", token)
+            elif token in ("]", ")", "}"):
+                depth -= 1
+            yield token
 
 
 @functools.cache
@@ -37,6 +56,7 @@ def _lark(start: str) -> Lark:
         start=start,
         maybe_placeholders=True,
         transformer=Values(),
+        postlex=_Nesting(),
     )
 
 
@@ -48,7 +68,9 @@ def _at(message: str, source: Source, line: int | None, column: int | None) -> P
 
 def _syntax_message(error: UnexpectedInput) -> str:
     if not isinstance(error, UnexpectedToken):
-        return f"unexpected character {getattr(error, 'char', '')!r}"
+        char = getattr(error, "char", "")
+        told = "; a string ends on its line, with an unescaped quote" if char == '"' else ""
+        return f"unexpected character {char!r}{told}"
     if error.token.type == "$END":
         return "the text ends too early"
     names = sorted({_READABLE.get(name, _literal(name)) for name in error.expected})
@@ -97,7 +119,11 @@ def read_module(path: Path, ops: Mapping[str, type[Op]] = OPS) -> tuple[Module, 
 def with_tensors(module: Module, folder: Path) -> Module:
     """The module with the tensors of the files its header names, those that exist in `folder`."""
     files = [folder / name for name in module.tensors]
-    return replace(module, resources=ResourceStore.from_files(f for f in files if f.exists()))
+    try:
+        there = [file for file in files if file.exists()]
+    except OSError as error:  # such as a name that is too long
+        raise ParseError(f"cannot read the tensors of @{module.name}: {error}") from None
+    return replace(module, resources=ResourceStore.from_files(there))
 
 
 def parse_pipeline(text: str) -> list[tuple[str, dict[str, Any]]]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
+from typing import get_type_hints
 
 import numpy as np
 
@@ -15,10 +17,14 @@ from scalebits_compiler.ir.build import Source
 from scalebits_compiler.ir.coerce import coerce
 from scalebits_compiler.ir.module import FACTS, Module, Perm, Weight
 from scalebits_compiler.ir.op import Op, check, op_fields
+from scalebits_compiler.ir.ops import FLOATS
 from scalebits_compiler.ir.printer import module_lines, print_attr
 from scalebits_compiler.ir.types import Dim, TensorType, TupleType, Type
 
 DTYPES = ("f64", "f32", "f16", "bf16", "i64", "i32", "i16", "i8", "u8", "bool", "index")
+# How tensor files spell what may be stored for a type: a float may be stored in a narrower one.
+_FLOATS = ("F32", "F16", "BF16", "F64")
+_INTEGERS = ("I32", "I64")
 _NAME = re.compile(r"[A-Za-z0-9_.\-]+")
 
 
@@ -46,6 +52,8 @@ class Rigid:
 
     def weight(self, symbol: Symbol) -> TensorType:
         """The type of a module-level weight."""
+        if symbol.name in self.module.perms:
+            raise VerifyError(f"{symbol} is a permutation, a weight is expected")
         if symbol.name not in self.module.weights:
             near = get_close_matches(symbol.name, self.module.weights, n=1)
             told = f"; did you mean @{near[0]}?" if near else ""
@@ -109,6 +117,12 @@ def _verify_header(module: Module) -> None:
         "packed" not in module.facts or "bits" in module.facts,
         "the module states the fact `packed`, but not `bits`",
     )
+    check(
+        "tuned" not in module.facts or "rounded" in module.facts,
+        "the module states the fact `tuned`, but not `rounded`",
+    )
+    for name in ("calibration", "acceptance"):
+        _verify_tensor(module, getattr(module, name), name, _INTEGERS, (None, None))
     for table in (module.perms, module.weights):
         for key, entry in table.items():
             check(key == entry.symbol, f"@{entry.symbol} is filed under the name '{key}'")
@@ -121,12 +135,13 @@ def _verify_name(name: str, what: str) -> None:
     )
 
 
-def _verify_orders(module: Module, found: Type, what: str) -> None:
-    """Every order in a type is a permutation of the module, of that many elements."""
+def _verify_type(module: Module, found: Type, what: str, dtypes: tuple[str, ...] = DTYPES) -> None:
+    """The dtype is known; every order is a permutation of the module, of that many elements."""
     if isinstance(found, TupleType):
         for element in found.elements:
-            _verify_orders(module, element, what)
+            _verify_type(module, element, what)
         return
+    check(found.dtype in dtypes, f"{what} has the unknown dtype {found.dtype}")
     for dim in found.dims:
         for factor in dim.factors or ():
             if factor.order is None:
@@ -150,10 +165,15 @@ def _verify_perm(module: Module, perm: Perm) -> None:
         perm.type.dtype == "i32" and count is not None and not perm.type.orders,
         f"{name} must be of type i32[n], it is {perm.type}",
     )
-    if isinstance(perm.data, Resource) and perm.data.key not in module.resources:
-        return  # a text without its tensors still verifies
-    data = module.permutation(perm.symbol)
     told = f"{name} is no permutation of 0..{(count or 0) - 1}"
+    if isinstance(perm.data, Resource):
+        if perm.data.key not in module.resources:
+            return  # a text without its tensors still verifies
+        _verify_tensor(module, perm.data, f"data of {name}", _INTEGERS, (count,))
+    else:
+        for index in perm.data:
+            check(0 <= index < (count or 0), f"{told}: {index} is in it")
+    data = module.permutation(perm.symbol)
     check(data.shape == (count,), f"{told}: it has {_times(data.shape)} elements")
     for lacking in np.setdiff1d(np.arange(count or 0), data)[:1]:
         raise VerifyError(f"{told}: {lacking} is not in it")
@@ -162,19 +182,64 @@ def _verify_perm(module: Module, perm: Perm) -> None:
 def _verify_weight(module: Module, weight: Weight) -> None:
     name = f"@{weight.symbol}"
     _verify_name(weight.symbol, "the name")
+    _verify_fields(weight, f"of {name}", _weight_hints())
     check(weight.symbol not in module.perms, f"{name} is both a permutation and a weight")
-    dtype, packed = weight.type.dtype, weight.type.dtype == "packed"
-    check(dtype in (*DTYPES, "packed"), f"{name} has the unknown dtype {dtype}")
+    packed = weight.type.dtype == "packed"
     check(None not in weight.type.shape, f"{name} is {weight.type}; a weight has fixed sizes")
-    _verify_orders(module, weight.type, name)
+    _verify_type(module, weight.type, name, (*DTYPES, "packed"))
     if weight.quantize or packed or weight.bits is not None:
         _verify_blocks(weight)
         _verify_limits(weight)
         _verify_bits(module, weight)
     _verify_stage(module, weight)
-    if weight.data is not None and not packed and weight.data.key in module.resources:
-        shape = module.resources.shape(weight.data.key)
-        check(shape == weight.type.shape, f"{name} is {weight.type}, its tensor is {list(shape)}")
+    for field, (dtypes, shape) in _tensors_of(weight).items():
+        _verify_tensor(module, getattr(weight, field), f"{field} of {name}", dtypes, shape)
+
+
+@functools.cache
+def _weight_hints() -> dict[str, object]:
+    hints = get_type_hints(Weight)
+    return {item.name: hints[item.name] for item in fields(Weight)}
+
+
+# The element types that a tensor may have, and its shape (None: any size).
+_Stored = tuple[tuple[str, ...], tuple[int | None, ...]]
+
+
+def _tensors_of(weight: Weight) -> dict[str, _Stored]:
+    """What the tensor of every field must be, as the docstring of `Weight` has it."""
+    shape, dtype = weight.type.static_shape(), weight.type.dtype
+    dense = (_FLOATS if dtype in FLOATS else (dtype.upper(),), shape)
+    rules: dict[str, _Stored] = {"data": (("U8",), (None,)) if dtype == "packed" else dense}
+    if weight.block is None or weight.group is None:
+        return rules
+    groups = (shape[0], -(-shape[1] // weight.group))
+    return {
+        **rules,
+        "bits": (("U8",), weight.grid_shape()),
+        "row_scores": (("F32",), shape[:1]),
+        "column_scores": (("F32",), shape[1:]),
+        "block_scores": (("F32",), (*weight.grid_shape(), 2)),
+        "codes": (("U8",), shape),
+        "scales": (("F16",), groups),
+        "zeros": (("U8",), groups),
+    }
+
+
+def _verify_tensor(
+    module: Module, found: object, what: str, dtypes: tuple[str, ...], shape: tuple[int | None, ...]
+) -> None:
+    """What stands in a file beside the text, as far as it is there."""
+    if not isinstance(found, Resource) or found.key not in module.resources:
+        return
+    dtype, actual = module.resources.dtype(found.key), module.resources.shape(found.key)
+    same_rank = len(actual) == len(shape)
+    fits = same_rank and all(b in (None, a) for a, b in zip(actual, shape, strict=True))
+    wanted = ", ".join("?" if size is None else str(size) for size in shape)
+    check(
+        dtype in dtypes and fits,
+        f"{what} is the tensor {dtype}{list(actual)}, it must be {'|'.join(dtypes)}[{wanted}]",
+    )
 
 
 def _verify_stage(module: Module, weight: Weight) -> None:
@@ -227,8 +292,10 @@ def _verify_bits(module: Module, weight: Weight) -> None:
     if weight.bits is None:
         check(weight.type.dtype != "packed", f"{name} is packed without bits")
         return
-    if isinstance(weight.bits, Resource) and weight.bits.key not in module.resources:
-        return
+    if isinstance(weight.bits, Resource):
+        if weight.bits.key not in module.resources:
+            return
+        _verify_tensor(module, weight.bits, f"bits of {name}", ("U8",), (None, None))
     grid = module.bits(weight)
     check(
         grid.shape == weight.grid_shape(),
@@ -245,7 +312,7 @@ def _verify_bits(module: Module, weight: Weight) -> None:
             f"{name}: the bits were changed after it was rounded, its codes are for other widths",
             help="edit a dump from before round-weights, and run round-weights on it",
         )
-    if isinstance(weight.bits, Resource) and weight.hist is not None:
+    if weight.hist is not None:
         actual = Grid.of(grid).histogram()
         check(
             weight.hist == actual,
@@ -263,28 +330,28 @@ def _verify_arguments(typing: Rigid) -> None:
         # The printer numbers results, so a number would be taken for one of them.
         check(not arg.value.name.isdigit(), f"the argument {arg.value} needs a name, not a number")
         check(arg.value not in typing.known, f"{arg.value} is defined twice")
-        check(arg.type.dtype in DTYPES, f"{arg.value} has the unknown dtype {arg.type.dtype}")
-        _verify_orders(typing.module, arg.type, str(arg.value))
+        _verify_type(typing.module, arg.type, str(arg.value))
         typing.known[arg.value] = arg.type
 
 
 def _verify_op(typing: Rigid, op: Op) -> None:
     check(op.result not in typing.known, f"{op.result} is defined twice")
-    for spec in op_fields(type(op)):
-        _verify_field(op, spec.name, spec.hint)
+    hints = {spec.name: spec.hint for spec in op_fields(type(op))}
+    _verify_fields(op, f"of '{op.name}'", hints)
     found = op.infer(typing)
     check(found == op.type, f"{op.name} gives {found}, the text says {op.type}")
-    _verify_orders(typing.module, op.type, f"the result of {op.name}")
+    _verify_type(typing.module, op.type, f"the result of {op.name}")
     typing.known[op.result] = op.type
 
 
-def _verify_field(op: Op, name: str, hint: object) -> None:
-    try:
-        value = getattr(op, name)
-        made = coerce(value, hint)
-    except ValueError as error:
-        raise VerifyError(f"{name} of '{op.name}': {error}") from None
-    check(type(made) is type(value), f"{name} of '{op.name}' is a {type(value).__name__}")
+def _verify_fields(thing: Op | Weight, of: str, hints: Mapping[str, object]) -> None:
+    for name, hint in hints.items():
+        value = getattr(thing, name)
+        try:
+            made = coerce(value, hint)
+        except ValueError as error:
+            raise VerifyError(f"{name} {of}: {error}, got {type(value).__name__}") from None
+        check(type(made) is type(value), f"{name} {of} is a {type(value).__name__}")
 
 
 def _verify_return(typing: Rigid) -> None:

@@ -183,6 +183,12 @@ def test_two_thousand_ops_parse_and_verify_in_a_second() -> None:
         ("module @m { weight @a : f32[2] {bits = grid([[1], [1, 2]])}", "rows of equal length"),
         ("module @m { weight @a : f32[2] {bits = grid([[true]])}", "is no bit width"),
         ("module @m { weight @a : f32[2] {bits = grip([[1]])}", "unknown attribute 'grip"),
+        ("module @m {x = " + "[" * 65, "nested more than 64 deep"),
+        ("module @m {x = " + "{a = " * 65, "nested more than 64 deep"),
+        ("module @m { func @f(%x: " + "(" * 65, "unexpected '('"),
+        ("module @m { func @f() -> f32[4] { %0 = t : " + "(" * 2000, "nested more than 64 deep"),
+        ('module @m {x = "a', "a string ends on its line"),
+        ("module @m { weight @a : f32[\u0664]", "unexpected character"),
     ],
 )
 def test_bad_text_names_line_and_column(text: str, message: str) -> None:
@@ -225,6 +231,11 @@ def body(*lines: str, header: str = "", entries: str = "") -> str:
         (body("%0 = rms_norm %x, @g : f32[?, 4]"), "'rms_norm' needs the attribute 'eps'"),
         (body('%0 = rms_norm %x, @g {eps = "a"} : f32[?, 4]'), "eps of 'rms_norm': expected float"),
         (body("%0 = silu %x {a = 1} : f32[?, 4]"), "'silu' has no attribute 'a'"),
+        (
+            body(f"%0 = rms_norm %x, @g {{eps = 1{'0' * 400}}} : f32[?, 4]"),
+            "eps of 'rms_norm': expected float, got 1000",
+        ),
+        (body() + body(), "unexpected 'module'; expected the end"),
     ],
 )
 def test_wrong_parts_are_named(text: str, message: str) -> None:
