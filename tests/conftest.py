@@ -114,3 +114,42 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return made[key]
 
     return make
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write the golden files anew")
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[Path, str], None]:
+    """`golden(path, text)`: the text must be that of the file, or becomes it on --update-golden."""
+
+    def check(path: Path, text: str) -> None:
+        if request.config.getoption("--update-golden"):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+        assert path.is_file(), f"{path} is missing: run pytest --update-golden"
+        assert text == path.read_text(), f"{path} differs: see `pytest --update-golden`, git diff"
+
+    return check
+
+
+@pytest.fixture
+def triton_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton kernels that are imported during the test run on the CPU, in numpy.
+
+    The interpreter multiplies the raw bits of bfloat16 operands; here they are widened first.
+    """
+    pytest.importorskip("triton", reason="the cuda target's kernels need Triton")
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    dot = InterpreterBuilder.create_dot
+
+    def widened(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        if a.dtype.scalar == tl.bfloat16:
+            a, b = (self.create_fp_ext(operand, tl.float32) for operand in (a, b))
+        return dot(self, a, b, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", widened)

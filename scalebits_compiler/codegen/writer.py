@@ -158,7 +158,7 @@ def _store_weight(
         scores = getattr(weight, name)
         if scores is not None:
             beside[scores.key] = _resource(module, scores, rank=0)
-    if weight.type.dtype != "packed":
+    if not weight.type.is_packed:
         model[weight.symbol] = _resource(module, weight.data, rank=1)
         return replace(weight, data=Resource(weight.symbol))
     packed, bits = f"{weight.symbol}.packed", f"{weight.symbol}.bits"
@@ -173,10 +173,11 @@ def _store_weight(
 
 
 def _record(weight: Weight, described: Mapping[str, tuple[str, list[int]]]) -> WeightRecord:
-    if weight.type.dtype != "packed":
+    if not weight.type.is_packed:
         dtype, shape = described[weight.symbol]
         return WeightRecord("dense", dtype, tuple(shape))
-    return WeightRecord("packed", "packed", weight.type.static_shape(), weight.block, weight.group)
+    shape, dtype = weight.type.static_shape(), weight.type.dtype
+    return WeightRecord("packed", dtype, shape, weight.block, weight.group)
 
 
 def _resource(module: Module, data: Resource, rank: int) -> Entry:

@@ -43,8 +43,8 @@ class Embedding(Op):
     def infer(self, t: Typing) -> Type:
         vocabulary, channels = _matrix(t, self.table)
         t.natural(vocabulary, f"vocabulary of {self.table}")
-        dtype = t.weight(self.table).dtype
-        found = "f32" if dtype == "packed" else dtype
+        table = t.weight(self.table)
+        found = "f32" if table.is_packed else table.dtype
         return TensorType(found, (*_ids(t, self.ids), channels))
 
 
@@ -97,8 +97,9 @@ class Linear(Op):
     bias: Symbol | None = None
 
     def infer(self, t: Typing) -> Type:
-        dtype = t.weight(self.weight).dtype
-        check(dtype != "packed", f"linear reads a dense matrix, {self.weight} is packed")
+        weight = t.weight(self.weight)
+        dtype = weight.dtype
+        check(not weight.is_packed, f"linear reads a dense matrix, {self.weight} is {dtype}")
         xdtype = t.type(self.x).dtype
         check(xdtype == dtype, f"linear of {xdtype} activations with {dtype} {self.weight}")
         return _linear_type(t, self.x, self.weight, self.bias, dtype)
@@ -114,8 +115,8 @@ class QLinear(Op):
     bias: Symbol | None = None
 
     def infer(self, t: Typing) -> Type:
-        dtype = t.weight(self.weight).dtype
-        check(dtype == "packed", f"qlinear reads a packed matrix, {self.weight} is {dtype}")
+        weight = t.weight(self.weight)
+        check(weight.is_packed, f"qlinear reads a packed matrix, {self.weight} is {weight.dtype}")
         return _linear_type(t, self.x, self.weight, self.bias, t.type(self.x).dtype)
 
 

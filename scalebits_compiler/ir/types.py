@@ -95,9 +95,15 @@ class Dim:
 DYNAMIC = Dim(None)
 
 
+# Element types of a block-quantized matrix: one for each order of its bytes.
+PACKED = ("packed", "tiled")
+
+
 @dataclass(frozen=True)
 class TensorType:
-    """Element type and dimensions: `f32[?, ?, 256@p.res]`; `packed[...]` is block-quantized."""
+    """Element type and dimensions: `f32[?, ?, 256@p.res]`. `packed[...]` is block-quantized, and
+    `tiled[...]` the same with its bytes in the order of the cuda target.
+    """
 
     dtype: str
     dims: tuple[Dim, ...]
@@ -107,6 +113,11 @@ class TensorType:
         """`TensorType.of("f32", None, 256)` is `f32[?, 256]`."""
         made = (d if isinstance(d, Dim) else DYNAMIC if d is None else Dim.of(d) for d in dims)
         return TensorType(dtype, tuple(made))
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether this is a block-quantized matrix, in whatever order of bytes."""
+        return self.dtype in PACKED
 
     @property
     def rank(self) -> int:

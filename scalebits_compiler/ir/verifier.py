@@ -19,7 +19,7 @@ from scalebits_compiler.ir.module import FACTS, Module, Perm, Weight
 from scalebits_compiler.ir.op import Op, check, op_fields
 from scalebits_compiler.ir.ops import FLOATS
 from scalebits_compiler.ir.printer import module_lines, print_attr
-from scalebits_compiler.ir.types import Dim, TensorType, TupleType, Type
+from scalebits_compiler.ir.types import PACKED, Dim, TensorType, TupleType, Type
 
 DTYPES = ("f64", "f32", "f16", "bf16", "i64", "i32", "i16", "i8", "u8", "bool", "index")
 # How tensor files spell what may be stored for a type: a float may be stored in a narrower one.
@@ -184,9 +184,9 @@ def _verify_weight(module: Module, weight: Weight) -> None:
     _verify_name(weight.symbol, "the name")
     _verify_fields(weight, f"of {name}", _weight_hints())
     check(weight.symbol not in module.perms, f"{name} is both a permutation and a weight")
-    packed = weight.type.dtype == "packed"
+    packed = weight.type.is_packed
     check(None not in weight.type.shape, f"{name} is {weight.type}; a weight has fixed sizes")
-    _verify_type(module, weight.type, name, (*DTYPES, "packed"))
+    _verify_type(module, weight.type, name, (*DTYPES, *PACKED))
     if weight.quantize or packed or weight.bits is not None:
         _verify_blocks(weight)
         _verify_limits(weight)
@@ -210,7 +210,7 @@ def _tensors_of(weight: Weight) -> dict[str, _Stored]:
     """What the tensor of every field must be, as the docstring of `Weight` has it."""
     shape, dtype = weight.type.static_shape(), weight.type.dtype
     dense = (_FLOATS if dtype in FLOATS else (dtype.upper(),), shape)
-    rules: dict[str, _Stored] = {"data": (("U8",), (None,)) if dtype == "packed" else dense}
+    rules: dict[str, _Stored] = {"data": (("U8",), (None,)) if weight.type.is_packed else dense}
     if weight.block is None or weight.group is None:
         return rules
     groups = (shape[0], -(-shape[1] // weight.group))
@@ -244,7 +244,7 @@ def _verify_tensor(
 
 def _verify_stage(module: Module, weight: Weight) -> None:
     """What the facts in the header promise about every quantized matrix, and no more than that."""
-    name, packed = f"@{weight.symbol}", weight.type.dtype == "packed"
+    name, packed = f"@{weight.symbol}", weight.type.is_packed
     stated = "packed" in module.facts
     check(
         stated or not packed, f"{name} is packed, but the module does not state the fact `packed`"
@@ -290,7 +290,7 @@ def _verify_limits(weight: Weight) -> None:
 def _verify_bits(module: Module, weight: Weight) -> None:
     name = f"@{weight.symbol}"
     if weight.bits is None:
-        check(weight.type.dtype != "packed", f"{name} is packed without bits")
+        check(not weight.type.is_packed, f"{name} is packed without bits")
         return
     if isinstance(weight.bits, Resource):
         if weight.bits.key not in module.resources:

@@ -113,8 +113,8 @@ class KernelTables(NamedTuple):
 
 
 def pack_units(subs: U8, bits: int) -> U8:
-    """Codes u8[..., 8, 64] of width `bits` -> vectors u8[..., bits, 64]."""
-    vectors = np.zeros((*subs.shape[:-2], bits, VECTOR_BYTES), np.uint8)
+    """Codes u8[..., 8, n] of width `bits` -> vectors u8[..., bits, n]."""
+    vectors = np.zeros((*subs.shape[:-2], bits, subs.shape[-1]), np.uint8)
     for sub, (shift, pieces) in enumerate(PIECES[bits]):
         formed = subs[..., sub, :] << np.uint8(shift)
         for vector, bit, width, to in pieces:
@@ -124,8 +124,8 @@ def pack_units(subs: U8, bits: int) -> U8:
 
 
 def unpack_units(vectors: U8, bits: int) -> U8:
-    """Vectors u8[..., bits, 64] -> codes u8[..., 8, 64]; the inverse of `pack_units`."""
-    subs = np.zeros((*vectors.shape[:-2], SUBS, VECTOR_BYTES), np.uint8)
+    """Vectors u8[..., bits, n] -> codes u8[..., 8, n]; the inverse of `pack_units`."""
+    subs = np.zeros((*vectors.shape[:-2], SUBS, vectors.shape[-1]), np.uint8)
     for sub, (shift, pieces) in enumerate(PIECES[bits]):
         for vector, bit, width, to in pieces:
             part = (vectors[..., vector, :] >> np.uint8(bit)) & np.uint8((1 << width) - 1)
@@ -325,7 +325,8 @@ class BlockLayout:
 
     def _pack_segment(self, arena: U8, segment: _Segment, subs: U8, footer: U8) -> None:
         for groups, cols, start in self._parts(segment):
-            picked = subs[self._units(groups, cols)]
+            picked = subs[self._index(groups, cols)]
+            picked = picked.reshape(len(groups), self._unit_count(cols), SUBS, -1)
             if (top := int(picked.max())) >> segment.width:
                 raise TargetError(f"a code of {top} does not fit a block of {segment.width} bits")
             data = pack_units(picked, segment.width).reshape(len(groups), -1)
@@ -339,14 +340,16 @@ class BlockLayout:
             stop = start + len(groups) * self._group_bytes(cols, segment.width)
             chunk = arena[start:stop].reshape(len(groups), -1)
             split = self.panel * cols * segment.width // 8
-            shape = (len(groups), cols // self.unit_cols, segment.width, VECTOR_BYTES)
-            subs[self._units(groups, cols)] = unpack_units(
-                chunk[:, :split].reshape(shape), segment.width
-            )
+            shape = (len(groups), self._unit_count(cols), segment.width, -1)
+            codes = unpack_units(chunk[:, :split].reshape(shape), segment.width)
+            index = self._index(groups, cols)
+            subs[index] = codes.reshape(*index.shape, *subs.shape[1:])
             footer[groups] = chunk[:, split:]
 
-    def _units(self, groups: NDArray[np.int64], cols: int) -> NDArray[np.int64]:
-        """Unit numbers int64[groups, units of a group]."""
+    def _unit_count(self, cols: int) -> int:
+        return cols // self.unit_cols
+
+    def _index(self, groups: NDArray[np.int64], cols: int) -> NDArray[np.int64]:
         first = groups * (self.group // self.unit_cols)
         return first[:, None] + np.arange(cols // self.unit_cols)
 

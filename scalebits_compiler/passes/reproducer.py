@@ -107,7 +107,7 @@ def _rules(weight: Weight) -> list[tuple[str, str]]:
     """(key, how to make it up) for every tensor of a weight."""
     rules: list[tuple[str, str]] = []
     if weight.data is not None:
-        rules.append((weight.data.key, "zeros" if weight.type.dtype == "packed" else "data"))
+        rules.append((weight.data.key, "zeros" if weight.type.is_packed else "data"))
     if isinstance(weight.bits, Resource):
         rules.append((weight.bits.key, "bits"))
     for name in _TENSOR_FIELDS:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from scalebits_compiler.errors import ArtifactError, TargetError
 from scalebits_compiler.numerics.layout import BlockLayout
+from scalebits_compiler.numerics.tiles import LAYOUTS
 from scalebits_compiler.runtime.manifest import (
     COMPILE_AGAIN,
     MANIFEST,
@@ -116,7 +117,12 @@ class Artifact:
             raise ArtifactError(f"{self.path}: the weight {symbol} is not packed")
         try:
             rows, cols = record.shape
-            layout = BlockLayout(rows, cols, block[0], block[1], group)
+            layout = LAYOUTS[record.dtype](rows, cols, block[0], block[1], group)
+        except KeyError:
+            raise ArtifactError(
+                f"{self.path}: {symbol}: the bytes are in the unknown order {record.dtype!r}",
+                help=COMPILE_AGAIN,
+            ) from None
         except TargetError as error:
             raise ArtifactError(f"{self.path}: {symbol}: {error.message}") from None
         arena, bits = (self.tensors[f"{symbol}.{part}"].data for part in ("packed", "bits"))

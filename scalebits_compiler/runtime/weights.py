@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from scalebits_compiler.numerics.layout import BlockLayout
 from scalebits_compiler.runtime.artifact import Artifact, PackedMatrix
 
 if TYPE_CHECKING:
@@ -36,7 +35,7 @@ class PackedRows:
         self._panels_per_block = layout.block_rows // layout.panel
         self._first = layout.metadata(self._bits).offsets
         # One panel is a packed matrix of its own, in the bytes of the whole one.
-        self._panel = BlockLayout(
+        self._panel = type(layout)(
             layout.panel, layout.cols, layout.panel, layout.block_cols, layout.group
         )
 

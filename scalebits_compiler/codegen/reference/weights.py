@@ -8,6 +8,7 @@ import torch
 from scalebits_compiler.errors import TargetError
 from scalebits_compiler.ir.module import Module, Weight
 from scalebits_compiler.numerics.layout import BlockLayout
+from scalebits_compiler.numerics.tiles import LAYOUTS
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -18,7 +19,7 @@ def dense(module: Module, weight: Weight) -> torch.Tensor:
     A packed matrix is unpacked, a rounded one (codes, scales, zeros) is dequantized:
     w = scale * (code - zero * 2**bits / 256). Raises TargetError if the weight has no data.
     """
-    if weight.type.dtype == "packed":
+    if weight.type.is_packed:
         return torch.from_numpy(_unpacked(module, weight))
     if weight.codes is not None:
         return torch.from_numpy(_dequantized(module, weight))
@@ -29,11 +30,15 @@ def dense(module: Module, weight: Weight) -> torch.Tensor:
 
 
 def layout_of(weight: Weight) -> BlockLayout:
-    """The packed layout of a quantized matrix; TargetError if it has no block shape."""
+    """The layout of a quantized matrix, of what it has been or will be packed to.
+
+    Raises TargetError if it has no block shape.
+    """
     if weight.block is None or weight.group is None:
         raise TargetError(f"@{weight.symbol} has no block shape")
     rows, columns = weight.type.static_shape()
-    return BlockLayout(rows, columns, weight.block[0], weight.block[1], weight.group)
+    made = LAYOUTS.get(weight.type.dtype, BlockLayout)
+    return made(rows, columns, weight.block[0], weight.block[1], weight.group)
 
 
 def _unpacked(module: Module, weight: Weight) -> np.ndarray:

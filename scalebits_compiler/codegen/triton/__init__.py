@@ -1,0 +1,1 @@
+"""CUDA kernels: chosen by `spec`, written as Triton by `emit`, compiled by `aot`."""

@@ -1,0 +1,112 @@
+"""The generated Triton kernels, run by Triton's interpreter, against dequantized weights."""
+
+import numpy as np
+import pytest
+import torch
+
+from scalebits_compiler.codegen.triton.emit import emit_module
+from scalebits_compiler.codegen.triton.spec import STAGES, WARPS, select_specs
+from scalebits_compiler.errors import ArtifactError
+from scalebits_compiler.numerics.tiles import TileLayout
+from scalebits_compiler.runtime.cuda.kernels import DTYPES, Kernels, TiledLinear
+from scalebits_compiler.runtime.cuda.launchers import SourceLauncher
+
+# Relative error: weights and sums are exact to float32 but for the rounding of the result, and of
+# the weights in the dequantize kernel.
+TOLERANCE = {"fp16": 1e-3, "bf16": 8e-3}
+
+
+def matrix(layout, bits, seed=0):
+    """(arena, dense float64 matrix) with random codes, scales and zeros."""
+    rng = np.random.default_rng(seed)
+    wide = bits.repeat(layout.block_rows, 0)[: layout.rows]
+    groups = wide.repeat(layout.block_cols // layout.group, 1)[:, : layout.groups]
+    wide = wide.repeat(layout.block_cols, 1)[:, : layout.cols].astype(np.int64)
+    codes = rng.integers(0, 1 << wide).astype(np.uint8)
+    scales = (rng.uniform(0.5, 2, groups.shape) * np.ldexp(1.0, -groups.astype(int))).astype("f2")
+    zeros = rng.integers(0, 256, scales.shape).astype(np.uint8)
+    arena = layout.pack(codes, scales, zeros, bits)
+    return arena, layout.dequantize(arena, bits).astype(np.float64)
+
+
+def linear(layout, bits, arena, dtype, folder, multiprocessors=2):
+    specs, dispatch = select_specs([(layout, bits)], dtype)
+    path = folder / f"kernels_{dtype}.py"
+    path.write_text(emit_module(specs))
+    options = {spec.key: {"warps": WARPS, "stages": STAGES} for spec in specs}
+    launcher = SourceLauncher(path, options)
+    kernels = Kernels(dispatch, launcher, torch.device("cpu"), multiprocessors)
+    return TiledLinear(kernels, layout, torch.from_numpy(arena), bits)
+
+
+def error(layer, dense, tokens):
+    """Relative error of the product with random activations, and of the dequantized matrix."""
+    x = np.random.default_rng(tokens).normal(size=(tokens, dense.shape[1]))
+    x = torch.from_numpy(x).to(layer.kernels.dtype)
+    expected = x.double() @ torch.from_numpy(dense).T
+    return float((layer(x).double() - expected).norm() / expected.norm())
+
+
+def dense_error(layer, dense):
+    difference = layer.dense().double().T.numpy() - dense
+    return float(np.linalg.norm(difference) / np.linalg.norm(dense))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", range(1, 9))
+def test_every_width_alone(width, dtype, tmp_path, triton_interpreter):
+    layout = TileLayout(128, 128, 128, 128, 128)
+    bits = np.full(layout.grid, width, np.uint8)
+    arena, dense = matrix(layout, bits)
+    layer = linear(layout, bits, arena, dtype, tmp_path)
+    assert error(layer, dense, 1) < TOLERANCE[dtype]
+    assert dense_error(layer, dense) < TOLERANCE[dtype]
+
+
+SHAPES = {
+    "whole": TileLayout(256, 384, 128, 128, 128),
+    "small blocks": TileLayout(32, 192, 16, 64, 32),
+    "ragged": TileLayout(70, 200, 32, 128, 128),
+    "ragged groups of 96": TileLayout(33, 328, 16, 192, 96),
+    "one ragged group": TileLayout(16, 40, 16, 64, 64),
+    "half panel": TileLayout(192, 192, 128, 128, 64),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", SHAPES)
+def test_mixed_widths_in_every_bucket(name, dtype, tmp_path, triton_interpreter):
+    layout = SHAPES[name]
+    bits = np.random.default_rng(3).integers(1, 9, layout.grid).astype(np.uint8)
+    arena, dense = matrix(layout, bits)
+    layer = linear(layout, bits, arena, dtype, tmp_path)
+    for tokens in (1, 5, 40, 70, 257):
+        assert error(layer, dense, tokens) < TOLERANCE[dtype], tokens
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 3, 100])
+def test_the_number_of_splits_changes_nothing(multiprocessors, tmp_path, triton_interpreter):
+    layout = SHAPES["whole"]
+    bits = np.random.default_rng(4).integers(2, 5, layout.grid).astype(np.uint8)
+    arena, dense = matrix(layout, bits)
+    layer = linear(layout, bits, arena, "fp16", tmp_path, multiprocessors)
+    for _ in range(2):  # the second run finds the tickets as the first has left them
+        assert error(layer, dense, 3) < TOLERANCE["fp16"]
+    assert not layer.kernels.workspace.tickets.any()
+
+
+def test_a_wrong_byte_is_seen(tmp_path, triton_interpreter):
+    layout = SHAPES["ragged"]
+    bits = np.full(layout.grid, 3, np.uint8)
+    arena, dense = matrix(layout, bits)
+    arena[5] ^= 4
+    assert error(linear(layout, bits, arena, "fp16", tmp_path), dense, 1) > TOLERANCE["fp16"]
+
+
+def test_a_matrix_without_kernels_is_refused(tmp_path, triton_interpreter):
+    layout = SHAPES["whole"]
+    bits = np.full(layout.grid, 3, np.uint8)
+    arena, _ = matrix(layout, bits)
+    layer = linear(layout, bits, arena, "fp16", tmp_path)
+    with pytest.raises(ArtifactError, match="no kernel for a matrix 256 x 384"):
+        TiledLinear(layer.kernels, layout, layer.arena, np.full(layout.grid, 4, np.uint8))
