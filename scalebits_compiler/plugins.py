@@ -7,9 +7,10 @@ in a variable `PLUGIN`; without it, the passes, ops and targets that the file de
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -18,13 +19,15 @@ from typing import Any
 
 from scalebits_compiler.codegen.target import TARGETS, Target
 from scalebits_compiler.errors import UsageError
-from scalebits_compiler.ir.op import Op
+from scalebits_compiler.ir.op import Op, op_fields
 from scalebits_compiler.ir.ops import OPS
 from scalebits_compiler.passes.base import Pass
+from scalebits_compiler.passes.pipeline import pass_options
 from scalebits_compiler.passes.table import PASSES, PIPELINES
 
 GROUP = "scalebits_compiler.plugins"
 OWN = "scalebits_compiler itself"
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.\-]*")  # NAME of the grammar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +56,15 @@ class Registry:
     def add(self, plugin: Plugin, origin: str) -> None:
         """Add what a plugin brings; UsageError naming both origins if a name is taken."""
         for op in plugin.ops:
+            _check_class(op, Op, op_fields, origin)
             self._claim("op", op.name, origin, self.ops)
             self.ops[op.name] = op
         for item in plugin.passes:
+            _check_class(item, Pass, pass_options, origin)
             self._claim("pass", item.name, origin, {**self.passes, **PIPELINES})
             self.passes[item.name] = item
         for target in plugin.targets:
+            _check_class(target, Target, fields, origin)
             self._claim("target", target.name, origin, {**TARGETS, **self.targets})
             self.targets[target.name] = target
         self.rules.update(plugin.rules)
@@ -80,6 +86,31 @@ class Registry:
             RULES.update(self.rules)
 
 
+def _check_class(item: Any, base: type[Any], read: Callable[[Any], Any], origin: str) -> None:
+    """UsageError if pipelines or texts could not name a class, or would not see its fields."""
+    if not inspect.isclass(item) or not issubclass(item, base):
+        raise UsageError(f"{origin} brings {item!r}, which is no subclass of {base.__name__}")
+    name = getattr(item, "name", None)
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise UsageError(
+            f"{origin}: {item.__name__} needs a name of letters, digits and _ . -, it has {name!r}",
+            help='write  name: ClassVar[str] = "my-name"  into the class',
+        )
+    if inspect.get_annotations(item) and "__dataclass_fields__" not in vars(item):
+        raise UsageError(
+            f"{origin}: {item.__name__} states fields, but is no dataclass",
+            help="write  @dataclass(frozen=True)  above the class",
+        )
+    try:
+        read(item)
+    except Exception as error:
+        raise UsageError(
+            f"{origin}: the fields of {item.__name__} cannot be read:"
+            f" {type(error).__name__}: {error}",
+            help="fields are numbers, strings, booleans, lists and dicts; an op also has operands",
+        ) from error
+
+
 def load_plugins(files: Sequence[Path] = ()) -> Registry:
     """The registry with all installed plugins and the given files.
 
@@ -99,7 +130,7 @@ def _installed(point: EntryPoint) -> tuple[Plugin, str]:
     origin = f"the package {package} (entry point '{point.name}')"
     try:
         plugin = point.load()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(
             f"{origin} cannot be loaded: {type(error).__name__}: {error}",
             help="repair or uninstall it",
@@ -118,7 +149,7 @@ def _from_file(path: Path) -> Plugin:
     sys.modules[name] = module  # dataclasses and type hints look their module up by name
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(
             f"--plugin {path} cannot be loaded: {type(error).__name__}: {error}"
         ) from error

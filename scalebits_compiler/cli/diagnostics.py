@@ -11,6 +11,7 @@ from scalebits_compiler.errors import ScalebitsError
 SEPARATOR = "// -----"
 _EXPECTED = re.compile(r"//\s*expected-error(@[^\s{]*)?\s*\{\{(.*?)\}\}")
 _OFFSET = re.compile(r"@(?:([+-]\d+)|(above)|(below))")
+_CODE = re.compile(r"^\s*(?!//)\S", re.MULTILINE)
 _PLACE = re.compile(r"-->\s.*?:(\d+):\d+")
 
 
@@ -24,14 +25,18 @@ class Expected:
 
 
 def split_input(text: str) -> list[str]:
-    """The modules between lines `// -----`, each with its line numbers in the whole file."""
+    """The modules between lines `// -----`, each with its line numbers in the whole file.
+
+    Pieces without a module (a comment at the top, a line at the end) are left out.
+    """
     pieces: list[list[str]] = [[]]
     for number, line in enumerate(text.split("\n")):
         if line.rstrip() == SEPARATOR:
             pieces.append([""] * (number + 1))
         else:
             pieces[-1].append(line)
-    return ["\n".join(piece) for piece in pieces]
+    texts = ["\n".join(piece) for piece in pieces]
+    return [text for text in texts if _CODE.search(text) or _EXPECTED.search(text)] or texts[:1]
 
 
 def expected_errors(text: str) -> list[Expected]:

@@ -41,8 +41,10 @@ def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser("opt", help="run passes on an IR file and print the result")
     add = parser.add_argument
     add("file", nargs="?", metavar="FILE", help="the IR text; - for standard input")
-    add("-p", "--pipeline", default="", metavar="PIPELINE", help='e.g. "pass-a{x = 1},pass-b"')
-    add("-o", "--output", type=Path, metavar="OUT", help="write here, with the tensors beside it")
+    told = 'e.g. "pass-a{x = 1},pass-b"; given several times, one after the other'
+    add("-p", "--pipeline", action="append", default=[], metavar="PIPELINE", help=told)
+    told = "write here, with the tensors beside it; - (default) prints"
+    add("-o", "--output", type=Path, metavar="OUT", help=told)
     add("--stop-after", metavar="NAME", help="leave out what comes after this pass")
     add("--seed", type=int, default=0, metavar="N", help="for the passes that draw numbers")
     add("--plugin", type=Path, action="append", default=[], metavar="FILE", help="load a plugin")
@@ -68,27 +70,46 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("opt takes FILE or --reproduce DIR", help="- reads standard input")
     if args.reproduce is not None:
         args.file = str(args.reproduce / MODULE)
-        args.pipeline = args.pipeline or read_pipeline(args.reproduce)
+        args.pipeline = args.pipeline or [read_pipeline(args.reproduce)]
+    _check_output(args)
     registry = load_plugins(args.plugin)
-    passes = _stop(parse_passes(args.pipeline, registry.passes), args.stop_after)
+    pipeline = ",".join(filter(str.strip, args.pipeline))
+    passes = _stop(parse_passes(pipeline, registry.passes), args.stop_after)
     _check_names(args, passes)
     text = _read(args.file)
     pieces = split_input(text) if args.split_input_file else [text]
-    if len(pieces) > 1 and args.output is not None:
-        raise UsageError("-o takes one module; leave it out to print many")
+    if len(pieces) > 1 and (args.output or args.dump_ir) is not None:
+        raise UsageError("-o and --dump-ir take one module; leave them out to print many")
     outputs: list[str] = []
     complaints: list[str] = []
     for piece in pieces:
-        if args.verify_diagnostics:
-            output, wrong = check_piece(piece, lambda t: _process(t, args, passes, registry))
-            complaints += wrong
+        try:
+            if args.verify_diagnostics:
+                output, wrong = check_piece(piece, lambda t: _process(t, args, passes, registry))
+                complaints += wrong
+            else:
+                output = _process(piece, args, passes, registry)
+        except ScalebitsError as error:
+            if len(pieces) == 1:
+                raise
+            complaints.append(str(error))
         else:
-            output = _process(piece, args, passes, registry)
-        outputs.append(output)
+            outputs.append(output)
     sys.stdout.write(f"{SEPARATOR}\n".join(outputs))
     if complaints:
-        raise ScalebitsError("\n".join(complaints))
+        raise ScalebitsError("\nerror: ".join(complaints))
     return 0
+
+
+def _check_output(args: argparse.Namespace) -> None:
+    """What -o names must be a file of its own, before anything runs."""
+    if args.output == Path("-"):
+        args.output = None
+    if args.output is None:
+        return
+    if args.output.is_dir() or args.output.suffix == ".safetensors":
+        what = "a folder" if args.output.is_dir() else "the name of its own tensors"
+        raise UsageError(f"-o {args.output}: that is {what}", help="give a file such as out.sbir")
 
 
 def _stop(passes: list[Pass], name: str | None) -> list[Pass]:

@@ -363,7 +363,9 @@ def _fill(cls: type[Op], raw: RawOp) -> dict[str, Any]:
 
 def _hint(name: str, known: Mapping[str, object]) -> str:
     near = get_close_matches(name, known, n=1)
-    return f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(known)}"
+    if near:
+        return f"; did you mean '{near[0]}'?"
+    return f"; known: {', '.join(known)}; what a plugin brings needs the plugin"
 
 
 def _take(

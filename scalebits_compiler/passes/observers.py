@@ -6,6 +6,7 @@ import re
 import shlex
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from scalebits_compiler.errors import IRError, UsageError
@@ -100,7 +101,7 @@ class PrintBefore(Observer):
 class PrintAfter(Observer):
     """Prints the module after passes; `names` = None means after every pass.
 
-    With `only_changes` a pass that leaves the text as it is gives one line.
+    With `only_changes` a pass that leaves all but the history as it is gives one line.
     """
 
     def __init__(
@@ -115,10 +116,18 @@ class PrintAfter(Observer):
         if self.names is not None and item.name not in self.names:
             return
         text = print_module(after)
-        if self.only_changes and text == print_module(before):
+        if self.only_changes and not _changed(before, after):
             self.write(f"// -----// IR not changed by {item.name} //----- //\n")
         else:
             self.write(f"// -----// IR after {item.name} //----- //\n{text}")
+
+
+def _changed(before: Module, after: Module) -> bool:
+    """Whether text or tensors differ; that the pass was run is no change."""
+    if print_module(replace(before, history=after.history)) != print_module(after):
+        return True
+    present = [key for key in resource_keys(after) if key in after.resources]
+    return bool(after.resources.missing_from(before.resources, present))
 
 
 class DumpIR(Observer):

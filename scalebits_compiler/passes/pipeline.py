@@ -176,6 +176,8 @@ def _run_one(module: Module, item: Pass, ctx: PassContext, observers: Sequence[O
     for observer in observers:
         observer.before(item, module)
     made = item.run(module, ctx)
+    if not isinstance(made, Module):
+        raise TypeError(f"run returned a {type(made).__name__}, not a Module")
     made = replace(
         made,
         facts=_facts_after(item, made.facts),

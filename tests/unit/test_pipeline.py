@@ -89,6 +89,17 @@ class Break(Pass):
 
 
 @dataclass(frozen=True)
+class Mute(Pass):
+    """Changes nothing, and forgets to return the module."""
+
+    name: ClassVar[str] = "mute"
+    returns: bool = False
+
+    def run(self, module: Module, ctx: PassContext) -> Module:
+        return module if self.returns else None  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
 class Needy(Pass):
     """Has an option without default."""
 
@@ -190,6 +201,33 @@ def test_observers_print_time_and_check() -> None:
     ]
     assert [name for name, _ in timing.seconds] == ["stretch", "forget", "stretch"]
     assert timing.table().endswith("total")
+
+
+def test_a_pass_that_changes_nothing_is_not_printed() -> None:
+    out: list[str] = []
+    watch = [PrintAfter(out.append, only_changes=True)]
+    passes = [Stretch(), Forget(), Mute(returns=True)]
+    made = run_pipeline(tiny(), passes, PassContext(), watch, table=TABLE)
+    assert made.history == ("stretch", "forget", "mute{returns = true}")
+    assert out[1].startswith("// -----// IR after forget")  # it takes a fact away
+    assert out[2:] == ["// -----// IR not changed by mute //----- //\n"]
+
+
+def test_new_tensors_are_a_change() -> None:
+    import torch
+
+    before = replace(tiny(), resources=ResourceStore({"g": torch.ones(4)}))
+    after = replace(before, resources=ResourceStore({"g": torch.zeros(4)}))
+    out: list[str] = []
+    watch = PrintAfter(out.append, only_changes=True)
+    watch.after(Stretch(factor=1.0), before, after)
+    assert out[0].startswith("// -----// IR after stretch")
+
+
+def test_a_pass_that_returns_no_module_is_named() -> None:
+    with pytest.raises(PassError, match="returned a NoneType, not a Module") as caught:
+        run_pipeline(tiny(), [Mute()], PassContext(), table={**TABLE, "mute": Mute})
+    assert caught.value.notes[0] == "in pass mute"
 
 
 def test_dumps_restart_and_hold_only_what_is_new(tmp_path: Path) -> None:

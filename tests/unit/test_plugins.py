@@ -40,6 +40,7 @@ MY_PASS = """
         def run(self, module: Module, ctx: PassContext) -> Module:
             return replace(module, name=self.to)
 """
+IMPORT = "\n    from scalebits_compiler.plugins import Plugin\n"
 MODULE = """module @m {facts = ["canonical", "bits"]} {
   weight @a : f32[32, 64] {data = resource("a"), quantize = true, block = [16, 64], group = 32, bits = grid([[2], [6]])}
   weight @b : f32[64, 32] {data = resource("b"), quantize = true, block = [16, 64], group = 32, bits = grid([[1], [2], [3], [4]])}
@@ -102,6 +103,12 @@ def test_ops_and_targets_clash_too() -> None:
         ("import nothing_of_that_name", "cannot be loaded: ModuleNotFoundError"),
         ("x = 1", "brings nothing"),
         ("PLUGIN = 3", "PLUGIN is a int, not a Plugin"),
+        ("raise SystemExit(3)", "cannot be loaded: SystemExit: 3"),
+        (MY_PASS.replace('"rename"', '"re name"'), "Rename needs a name of .* it has 're name'"),
+        (MY_PASS.replace('name: ClassVar[str] = "rename"', ""), "it has None"),
+        (MY_PASS.replace("@dataclass(frozen=True)", ""), "states fields, but is no dataclass"),
+        (MY_PASS.replace("to: str", "to: Nope"), "fields of Rename cannot be read: NameError"),
+        (MY_PASS + f"{IMPORT}    PLUGIN = Plugin(passes=(Rename('x'),))", "no subclass of Pass"),
     ],
 )
 def test_bad_files_are_explained(tmp_path: Path, text: str, message: str) -> None:
