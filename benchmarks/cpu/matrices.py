@@ -1,0 +1,89 @@
+"""Packed matrices with random codes, and our kernels for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from measure import Case, copies
+from numpy.typing import NDArray
+
+from scalebits_compiler.codegen.tvm.build import compile_kernels
+from scalebits_compiler.codegen.tvm.spec import select_specs
+from scalebits_compiler.numerics.layout import BlockLayout
+from scalebits_compiler.runtime.cpu_features import cpu_features
+from scalebits_compiler.runtime.kernels import KernelLibrary, PackedLinear
+from scalebits_compiler.runtime.variants import choose_variant
+
+BLOCK, GROUP = 128, 128
+MIXES: dict[str, Mapping[int, int]] = {
+    "uniform 2": {2: 1},
+    "uniform 3": {3: 1},
+    "uniform 4": {4: 1},
+    "mixed 2,3,4": {2: 1, 3: 2, 4: 1},
+    "mixed 1..8": {1: 5, 2: 4, 3: 2, 4: 1, 5: 1, 6: 1, 7: 1, 8: 1},
+    "uniform 5": {5: 1},
+    "uniform 6": {6: 1},
+    "uniform 7": {7: 1},
+}
+"""Widths by share of the blocks. The means of the mixed ones are 3 and 3.0625 bits."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A packed matrix: its layout, bytes and widths."""
+
+    layout: BlockLayout
+    arena: NDArray[np.uint8]
+    bits: NDArray[np.uint8]
+
+
+def random_matrix(rows: int, cols: int, mix: Mapping[int, int], seed: int = 0) -> Packed:
+    """Uniformly random codes, widths shuffled over the blocks; outputs are of the size of x."""
+    rng = np.random.default_rng(seed)
+    layout = BlockLayout(rows, cols, BLOCK, BLOCK, GROUP)
+    cycle = np.repeat(list(mix), list(mix.values())).astype(np.uint8)
+    bits = rng.permutation(np.resize(cycle, layout.grid[0] * layout.grid[1])).reshape(layout.grid)
+    wide = bits.repeat(BLOCK, 0)[:rows].repeat(BLOCK, 1)[:, :cols]
+    codes = rng.integers(0, 256, (rows, cols), dtype=np.uint8) >> (8 - wide)
+    step = np.ldexp(np.float32(4 / np.sqrt(cols)), -bits.astype(np.int32))
+    scales = step.repeat(BLOCK, 0)[:rows].astype(np.float16)
+    zeros = np.full((rows, layout.groups), 128, np.uint8)
+    return Packed(layout, layout.pack(codes, scales, zeros, bits), bits)
+
+
+class OurKernels:
+    """The kernels of one set of widths, in each of the activation modes asked for."""
+
+    def __init__(
+        self, mix: Mapping[int, int], folder: Path, activations: tuple[str, ...], threads: int
+    ) -> None:
+        folder.mkdir()
+        layout = BlockLayout(BLOCK, BLOCK, BLOCK, BLOCK, GROUP)
+        specs, dispatch = select_specs([(layout, np.array([list(mix)], np.uint8))])
+        here = choose_variant(dispatch["variants"], cpu_features())["name"]
+        compile_kernels({here: specs[here]}, folder / "k.so")
+        self.libraries: dict[str, KernelLibrary] = {}
+        for name in activations:
+            self.libraries[name] = KernelLibrary.open(folder / "k.so", dispatch, activations=name)
+            self.libraries[name].threads = threads
+
+    def case(
+        self,
+        name: str,
+        packed: Packed,
+        activations: str,
+        x: NDArray[np.float32],
+        cold: bool,
+        rounded: bool = False,
+    ) -> Case:
+        """y = x W^T from float32 to float32; `rounded`: with x in the form of the kernels."""
+        library, calls = self.libraries[activations], []
+        source = library.quantize(x, packed.layout.group) if rounded else x
+        for _ in range(copies(packed.arena.nbytes, cold)):
+            linear = PackedLinear(library, packed.layout, packed.arena.copy(), packed.bits)
+            calls.append(partial(linear, source))
+        return Case(name, calls)
