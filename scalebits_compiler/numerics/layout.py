@@ -1,9 +1,12 @@
 """The packed byte layout of a mixed-precision weight matrix (layer L0, numpy only).
 
 A matrix W[N, K] (rows = output channels) is cut into blocks of R x C, each with one width b in
-1..8. A group is g consecutive columns of one row; it has an fp16 scale and a uint8 zero point:
+1..8. A group is g consecutive columns of one row; it has a scale and a uint8 zero point:
 
     w = scale * (code - zero * 2**b / 256),    code in 0 .. 2**b - 1
+
+A scale is stored as one byte, bits 14 to 7 of an fp16 number: five of the exponent, three of the
+mantissa. Its sign and lower mantissa bits are 0. In arrays it is that fp16 number.
 
 Bytes lie strictly in the order in which the kernels read them, with no padding in between:
 
@@ -27,8 +30,10 @@ from numpy.typing import NDArray
 
 from scalebits_compiler.errors import ArtifactError, TargetError
 
-FORMAT_VERSION = 2  # of the packed bytes and of the kernels that read them
+FORMAT_VERSION = 3  # of the packed bytes and of the kernels that read them
 MAX_BITS = 8
+SCALE_SHIFT = 7  # bits of an fp16 scale below its stored byte
+FOOTER_BYTES = 2  # of a row of a group: scale and zero
 UNIT_CODES = 512
 LANES = 16  # rows of one vector
 STEP = 4  # columns of one vector
@@ -204,8 +209,8 @@ class BlockLayout:
         groups = np.minimum(per_block, self.groups - block_col * per_block)
         cols = groups * self.group
         cols[-1] += self.last_group_cols - self.group
-        per_bit, fixed = np.multiply.outer(rows, cols), np.multiply.outer(rows, groups * 24)
-        return per_bit.astype(np.int64), fixed.astype(np.int64)
+        per_bit, fixed = np.multiply.outer(rows, cols), np.multiply.outer(rows, groups)
+        return per_bit.astype(np.int64), 8 * FOOTER_BYTES * fixed.astype(np.int64)
 
     def nbytes(self, bits: U8) -> int:
         """Bytes of the packed matrix for the grid `bits`."""
@@ -229,12 +234,18 @@ class BlockLayout:
     def pack(self, codes: U8, scales: F16, zeros: U8, bits: U8) -> U8:
         """Pack codes u8[N, K], scales f16[N, groups], zeros u8[N, groups] to u8[nbytes].
 
-        `bits` is the u8 grid. Raises `TargetError` for a wrong shape or dtype, or a code too wide
-        for its block.
+        `bits` is the u8 grid. Raises `TargetError` for a wrong shape or dtype, a code too wide
+        for its block, or a scale that one byte does not hold.
         """
         self._check_array("codes", codes, np.uint8, (self.rows, self.cols))
         self._check_array("scales", scales, np.float16, (self.rows, self.groups))
         self._check_array("zeros", zeros, np.uint8, (self.rows, self.groups))
+        if np.any(scales.view(np.uint16) & ~np.uint16(255 << SCALE_SHIFT)):
+            raise TargetError(
+                f"packed matrix {self.rows} x {self.cols}: a scale is negative or has more than"
+                " three bits of mantissa",
+                help="round scales with numerics.quantize.stored_scale",
+            )
         arena = np.empty(self.nbytes(bits), np.uint8)
         for panel, segments in enumerate(self._segments(bits)):
             rows = slice(panel * self.panel, min((panel + 1) * self.panel, self.rows))
@@ -262,13 +273,13 @@ class BlockLayout:
         for panel, segments in enumerate(self._segments(bits)):
             rows = slice(panel * self.panel, (panel + 1) * self.panel)
             subs = self._to_subs(np.empty((0, self.cols), np.uint8))
-            footer = np.empty((self.groups, 3 * self.panel), np.uint8)
+            footer = np.empty((self.groups, FOOTER_BYTES * self.panel), np.uint8)
             for segment in segments:
                 self._unpack_segment(arena, segment, subs, footer)
             codes[rows] = self._from_subs(subs)
-            split = 2 * self.panel
-            scales[rows] = np.ascontiguousarray(footer[:, :split]).view(np.float16).T
-            zeros[rows] = footer[:, split:].T
+            halves = footer[:, : self.panel].astype(np.uint16) << SCALE_SHIFT
+            scales[rows] = halves.view(np.float16).T
+            zeros[rows] = footer[:, self.panel :].T
         return codes[: self.rows], scales[: self.rows], zeros[: self.rows]
 
     def dequantize(self, arena: U8, bits: U8) -> NDArray[np.float32]:
@@ -281,7 +292,7 @@ class BlockLayout:
         scale = scales.astype(np.float32).repeat(self.group, 1)[:, : self.cols]
         return scale * (codes - offset)
 
-    # Below, one panel is "subs" u8[units, 8, 64] and "footer" u8[groups, 3 * P].
+    # Below, one panel is "subs" u8[units, 8, 64] and "footer" u8[groups, 2 * P].
 
     def _segments(self, bits: U8) -> list[list[_Segment]]:
         """Per panel its runs of equal width."""
@@ -304,7 +315,7 @@ class BlockLayout:
         return panels
 
     def _group_bytes(self, cols: int, width: int) -> int:
-        return self.panel * cols * width // 8 + 3 * self.panel
+        return self.panel * cols * width // 8 + FOOTER_BYTES * self.panel
 
     def _segment_bytes(self, segment: _Segment) -> int:
         full = len(segment.groups) * self._group_bytes(self.group, segment.width)
@@ -367,10 +378,11 @@ class BlockLayout:
         return split.transpose(2, 3, 0, 1, 4).reshape(self.panel, -1)[:, : self.cols]
 
     def _footers(self, scales: F16, zeros: U8) -> U8:
-        footer = np.zeros((self.groups, 3 * self.panel), np.uint8)
+        footer = np.zeros((self.groups, FOOTER_BYTES * self.panel), np.uint8)
+        halves = np.ascontiguousarray(scales.T).view(np.uint16)
         count = scales.shape[0]
-        footer[:, : 2 * count] = np.ascontiguousarray(scales.T).view(np.uint8)
-        footer[:, 2 * self.panel : 2 * self.panel + count] = zeros.T
+        footer[:, :count] = halves >> SCALE_SHIFT
+        footer[:, self.panel : self.panel + count] = zeros.T
         return footer
 
     def _checked(self, bits: U8) -> U8:

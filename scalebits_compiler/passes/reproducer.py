@@ -141,7 +141,8 @@ def _tensor(store: ResourceStore, key: str, rule: str, weight: Weight) -> torch.
     if not dtype.is_floating_point:  # 0 and 1 are codes of every width and ids of any vocabulary
         return torch.from_numpy(random.integers(0, 2, shape)).to(dtype)
     if rule == "positive" or len(shape) < 2:  # scores and scales; gains and frequencies
-        return torch.from_numpy(random.uniform(0.5, 1.5, shape)).to(dtype)
+        # Eighths: a stored scale has three bits of mantissa.
+        return torch.from_numpy(random.integers(4, 13, shape) / 8).to(dtype)
     return torch.from_numpy(random.normal(0.0, shape[-1] ** -0.5, shape)).to(dtype)
 
 

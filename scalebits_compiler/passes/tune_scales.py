@@ -26,8 +26,9 @@ BATCH_WINDOWS = 8
 class TuneScales(Pass):
     """Move scales and zero points down the gradient of KL(original || model); codes stay.
 
-    Adam with a cosine schedule over the calibration windows, through the rounding to float16 and
-    uint8 (straight-through). Kept only if the divergence on the acceptance windows falls.
+    Adam with a cosine schedule over the calibration windows, through the rounding to storable
+    scales and zero points (straight-through). Kept only if the divergence on the acceptance
+    windows falls.
     """
 
     name: ClassVar[str] = "tune-scales"
@@ -105,10 +106,15 @@ class _Tuned:
         """Scales and zeros as they would be stored, float32; gradients pass the rounding."""
         import torch
 
+        from scalebits_compiler.numerics.quantize import stored_scale
+
         scales = self.scales * torch.exp(self.log_scale)
         zeros = self.zeros + self.shift / self.step
         stored = zeros.round().clamp(0, 255)
-        return scales + (scales.half().float() - scales).detach(), zeros + (stored - zeros).detach()
+        return (
+            scales + (stored_scale(scales.detach()).float() - scales).detach(),
+            zeros + (stored - zeros).detach(),
+        )
 
     def dense(self) -> torch.Tensor:
         """The matrix float32 [m, n] they give; differentiable."""

@@ -74,7 +74,7 @@ class Reader:
             vectors = self.take(64 * width).reshape(width, 64)
             for sub in range(8):
                 self.read_sub(vectors, width, sub, top, index * self.group + unit * unit_cols)
-        self.scales[rows, index] = self.take(2 * self.panel).copy().view("<f2")
+        self.scales[rows, index] = (self.take(self.panel).astype("<u2") << 7).view("<f2")
         self.zeros[rows, index] = self.take(self.panel)
 
     def read_sub(self, vectors: U8, width: int, sub: int, top: int, left: int) -> None:
@@ -102,7 +102,8 @@ def test_the_page_is_enough_to_decode(
     bits.flat[: min(8, bits.size)] = np.arange(8, 8 - min(8, bits.size), -1)
     widths = bits.repeat(block[0], 0)[: shape[0]].repeat(block[1], 1)[:, : shape[1]]
     codes = (random.integers(0, 256, shape) >> (8 - widths.astype(int))).astype(np.uint8)
-    scales = random.random((shape[0], layout.groups)).astype(np.float16)
+    scales = random.integers(0, 240, (shape[0], layout.groups)).astype(np.uint16) << 7
+    scales = scales.view(np.float16)
     zeros = random.integers(0, 256, scales.shape).astype(np.uint8)
 
     reader = Reader(layout.pack(codes, scales, zeros, bits), shape, block, group)

@@ -12,6 +12,7 @@ from scalebits_compiler.ir.parser import parse_module
 from scalebits_compiler.ir.resources import ResourceStore
 from scalebits_compiler.ir.verifier import verify
 from scalebits_compiler.numerics.layout import BlockLayout
+from scalebits_compiler.numerics.quantize import stored_scale
 from scalebits_compiler.runtime.manifest import Provenance
 
 BLOCK_ROWS, BLOCK_COLS, GROUP = 16, 64, 32
@@ -58,7 +59,7 @@ class TextBuilder:
         codes = self.rng.integers(0, 1 << wide.astype(np.int64)).astype(np.uint8)
         spread = np.ldexp(1.0, -bits.astype(int)).repeat(BLOCK_ROWS, 0)[:rows]
         spread = spread.repeat(BLOCK_COLS // GROUP, 1)[:, : layout.groups]
-        scales = (spread * 2 / np.sqrt(cols)).astype(np.float16)
+        scales = stored_scale(torch.from_numpy(spread * 2 / np.sqrt(cols))).numpy()
         zeros = self.rng.integers(118, 138, scales.shape).astype(np.uint8)
         self.tensors[f"{name}.arena"] = torch.from_numpy(layout.pack(codes, scales, zeros, bits))
         grid = [list(map(int, row)) for row in bits]

@@ -57,7 +57,8 @@ def make_matrix(layout, widths, seed=0):
     wide = wide.repeat(layout.block_cols, 1)[:, : layout.cols].astype(np.uint32)
     codes = rng.integers(0, 1 << wide, dtype=np.uint32).astype(np.uint8)
     shape = (layout.rows, layout.groups)
-    scales = rng.uniform(0.01, 0.1, shape).astype(np.float16)
+    # The bytes of 0.01 to 0.1, see numerics/layout.py.
+    scales = (rng.integers(66, 93, shape).astype(np.uint16) << 7).view(np.float16)
     zeros = rng.integers(0, 256, shape, dtype=np.uint8)
     arena = layout.pack(codes, scales, zeros, bits)
     return Matrix(layout, arena, bits, layout.dequantize(arena, bits).astype(np.float64))

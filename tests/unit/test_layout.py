@@ -18,7 +18,7 @@ def random_matrix(layout, seed, widths=range(1, 9)):
     wide = wide.repeat(layout.block_cols, 1)[:, : layout.cols].astype(np.uint32)
     codes = rng.integers(0, 1 << wide, dtype=np.uint32).astype(np.uint8)
     shape = (layout.rows, layout.groups)
-    scales = rng.normal(size=shape).astype(np.float16)
+    scales = (rng.integers(0, 248, shape).astype(np.uint16) << 7).view(np.float16)
     return codes, scales, rng.integers(0, 256, shape, dtype=np.uint8), bits
 
 
@@ -76,15 +76,15 @@ def test_stored_order():
     """Panel, then width, then block column; codes before scales before zeros."""
     layout = BlockLayout(16, 96, 16, 32, 32)
     codes = np.zeros((16, 96), np.uint8)
-    scales = np.arange(48, dtype=np.float16).reshape(16, 3)
+    scales = (np.arange(48, dtype=np.uint16).reshape(16, 3) << 7).view(np.float16)
     zeros = np.arange(48, dtype=np.uint8).reshape(16, 3)
     bits = np.array([[4, 2, 4]], np.uint8)
     arena = layout.pack(codes, scales, zeros, bits)
     assert layout.metadata(bits).columns.tolist() == [[1, 0, 2]]
     assert layout.metadata(bits).starts.tolist() == [[0, 0, 1, 1, 3, 3, 3, 3, 3]]
-    np.testing.assert_array_equal(arena[128:160].view(np.float16), scales[:, 1])
-    np.testing.assert_array_equal(arena[160:176], zeros[:, 1])
-    assert arena.size == 64 * (2 + 4 + 4) + 3 * 48
+    np.testing.assert_array_equal(arena[128:144], scales[:, 1].view(np.uint16) >> 7)
+    np.testing.assert_array_equal(arena[144:160], zeros[:, 1])
+    assert arena.size == 64 * (2 + 4 + 4) + 2 * 48
 
 
 def test_vector_order():
@@ -146,6 +146,9 @@ def test_bad_sizes(change, word):
 def test_bad_input():
     layout = BlockLayout(32, 64, 32, 64, 32)
     codes, scales, zeros, bits = random_matrix(layout, 0, [3])
+    for scale in (-1.0, 1.01):
+        with pytest.raises(TargetError, match="a scale is negative or has more"):
+            layout.pack(codes, np.full_like(scales, scale), zeros, bits)
     with pytest.raises(TargetError, match="scales must be float16"):
         layout.pack(codes, scales.astype(np.float32), zeros, bits)
     with pytest.raises(TargetError, match="does not fit a block of 3 bits"):

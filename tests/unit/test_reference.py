@@ -123,7 +123,7 @@ def rounded():
     bits = np.array([[2], [5], [8]], dtype=np.uint8)
     wide = bits.repeat(16, 0).repeat(32, 1).astype(np.int64)
     codes = (generator.integers(0, 256, (48, 32)) % (1 << wide)).astype(np.uint8)
-    scales = generator.uniform(0.01, 0.02, (48, 1)).astype(np.float16)
+    scales = (generator.integers(70, 80, (48, 1)).astype(np.uint16) << 7).view(np.float16)
     zeros = generator.integers(0, 256, (48, 1)).astype(np.uint8)
     value = scales.astype(np.float64) * (codes - zeros * 2.0**wide / 256)
     return bits, codes, scales, zeros, torch.from_numpy(value).float()

@@ -18,9 +18,11 @@ from tvm.tirx.script import builder
 
 from scalebits_compiler.codegen.tvm.spec import KernelSpec
 from scalebits_compiler.numerics.layout import (
+    FOOTER_BYTES,
     LANES,
     MAX_BITS,
     PIECES,
+    SCALE_SHIFT,
     STEP,
     UNIT_CODES,
     VECTOR_BYTES,
@@ -173,14 +175,20 @@ class Footer:
     panel: int
 
     def scale(self, row_group: Expr) -> Expr:
-        """fp16 scales of 16 rows as float32x16."""
-        raw = vload(self.arena, [self.at + row_group * (2 * LANES)], f"uint8x{2 * LANES}")
-        return to_f32(T.reinterpret(f"float16x{LANES}", raw))
+        """Scales of 16 rows, upper bytes of fp16 numbers without sign, as float32x16."""
+        raw = vload(self.arena, [self.at + row_group * LANES], f"uint8x{LANES}")
+        half = T.shift_left(T.cast(raw, f"uint16x{LANES}"), splat(T.uint16(SCALE_SHIFT)))
+        return to_f32(T.reinterpret(f"float16x{LANES}", half))
 
     def zero(self, row_group: Expr) -> Expr:
         """Zeros (0..255) of 16 rows as float32x16."""
-        at = self.at + 2 * self.panel + row_group * LANES
+        at = self.at + self.panel + row_group * LANES
         return to_f32(T.cast(vload(self.arena, [at], f"uint8x{LANES}"), f"int32x{LANES}"))
+
+    @property
+    def end(self) -> Expr:
+        """The byte after the footer."""
+        return self.at + FOOTER_BYTES * self.panel
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ def _panel(
             with T.serial(0, T.floordiv(count, i64(TILE_TOKENS))) as nth:
                 slot = T.bind(nth * TILE_TOKENS)
                 tile.run(_Place(group, first + slot, slot), units, footer, offset[0])
-            at.set(footer.at + 3 * tables.spec.panel)
+            at.set(footer.end)
 
         tables.each_group(panel, block, body)
 

@@ -68,7 +68,7 @@ def _group_body(
         for row_group in range(inner.spec.row_groups):
             value = inner.result(bits, group, token, row_group)
             _accumulate(total, row_group, footer, offset, value)
-        at.set(footer.at + 3 * inner.spec.panel)
+        at.set(footer.end)
 
     return body
 
