@@ -1,12 +1,10 @@
 """The packed byte layout of a mixed-precision weight matrix (layer L0, numpy only).
 
 A matrix W[N, K] (rows = output channels) is cut into blocks of R x C, each with one width b in
-1..8. A group is g consecutive columns of one row; it has a scale and a uint8 zero point:
+1..8. A group is g consecutive columns of one row; it has a uint8 zero point and a scale, which is
+an fp16 number whose sign and lower seven bits are 0, so that one byte is stored of it:
 
     w = scale * (code - zero * 2**b / 256),    code in 0 .. 2**b - 1
-
-A scale is stored as one byte, bits 14 to 7 of an fp16 number: five of the exponent, three of the
-mantissa. Its sign and lower mantissa bits are 0. In arrays it is that fp16 number.
 
 Bytes lie strictly in the order in which the kernels read them, with no padding in between:
 
@@ -155,14 +153,12 @@ class BlockLayout:
     def __post_init__(self) -> None:
         if min(self.rows, self.cols, self.block_rows, self.block_cols, self.group) < 1:
             raise TargetError(f"{self}: every size must be at least 1")
-        sizes = (self.block_rows, self.group, self.block_cols)
-        names = ("block rows", "group", "block columns")
-        for name, value, divisor in zip(names, sizes, (LANES, 32, self.group), strict=True):
+        sizes = (("block rows", self.block_rows, LANES), ("group", self.group, 32))
+        for name, value, divisor in (*sizes, ("block columns", self.block_cols, self.group)):
             if value % divisor:
                 raise TargetError(
                     f"{self}: {name} = {value} is not a multiple of {divisor}",
-                    help="block rows must be a multiple of 16, the group a multiple of 32,"
-                    " and block columns a multiple of the group",
+                    help="block rows: a multiple of 16; group: of 32; block columns: of the group",
                 )
 
     @cached_property
@@ -234,18 +230,14 @@ class BlockLayout:
     def pack(self, codes: U8, scales: F16, zeros: U8, bits: U8) -> U8:
         """Pack codes u8[N, K], scales f16[N, groups], zeros u8[N, groups] to u8[nbytes].
 
-        `bits` is the u8 grid. Raises `TargetError` for a wrong shape or dtype, a code too wide
-        for its block, or a scale that one byte does not hold.
+        `bits` is the u8 grid. Raises `TargetError` for a wrong shape or dtype, or a code or scale
+        that has more bits than are stored.
         """
         self._check_array("codes", codes, np.uint8, (self.rows, self.cols))
         self._check_array("scales", scales, np.float16, (self.rows, self.groups))
         self._check_array("zeros", zeros, np.uint8, (self.rows, self.groups))
         if np.any(scales.view(np.uint16) & ~np.uint16(255 << SCALE_SHIFT)):
-            raise TargetError(
-                f"packed matrix {self.rows} x {self.cols}: a scale is negative or has more than"
-                " three bits of mantissa",
-                help="round scales with numerics.quantize.stored_scale",
-            )
+            raise TargetError("a scale is negative or has more than three bits of mantissa")
         arena = np.empty(self.nbytes(bits), np.uint8)
         for panel, segments in enumerate(self._segments(bits)):
             rows = slice(panel * self.panel, min((panel + 1) * self.panel, self.rows))
@@ -308,9 +300,8 @@ class BlockLayout:
                 blocks = tables.columns[panel, first:last].astype(np.int64)
                 groups = (blocks[:, None] * per_block + np.arange(per_block)).reshape(-1)
                 groups = groups[groups < self.groups]
-                segment = _Segment(width, groups, bool(groups[-1] == self.groups - 1), offset)
-                segments.append(segment)
-                offset += self._segment_bytes(segment)
+                segments.append(_Segment(width, groups, groups[-1] == self.groups - 1, offset))
+                offset += self._segment_bytes(segments[-1])
             panels.append(segments)
         return panels
 
@@ -378,19 +369,16 @@ class BlockLayout:
         return split.transpose(2, 3, 0, 1, 4).reshape(self.panel, -1)[:, : self.cols]
 
     def _footers(self, scales: F16, zeros: U8) -> U8:
-        footer = np.zeros((self.groups, FOOTER_BYTES * self.panel), np.uint8)
-        halves = np.ascontiguousarray(scales.T).view(np.uint16)
-        count = scales.shape[0]
-        footer[:, :count] = halves >> SCALE_SHIFT
-        footer[:, self.panel : self.panel + count] = zeros.T
-        return footer
+        footer = np.zeros((self.groups, FOOTER_BYTES, self.panel), np.uint8)
+        footer[:, 0, : len(scales)] = (scales.view(np.uint16) >> SCALE_SHIFT).T
+        footer[:, 1, : len(zeros)] = zeros.T
+        return footer.reshape(self.groups, -1)
 
     def _checked(self, bits: U8) -> U8:
         self._check_array("bits", bits, np.uint8, self.grid)
-        if bits.min() < 1 or bits.max() > MAX_BITS:
-            raise TargetError(
-                f"bit widths must be in 1..{MAX_BITS}, found {bits.min()}..{bits.max()}"
-            )
+        low, high = bits.min(), bits.max()
+        if low < 1 or high > MAX_BITS:
+            raise TargetError(f"bit widths must be in 1..{MAX_BITS}, found {low}..{high}")
         return bits
 
     def _check_array(

@@ -23,7 +23,7 @@ def matrix(layout, bits, seed=0):
     groups = wide.repeat(layout.block_cols // layout.group, 1)[:, : layout.groups]
     wide = wide.repeat(layout.block_cols, 1)[:, : layout.cols].astype(np.int64)
     codes = rng.integers(0, 1 << wide).astype(np.uint8)
-    scales = (rng.uniform(0.5, 2, groups.shape) * np.ldexp(1.0, -groups.astype(int))).astype("f2")
+    scales = (rng.integers(4, 16, groups.shape) * np.ldexp(0.125, -groups.astype(int))).astype("f2")
     zeros = rng.integers(0, 256, scales.shape).astype(np.uint8)
     arena = layout.pack(codes, scales, zeros, bits)
     return arena, layout.dequantize(arena, bits).astype(np.float64)

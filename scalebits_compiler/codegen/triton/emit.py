@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from scalebits_compiler.codegen.triton.spec import SLICE, KernelSpec
-from scalebits_compiler.numerics.layout import MAX_BITS, PIECES, SUBS
+from scalebits_compiler.numerics.layout import MAX_BITS, PIECES, SCALE_SHIFT, SUBS
 
 TYPES = {"fp16": "tl.float16", "bf16": "tl.bfloat16"}
 _TABLES = "arena, offsets, starts, groups"
@@ -86,9 +86,10 @@ def _codes(spec: KernelSpec, width: int) -> Iterator[str]:
     for vector in range(width):
         yield f"v{vector} = tl.load({_plus('at', _vectors(spec, vector))}{guard})"
     yield f"foot = {_plus('data', _vectors(spec, width))}"
-    yield "scale = tl.load(foot.to(tl.pointer_type(tl.float16)) + n).to(tl.float32)"
+    yield f"scale = tl.load(foot + n).to(tl.uint16) << {SCALE_SHIFT}"
+    yield "scale = scale.to(tl.float16, bitcast=True).to(tl.float32)"
     yield f"scale = scale * {2.0 ** (width - MAX_BITS)!r}"
-    yield f"zero = number(tl.load(foot + {2 * spec.panel} + n))"
+    yield f"zero = number(tl.load(foot + {spec.panel} + n))"
 
 
 def _vectors(spec: KernelSpec, count: int) -> str:

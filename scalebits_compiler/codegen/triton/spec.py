@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scalebits_compiler.errors import TargetError
-from scalebits_compiler.numerics.layout import FORMAT_VERSION, SUBS
+from scalebits_compiler.numerics.layout import FOOTER_BYTES, FORMAT_VERSION, SUBS
 from scalebits_compiler.numerics.tiles import TileLayout
 
 Kind = Literal["matmul", "dequantize"]
@@ -60,7 +60,7 @@ class KernelSpec:
 
     def group_bytes(self, width: int) -> int:
         """Bytes of a full group of codes of a width, with its scales and zeros."""
-        return self.panel * self.held * width + 3 * self.panel
+        return self.panel * self.held * width + FOOTER_BYTES * self.panel
 
 
 def select_specs(
