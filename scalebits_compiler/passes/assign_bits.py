@@ -130,6 +130,8 @@ def block_costs(module: Module, avg_bits: float, limits: tuple[int, int]) -> Cos
         weights += rows * columns
     if not blocks:
         raise PassError("the module has no matrix to quantize")
+    if not math.isfinite(avg_bits):
+        raise PassError(f"{avg_bits} effective bits per weight is no budget", help="give e.g. 3")
     per_bit, fixed, low, high = (np.concatenate(part) for part in zip(*blocks, strict=True))
     costs = Costs(per_bit, fixed, math.floor(avg_bits * weights), low, high)
     least, most = costs.total(low) / weights, costs.total(high) / weights

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from scalebits_compiler.errors import VerifyError
+from scalebits_compiler.errors import PassError, VerifyError
 from scalebits_compiler.ir.attrs import Resource, Symbol, Value
 from scalebits_compiler.ir.module import Module, Weight
 from scalebits_compiler.ir.op import Op
@@ -174,6 +174,11 @@ def _store(
         weight = module.weights[symbol]
         if kind == weight.type:
             continue
+        if weight.codes is not None or weight.type.dtype == "packed":
+            raise PassError(
+                f"@{symbol} is rounded, and its codes are for the order {weight.type}",
+                help="run reorder-channels and fold-permutes before round-weights",
+            )
         if weight.type.orders:
             raise VerifyError(f"@{symbol} is already stored in {weight.type}, {kind} is wanted")
         changes: dict[str, object] = {"type": kind, "block_scores": None}

@@ -22,6 +22,7 @@ from scalebits_compiler.frontend.lower_fx import lower
 from scalebits_compiler.ir.attrs import Resource
 from scalebits_compiler.ir.module import Module
 from scalebits_compiler.ir.ops import Add, Aten, Permute, Silu
+from scalebits_compiler.ir.parser import parse_module
 from scalebits_compiler.ir.verifier import verify
 from scalebits_compiler.passes.annotate_sensitivity import AnnotateSensitivity
 from scalebits_compiler.passes.base import PassContext, TextSplit
@@ -337,3 +338,22 @@ def test_inputs_are_left_alone(llama: Any) -> None:
     ctx = context()
     FoldPermutes().run(ReorderChannels().run(module, ctx), ctx)
     assert all(torch.equal(before[key], module.resources.torch(key)) for key in before)
+
+
+def test_rounded_matrices_are_not_folded() -> None:
+    """Their codes would stay behind in the old order, and the result be wrong without a word."""
+    text = """module @m {facts = ["canonical", "bits", "rounded"]} {
+      perm @p : i32[32] {data = ORDER}
+      weight @w : f32[32, 64] {quantize = true, block = [16, 64], group = 64,
+        bits = grid([[4], [3]]), codes = resource("c")}
+      func @f(%x: f32[?, ?, 64]) -> f32[?, ?, 32] {
+        %0 = linear %x, @w : f32[?, ?, 32]
+        %1 = permute %0 {axis = 2, order = "32@p"} : f32[?, ?, 32@p]
+        %2 = permute %1 {axis = 2, order = "32@p", inverse = true} : f32[?, ?, 32]
+        return %2
+      }
+    }"""
+    text = text.replace("ORDER", str(list(reversed(range(32)))))
+    with pytest.raises(PassError, match="@w is rounded, and its codes are for the order") as caught:
+        FoldPermutes().run(parse_module(text)[0], PassContext())
+    assert "before round-weights" in caught.value.help

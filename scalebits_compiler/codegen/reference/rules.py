@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch._ops import OpOverload, OpOverloadPacket
 
 from scalebits_compiler.errors import TargetError
 from scalebits_compiler.ir.attrs import Symbol, Value
@@ -156,24 +158,32 @@ def _permute(op: Permute, scope: Scope) -> torch.Tensor:
     return x.index_select(op.axis, torch.from_numpy(index))
 
 
-_PYTHON_NAMESPACES: Mapping[str, object] = {"operator": operator, "math": math}
+# What traces contain. A text must not reach the rest of Python, such as operator.attrgetter.
+_OPERATORS = frozenset(
+    ("add", "and_", "eq", "floordiv", "ge", "getitem", "gt", "le", "lt", "mod", "mul", "ne", "neg",
+     "not_", "or_", "pos", "pow", "sub", "truediv", "xor")
+)  # fmt: skip
 
 
 def aten_callable(target: str) -> Callable[..., Any]:
     """The function behind a target: `aten.linear.default`, `operator.add`, `torch.sym_max`.
 
-    Raises TargetError if this torch does not have it.
+    Raises TargetError if this torch does not have it, or if it is no operator.
     """
     namespace, *path = target.split(".")
-    if namespace == "torch" and len(path) == 1 and path[0].startswith("sym_"):
-        found: Any = torch
-    else:
-        found = _PYTHON_NAMESPACES.get(namespace) or getattr(torch.ops, namespace)
+    name = path[0] if len(path) == 1 else ""
+    if namespace == "operator" and name in _OPERATORS:
+        return getattr(operator, name)
+    if namespace == "math" and isinstance(getattr(math, name, None), BuiltinFunctionType):
+        return getattr(math, name)
+    found: Any = torch if namespace == "torch" and name.startswith("sym_") else torch.ops
     try:
-        for part in path:
+        for part in path if found is torch else (namespace, *path):
             found = getattr(found, part)
-    except AttributeError as error:
+    except (AttributeError, RuntimeError) as error:
         raise TargetError(f"this torch has no operator {target}: {error}") from error
+    if not isinstance(found, (OpOverload, OpOverloadPacket, FunctionType)):
+        raise TargetError(f"{target} is no operator", help="e.g. aten.linear.default")
     return found
 
 
