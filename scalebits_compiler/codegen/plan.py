@@ -75,7 +75,9 @@ def _step_fields(op: Op) -> tuple[tuple[str, ...], dict[str, Number]]:
         return (order_key(op),), {"axis": op.axis}
     specs = [spec for spec in op_fields(type(op)) if spec.role == "attr"]
     weights = tuple(symbol.name for symbol in op.symbols())
-    return weights, {spec.name: getattr(op, spec.name) for spec in specs}
+    attrs = {spec.name: getattr(op, spec.name) for spec in specs}
+    # A plan has numbers only.
+    return weights, {k: int(v) if isinstance(v, bool) else v for k, v in attrs.items()}
 
 
 def order_key(op: Permute) -> str:

@@ -19,6 +19,7 @@ from scalebits_compiler.ir.attrs import Symbol, Value, substitute, walk
 from scalebits_compiler.ir.coerce import is_union
 from scalebits_compiler.ir.types import Dim, TensorType, Type
 
+FLOATS = ("f64", "f32", "f16", "bf16")
 _BASE_FIELDS = ("result", "type", "loc")
 OpT = TypeVar("OpT", bound="Op")
 
@@ -55,6 +56,26 @@ def check(condition: bool, message: str) -> None:
     """Raise `VerifyError(message)` unless the condition holds; the verifier adds the place."""
     if not condition:
         raise VerifyError(message)
+
+
+def check_float(kind: TensorType, what: str) -> None:
+    """Raise `VerifyError` unless the elements are of a float type."""
+    check(kind.dtype in FLOATS, f"{what} must be of a float type, it is {kind.dtype}")
+
+
+def vector_axis(t: Typing, symbol: Symbol) -> Dim:
+    """The only axis of a vector of floats."""
+    kind = t.weight(symbol)
+    check(kind.rank == 1, f"{symbol} must have one axis, it has {kind.rank}")
+    check_float(kind, str(symbol))
+    return kind.dims[0]
+
+
+def channel_axis(t: Typing, x: Value) -> Dim:
+    """The last axis of an activation."""
+    xtype = t.type(x)
+    check(xtype.rank > 0, f"{x} has no axes")
+    return xtype.dims[-1]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,10 +14,21 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from scalebits_compiler.ir.attrs import AttrValue, Symbol, Value, walk
-from scalebits_compiler.ir.op import Op, Typing, check
+from scalebits_compiler.ir.op import Op, Typing, channel_axis, check, check_float, vector_axis
+from scalebits_compiler.ir.pointwise import (
+    ELEMENTWISE_CALLS,
+    Add,
+    Bias,
+    Gelu,
+    GeluTanh,
+    Mul,
+    Relu,
+    Scale,
+    Silu,
+    Tanh,
+)
 from scalebits_compiler.ir.types import Dim, Factor, TensorType, TupleType, Type
 
-FLOATS = ("f64", "f32", "f16", "bf16")
 _SIZE = re.compile("[1-9][0-9]{0,17}")
 
 
@@ -60,28 +71,11 @@ def _matrix(t: Typing, symbol: Symbol) -> tuple[Dim, Dim]:
     return dims[0], dims[1]
 
 
-def _vector(t: Typing, symbol: Symbol) -> Dim:
-    kind = t.weight(symbol)
-    check(kind.rank == 1, f"{symbol} must have one axis, it has {kind.rank}")
-    _check_float(kind, str(symbol))
-    return kind.dims[0]
-
-
-def _check_float(kind: TensorType, what: str) -> None:
-    check(kind.dtype in FLOATS, f"{what} must be of a float type, it is {kind.dtype}")
-
-
-def _channels(t: Typing, x: Value) -> Dim:
-    xtype = t.type(x)
-    check(xtype.rank > 0, f"{x} has no axes")
-    return xtype.dims[-1]
-
-
 def _linear_type(t: Typing, x: Value, weight: Symbol, bias: Symbol | None, dtype: str) -> Type:
     rows, columns = _matrix(t, weight)
-    t.same(_channels(t, x), columns, f"input channels of {weight}")
+    t.same(channel_axis(t, x), columns, f"input channels of {weight}")
     if bias is not None:
-        rows = t.same(rows, _vector(t, bias), f"output channels of {weight} and {bias}")
+        rows = t.same(rows, vector_axis(t, bias), f"output channels of {weight} and {bias}")
         found = t.weight(bias).dtype
         check(found == dtype, f"a {found} bias {bias} cannot be added to {dtype} output")
     return TensorType(dtype, (*t.type(x).dims[:-1], rows))
@@ -120,6 +114,11 @@ class QLinear(Op):
         return _linear_type(t, self.x, self.weight, self.bias, t.type(self.x).dtype)
 
 
+def _check_eps(eps: float) -> None:
+    """Raise `VerifyError` for an eps that no norm can have."""
+    check(0 <= eps < math.inf, f"eps is {eps}, it must be 0 or more and finite")
+
+
 @dataclass(frozen=True, kw_only=True)
 class RmsNorm(Op):
     """x · gain / sqrt(mean(x²) + eps) over the last axis."""
@@ -130,55 +129,31 @@ class RmsNorm(Op):
     eps: float
 
     def infer(self, t: Typing) -> Type:
-        _check_float(t.type(self.x), str(self.x))
-        check(0 <= self.eps < math.inf, f"eps is {self.eps}, it must be 0 or more and finite")
-        last = t.same(_channels(t, self.x), _vector(t, self.gain), f"channels of {self.gain}")
+        check_float(t.type(self.x), str(self.x))
+        _check_eps(self.eps)
+        vector = vector_axis(t, self.gain)
+        last = t.same(channel_axis(t, self.x), vector, f"channels of {self.gain}")
         return t.type(self.x).with_dim(-1, last)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Silu(Op):
-    """x · sigmoid(x), elementwise."""
+class LayerNorm(Op):
+    """(x - mean) · gain / sqrt(variance + eps) + bias over the last axis."""
 
-    name: ClassVar[str] = "silu"
+    name: ClassVar[str] = "layer_norm"
     x: Value
+    gain: Symbol
+    bias: Symbol | None = None
+    eps: float
 
     def infer(self, t: Typing) -> Type:
-        _check_float(t.type(self.x), str(self.x))
-        return t.type(self.x)
-
-
-def _elementwise(t: Typing, a: Value, b: Value, name: str) -> Type:
-    left, right = t.type(a), t.type(b)
-    check(left.dtype == right.dtype, f"{name} of {left.dtype} and {right.dtype}")
-    check(left.rank == right.rank, f"{name} of {left} and {right}")
-    pairs = zip(left.dims, right.dims, strict=True)
-    dims = tuple(t.same(x, y, f"axis {i} of {name}") for i, (x, y) in enumerate(pairs))
-    return TensorType(left.dtype, dims)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Add(Op):
-    """Elementwise sum of two tensors of one type."""
-
-    name: ClassVar[str] = "add"
-    a: Value
-    b: Value
-
-    def infer(self, t: Typing) -> Type:
-        return _elementwise(t, self.a, self.b, self.name)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Mul(Op):
-    """Elementwise product of two tensors of one type."""
-
-    name: ClassVar[str] = "mul"
-    a: Value
-    b: Value
-
-    def infer(self, t: Typing) -> Type:
-        return _elementwise(t, self.a, self.b, self.name)
+        check_float(t.type(self.x), str(self.x))
+        _check_eps(self.eps)
+        vector = vector_axis(t, self.gain)
+        last = t.same(channel_axis(t, self.x), vector, f"channels of {self.gain}")
+        if self.bias is not None:
+            last = t.same(last, vector_axis(t, self.bias), f"channels of {self.bias}")
+        return t.type(self.x).with_dim(-1, last)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,9 +196,10 @@ def _positions(t: Typing, positions: Value) -> tuple[Dim, Dim]:
 
 @dataclass(frozen=True, kw_only=True)
 class Rope(Op):
-    """Rotary embedding, halves convention: pair (i, i+d/2) turns by position · frequency[i].
+    """Rotary embedding, halves convention: pair (i, i+r/2) turns by position · frequency[i].
 
-    x is [batch, heads, sequence, d], frequency [d/2]; cos and sin are multiplied by `scaling`.
+    x is [batch, heads, sequence, d], frequency [r/2]; cos and sin are multiplied by `scaling`.
+    Where r < d, the channels from r on pass unchanged.
     """
 
     name: ClassVar[str] = "rope"
@@ -235,19 +211,25 @@ class Rope(Op):
     def infer(self, t: Typing) -> Type:
         xtype = t.type(self.x)
         check(xtype.rank == 4, f"rope of {xtype}")
-        _check_float(xtype, str(self.x))
+        check_float(xtype, str(self.x))
         check(math.isfinite(self.scaling), f"scaling is {self.scaling}, it must be finite")
         batch, sequence = _positions(t, self.positions)
         t.same(batch, xtype.dims[0], f"batch of {self.positions}")
         t.same(sequence, xtype.dims[2], f"sequence of {self.positions}")
-        # A pair and its frequency belong together, so the order inside a head is fixed.
-        inner = t.natural(xtype.dims[-1], "head dimension under rope")
-        frequency = t.natural(_vector(t, self.frequency), f"{self.frequency}")
+        inner, frequency = xtype.dims[-1], vector_axis(t, self.frequency)
+        turned = 2 * (frequency.size or 0)
         check(
-            inner.size == 2 * (frequency.size or 0),
-            f"rope needs {inner.size}/2 frequencies, {self.frequency} has {frequency.size}",
+            0 < turned <= (inner.size or 0),
+            f"rope turns pairs of {inner.size} channels, {self.frequency} has {frequency.size}",
         )
-        return xtype.with_dim(-1, inner)
+        if turned < (inner.size or 0):
+            t.natural(frequency, f"frequencies {self.frequency}")
+            return xtype.with_dim(-1, t.natural(inner, "head dimension that rope turns in part"))
+        # A pair moves only as one, and its frequency with it.
+        halves, pairs = t.split(inner, 2, "halves of the head dimension under rope")
+        halves = t.natural(halves, "halves of the head dimension under rope")
+        pairs = t.same(pairs, frequency, f"pairs under rope and {self.frequency}")
+        return xtype.with_dim(-1, Dim.join((halves, pairs)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,6 +237,7 @@ class Attention(Op):
     """softmax(scale · q kᵀ + causal mask) v; q [b, H, s, d], k [b, G, s, d], v [b, G, s, e], G | H.
 
     Query head h reads key-value head h // (H/G). `window` > 0 limits how far back a query sees.
+    `softcap` c > 0 makes scores z to c · tanh(z/c). Without `causal` every query sees every key.
     """
 
     name: ClassVar[str] = "attention"
@@ -263,6 +246,8 @@ class Attention(Op):
     v: Value
     scale: float
     window: int = 0
+    softcap: float = 0.0
+    causal: bool = True
 
     def infer(self, t: Typing) -> Type:
         q, k, v = t.type(self.q), t.type(self.k), t.type(self.v)
@@ -270,9 +255,11 @@ class Attention(Op):
             q.rank == k.rank == v.rank == 4, "attention reads [batch, heads, sequence, d] tensors"
         )
         check(q.dtype == k.dtype == v.dtype, f"attention of {q.dtype}, {k.dtype} and {v.dtype}")
-        _check_float(q, str(self.q))
+        check_float(q, str(self.q))
         check(math.isfinite(self.scale), f"scale is {self.scale}, it must be finite")
         check(self.window >= 0, f"window is {self.window}, it must be 0 (none) or more")
+        check(self.causal or not self.window, "a window needs causal attention")
+        check(0 <= self.softcap < math.inf, f"softcap is {self.softcap}, it must be 0 or more")
         for other in (k, v):
             t.same(q.dims[0], other.dims[0], "batch of query, key and value")
         groups = t.same(k.dims[1], v.dims[1], "key and value heads")
@@ -322,7 +309,8 @@ class Aten(Op):
     """Anything that was not raised to an op of ours: a torch.export call with its arguments.
 
     `args` may contain values and symbols; the stated type is trusted, and every axis it reads
-    must be in natural order.
+    must be in natural order. Calls that are known to work on every element by itself take any order
+    that their operands share.
     """
 
     name: ClassVar[str] = "aten"
@@ -331,13 +319,31 @@ class Aten(Op):
     kwargs: Mapping[str, AttrValue] = field(default_factory=dict)
 
     def infer(self, t: Typing) -> Type:
-        for leaf in walk((self.args, self.kwargs)):
+        leaves = [leaf for leaf in walk((self.args, self.kwargs))]
+        if self.target in ELEMENTWISE_CALLS and (made := self._elementwise(t, leaves)) is not None:
+            return made
+        for leaf in leaves:
             if isinstance(leaf, Symbol):
-                _natural(t, t.weight(leaf), str(leaf))
+                _natural(t, t.weight(leaf), f"{leaf}, read by {self.target}")
             elif isinstance(leaf, Value):
-                _natural(t, t.raw_type(leaf), str(leaf))
+                _natural(t, t.raw_type(leaf), f"{leaf}, read by {self.target}")
         check(not self.type.orders, "an aten op gives natural order")
         return self.type
+
+    def _elementwise(self, t: Typing, leaves: list[object]) -> Type | None:
+        """The common type of the operands; None where one is no value of the result's shape."""
+        kinds = [t.raw_type(leaf) for leaf in leaves if isinstance(leaf, Value)]
+        symbols = any(isinstance(leaf, Symbol) for leaf in leaves)
+        if not kinds or symbols or not isinstance(self.type, TensorType):
+            return None
+        tensors = [kind for kind in kinds if isinstance(kind, TensorType)]
+        if len(tensors) < len(kinds) or any(k.shape != self.type.shape for k in tensors):
+            return None
+        dims = tensors[0].dims
+        for kind in tensors[1:]:
+            pairs = enumerate(zip(dims, kind.dims, strict=True))
+            dims = tuple(t.same(a, b, f"axis {i} of {self.target}") for i, (a, b) in pairs)
+        return TensorType(self.type.dtype, dims)
 
 
 def _natural(t: Typing, tensor: Type, what: str) -> None:
@@ -348,7 +354,7 @@ def _natural(t: Typing, tensor: Type, what: str) -> None:
 
 
 _CLASSES: tuple[type[Op], ...] = (
-    Positions, Embedding, Linear, QLinear, RmsNorm, Silu, Add, Mul, SplitHeads, MergeHeads, Rope,
-    Attention, Permute, Aten,
+    Positions, Embedding, Linear, QLinear, RmsNorm, LayerNorm, Silu, Gelu, GeluTanh, Relu, Tanh,
+    Scale, Bias, Add, Mul, SplitHeads, MergeHeads, Rope, Attention, Permute, Aten,
 )  # fmt: skip
 OPS: dict[str, type[Op]] = {cls.name: cls for cls in _CLASSES}

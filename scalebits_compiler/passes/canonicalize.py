@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import ClassVar
 
 from scalebits_compiler.errors import PassError
 from scalebits_compiler.ir.attrs import Value
-from scalebits_compiler.ir.module import Module, Weight
+from scalebits_compiler.ir.module import Argument, Function, Module, Weight
 from scalebits_compiler.ir.op import Op
 from scalebits_compiler.ir.ops import Aten, Linear
+from scalebits_compiler.ir.types import DYNAMIC, TensorType
 from scalebits_compiler.passes.base import Pass, PassContext
 from scalebits_compiler.passes.blocks import default_block
 from scalebits_compiler.passes.patterns import check_pattern, matching
 from scalebits_compiler.passes.position_only import PositionOnly
-from scalebits_compiler.passes.raising import STRUCTURAL, raise_attention
-from scalebits_compiler.passes.raising_graph import Graph, Replacement
+from scalebits_compiler.passes.raising import STRUCTURAL
+from scalebits_compiler.passes.raising_attention import raise_attention, raise_eager_attention
+from scalebits_compiler.passes.raising_embedding import raise_table
+from scalebits_compiler.passes.raising_graph import Graph, Replacement, one
+from scalebits_compiler.passes.raising_pointwise import activation_chain, known_activation
 from scalebits_compiler.passes.roles import embedding_tables, head_matrix, head_value
 
 
@@ -136,13 +142,14 @@ def check_block(block: tuple[int, int], group: int) -> None:
 
 def _raise(module: Module, ctx: PassContext) -> Module:
     graph = Graph(module)
-    positions = PositionOnly(graph, ctx)
+    rules = _rules(graph, ctx)
     forwarded: dict[Value, Value] = {}
     for original in module.function.ops:
         op = original.map_operands(forwarded)
-        made = _apply(graph, positions, op)
+        made = [op] if _raise_flat(graph, rules, op) else _apply(rules, op)
         if isinstance(made, Value):
             forwarded[op.result] = made
+            graph.read_as(op.result, made)
             continue
         for new in made or [op]:
             graph.emit(new)
@@ -151,16 +158,68 @@ def _raise(module: Module, ctx: PassContext) -> Module:
     return replace(graph.module, function=replace(function, ops=tuple(graph.ops), result=result))
 
 
-def _apply(graph: Graph, positions: PositionOnly, op: Op) -> Replacement:
+Rule = Callable[[Op], Replacement]
+
+
+def _rules(graph: Graph, ctx: PassContext) -> list[Rule]:
+    """The rules in the order in which they are tried."""
+    positions = PositionOnly(graph, ctx)
+    return [
+        positions.raise_rope,
+        positions.raise_partial_rope,
+        partial(raise_table, positions),
+        lambda op: raise_attention(graph, op, positions.window_of),
+        lambda op: raise_eager_attention(graph, op, positions.window_of),
+        lambda op: _raise_chain(graph, ctx, op),
+        *(partial(rule, graph) for rule in STRUCTURAL),
+    ]
+
+
+def _apply(rules: Sequence[Rule], op: Op) -> Replacement:
     """What the first rule that fits makes of an op."""
-    made = positions.raise_rope(op)
-    if made is None:
-        made = raise_attention(graph, op, positions.window_of)
-    for rule in STRUCTURAL:
-        if made is not None:
-            break
-        made = rule(graph, op)
-    return made
+    return next((made for rule in rules if (made := rule(op)) is not None), None)
+
+
+def _raise_flat(graph: Graph, rules: Sequence[Rule], op: Op) -> bool:
+    """For an op on flattened tokens [t, n], emit the same on [batch, sequence, n].
+
+    False if no rule has it. The op itself stays; it is dropped if nothing reads it in the end.
+    """
+    kind = op.type
+    if not isinstance(op, Aten) or not isinstance(kind, TensorType) or kind.rank != 2:
+        return False
+    source = graph.flattened(op)
+    if source is None:
+        operands = set(op.operands())
+        if not operands or not operands <= graph.flat.keys():
+            return False
+        wide = TensorType(kind.dtype, (DYNAMIC, DYNAMIC, kind.dims[1]))
+        lifted = replace(op.map_operands(graph.flat), result=graph.fresh(), type=wide)
+        made = _apply(rules, lifted)
+        if made is None:
+            return False
+        if not isinstance(made, Value):
+            for new in made:
+                graph.emit(new)
+        source = made if isinstance(made, Value) else lifted.result
+    graph.flat[op.result] = source
+    return True
+
+
+def _raise_chain(graph: Graph, ctx: PassContext, op: Op) -> Replacement:
+    """An activation function that is written out, recognised by evaluating it."""
+    import torch
+
+    found = activation_chain(graph, op)
+    if found is None or not isinstance(op.type, TensorType):
+        return None
+    x, ops = found
+    probe = Function("probe", (Argument(x, op.type),), tuple(ops), op.result, op.type)
+    points = torch.linspace(-12, 12, 4001).reshape((1,) * (op.type.rank - 1) + (-1,))
+    with torch.no_grad():
+        evaluator = ctx.evaluator(replace(graph.module, function=probe), "canonicalize")
+        cls = known_activation(points, evaluator.run(points))
+    return None if cls is None else one(graph, cls(result=op.result, type=op.type, loc=op.loc, x=x))
 
 
 def _without_dead(module: Module) -> Module:

@@ -12,10 +12,15 @@ from scalebits_compiler.ir.op import Op
 from scalebits_compiler.ir.ops import Permute
 from scalebits_compiler.ir.types import TensorType, Type
 from scalebits_compiler.passes.base import Pass, PassContext
+from scalebits_compiler.passes.order_classes import without_orders
 from scalebits_compiler.passes.orders import VARIABLE, Unifier, axis_indices
 
 if TYPE_CHECKING:
     import torch
+
+# Sums of float32 in another order: measured below 2e-6 on models of all families.
+TOLERANCE = 1e-4
+CHECKED_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -32,17 +37,79 @@ class FoldPermutes(Pass):
     establishes: ClassVar[frozenset[str]] = frozenset({"folded"})
 
     def run(self, module: Module, ctx: PassContext) -> Module:
-        """The module with permuted weights and as few permutes as the rules allow."""
-        fold = _Fold(module, _wanted(module))
-        for op in module.function.ops:
-            fold.visit(op)
-        result = fold.natural(fold.env[module.function.result])
-        left = sum(isinstance(op, Permute) for op in fold.ops)
-        ctx.report[self.name] = {"permutes_left": left}
-        weights, tensors = _store(module, fold.layouts)
-        function = replace(module.function, ops=tuple(fold.ops), result=result)
-        changed = replace(module, function=function, resources=module.resources.with_(tensors))
-        return changed.with_weights(weights)
+        """The module with permuted weights and as few permutes as the rules allow.
+
+        Where the module has text, the logits before and after are compared on a few tokens. Orders
+        that change them are taken back, and named in the report.
+        """
+        check = _LogitCheck.of(module, ctx)
+        folded, reverted = fold(module), []
+        error = None if check is None else check.error(folded)
+        if check is not None and error is not None and not error <= TOLERANCE:
+            reverted = check.wrong_orders(module)
+            folded = fold(without_orders(module, reverted))
+            error = check.error(folded)
+            if not error <= TOLERANCE:
+                reverted = list(module.perms)
+                folded = fold(without_orders(module, reverted))
+                error = check.error(folded)
+        left = sum(isinstance(op, Permute) for op in folded.function.ops)
+        ctx.report[self.name] = {
+            "permutes_left": left,
+            "logits_error": error,
+            "reverted": [f"@{name}: {module.perms[name].loc}" for name in reverted],
+        }
+        return folded
+
+
+def fold(module: Module) -> Module:
+    """The module with its `permute` ops moved into the weights."""
+    walk = _Fold(module, _wanted(module))
+    for op in module.function.ops:
+        walk.visit(op)
+    result = walk.natural(walk.env[module.function.result])
+    weights, tensors = _store(module, walk.layouts)
+    function = replace(module.function, ops=tuple(walk.ops), result=result)
+    changed = replace(module, function=function, resources=module.resources.with_(tensors))
+    return changed.with_weights(weights)
+
+
+@dataclass(frozen=True)
+class _LogitCheck:
+    """The logits of the unfolded module on a few tokens."""
+
+    ctx: PassContext
+    ids: torch.Tensor
+    logits: torch.Tensor
+
+    @staticmethod
+    def of(module: Module, ctx: PassContext) -> _LogitCheck | None:
+        """None where there is nothing to check, or nothing to check it with."""
+        import torch
+
+        has_text = ctx.text is not None or module.calibration is not None
+        if not module.perms or ctx.evaluate is None or not has_text:
+            return None
+        ids = ctx.windows(module, FoldPermutes.name).calibration[:1, :CHECKED_TOKENS]
+        with torch.no_grad():
+            return _LogitCheck(ctx, ids, ctx.evaluator(module, FoldPermutes.name).run(ids))
+
+    def error(self, folded: Module) -> float:
+        """Largest difference of a logit, as a share of the largest logit; NaN if any is."""
+        import torch
+
+        with torch.no_grad():
+            found = self.ctx.evaluator(folded, FoldPermutes.name).run(self.ids)
+        return float((found - self.logits).abs().max() / self.logits.abs().max())
+
+    def wrong_orders(self, module: Module) -> list[str]:
+        """The orders that change the logits when each is the only one."""
+        others = {name: [n for n in module.perms if n != name] for name in module.perms}
+        return [
+            name
+            for name, rest in others.items()
+            if not self.error(fold(without_orders(module, rest))) <= TOLERANCE
+        ]
 
 
 def _wanted(module: Module) -> dict[Value, TensorType]:

@@ -69,6 +69,20 @@ class Unifier:
         else:
             yield factor
 
+    def leaves(self, dim: Dim) -> Iterator[tuple[Factor, str | None]]:
+        """The factors of an axis with the reason why each is in natural order, None if it is free.
+
+        Unlike in `resolve`, neighbours in natural order stay apart, each with its reason.
+        """
+        for factor in dim.static():
+            bound = self.bindings.get(factor.order or "")
+            if bound is None:
+                yield factor, None if factor.order else "natural from the start"
+            elif len(bound.static()) == 1 and bound.static()[0].order is None:
+                yield bound.static()[0], self.frozen.get(factor.order or "", "")
+            else:
+                yield from self.leaves(bound)
+
     def _bind(self, factor: Factor, dim: Dim) -> None:
         assert factor.order is not None
         self.bindings[factor.order] = dim
@@ -138,11 +152,18 @@ class Unifier:
             if head.size > remaining or remaining % head.size:
                 cut = self._cut(head, remaining, rest)
                 if cut is None:
-                    raise VerifyError(f"{what}: {dim} cannot be cut into {outer} x rest")
+                    return self._split_natural(dim, outer, what)
                 head = cut
             left.append(head)
             remaining //= head.size
         return self.resolve(Dim.of(*left)), self.resolve(Dim.of(*rest))
+
+    def _split_natural(self, dim: Dim, outer: int, what: str) -> tuple[Dim, Dim]:
+        """Freeze an axis whose factors straddle the cut, and cut it then."""
+        parts = self.natural(dim, what).split(outer)
+        if parts is None:
+            raise VerifyError(f"{what}: {dim} cannot be cut into {outer} x rest")
+        return parts
 
 
 def axis_indices(dim: Dim, module: Module) -> np.ndarray | None:

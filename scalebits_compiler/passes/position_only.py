@@ -16,7 +16,8 @@ from scalebits_compiler.ir.op import Op
 from scalebits_compiler.ir.ops import Aten, Positions, Rope
 from scalebits_compiler.ir.types import TensorType
 from scalebits_compiler.passes.base import PassContext
-from scalebits_compiler.passes.raising_graph import Graph, Replacement, is_call
+from scalebits_compiler.passes.raising_attention import EVERYTHING
+from scalebits_compiler.passes.raising_graph import Graph, Replacement, is_call, one
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +40,7 @@ class PositionOnly:
         self._positions: Value | None = None
 
     def window_of(self, mask: Value) -> int | None:
-        """How far back the mask lets a query see (0: no limit); None if it is no causal mask."""
+        """How far back a mask lets a query see; 0: no limit, EVERYTHING: all keys, None: other."""
         if mask not in self._windows:
             self._windows[mask] = None if mask in self.graph.of_tokens else self._window(mask)
         return self._windows[mask]
@@ -58,8 +59,8 @@ class PositionOnly:
             return self._measure(ops, mask)
         (constant,) = constants
         small = [self._measure([_exchange(op, constant, c) for op in ops], mask) for c in (3, 5)]
-        if small == [0, 0]:
-            return 0
+        if small in ([0, 0], [EVERYTHING] * 2):
+            return small[0]
         return constant if small == [3, 5] else None
 
     def _measure(self, ops: list[Op], mask: Value) -> int | None:
@@ -84,7 +85,7 @@ class PositionOnly:
                 type=op.type,
                 loc=op.loc,
                 x=x,
-                positions=self._position_value(),
+                positions=self.position_value(),
                 frequency=frequency,
                 scaling=scaling,
             )
@@ -92,7 +93,27 @@ class PositionOnly:
             return None if made is None else [made]
         return None
 
-    def _position_value(self) -> Value:
+    def raise_partial_rope(self, op: Op) -> Replacement:
+        """cat(rope of the first channels of x, the rest of x)."""
+        if not is_call(op, "cat") or not isinstance(op, Aten) or not isinstance(op.args[0], tuple):
+            return None
+        if len(op.args[0]) != 2 or (*op.args, 0)[1] not in (-1, 3):
+            return None
+        first, rest = op.args[0]
+        rope = self.graph.defs.get(first) if isinstance(first, Value) else None
+        if not isinstance(rope, Rope) or not isinstance(rest, Value):
+            return None
+        turned, passed = (self.graph.picked.get(value) for value in (rope.x, rest))
+        if turned is None or passed is None or turned[:2] != passed[:2] or turned[1] != 3:
+            return None
+        source, _, places = turned
+        kind = self.graph.tensor(source)
+        if kind is None or (*places, *passed[2]) != tuple(range(kind.shape[-1] or 0)):
+            return None
+        return one(self.graph, replace(rope, result=op.result, type=op.type, loc=op.loc, x=source))
+
+    def position_value(self) -> Value:
+        """The value of the op `positions`, which is added when it is first needed."""
         if self._positions is None:
             self._positions = self.graph.fresh()
             made = Positions(
@@ -137,17 +158,14 @@ class PositionOnly:
         negated = self.graph.call(parts[0], "neg")
         return (
             negated is not None
-            and self._is_slice(negated.args[0], x, half, 2 * half)
-            and self._is_slice(parts[1], x, 0, half)
+            and self._is_part(negated.args[0], x, range(half, 2 * half))
+            and self._is_part(parts[1], x, range(half))
         )
 
-    def _is_slice(self, value: object, x: Value, start: int, end: int) -> bool:
-        call = self.graph.call(value, "slice")
-        if call is None or call.args[0] != x or call.args[1] not in (-1, 3):
-            return False
-        first, last = call.args[2], call.args[3]
-        reaches = last == end or (isinstance(last, int) and last >= _END and start > 0)
-        return (first or 0) == start and reaches and call.args[4:] in ((), (1,))
+    def _is_part(self, value: object, x: Value, places: range) -> bool:
+        """Whether a value is some channels of x [batch, heads, sequence, d]."""
+        picked = self.graph.picked.get(value) if isinstance(value, Value) else None
+        return picked == (x, 3, tuple(places))
 
     def table_of(self, cos: Value, sin: Value) -> tuple[Symbol, float] | None:
         """(frequency weight, scaling) such that the tables are cos, sin of position · frequency."""
@@ -179,6 +197,15 @@ class PositionOnly:
             if not scalings and scaling is not None:
                 return symbol, scaling
         return None
+
+    def stored(self, value: Value) -> list[TensorType]:
+        """The types of the stored tensors that a value is computed from."""
+        symbols = {symbol for op in self._closure(value) for symbol in op.symbols()}
+        return [self.graph.module.weight(symbol).type for symbol in symbols]
+
+    def evaluate(self, value: Value, shape: tuple[int, int]) -> torch.Tensor:
+        """A value that does not depend on the tokens, for ids of a shape."""
+        return self._run(self._closure(value), value, shape)
 
     def _closure(self, value: Value) -> list[Op]:
         """The ops that a value needs, in order."""
@@ -244,6 +271,8 @@ def _window_seen(mask: torch.Tensor, shape: tuple[int, int]) -> int | None:
     if mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[2:] != (length, length):
         return None
     query, key = torch.arange(length)[:, None], torch.arange(length)[None, :]
+    if bool(mask.all()):
+        return EVERYTHING
     window = int(mask[0, 0, -1].sum())
     causal = (key <= query) & (key > query - window)
     if not bool((mask == causal).all()):

@@ -7,34 +7,29 @@ that stands for its result, or None. Rules match what an op does, never what it 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from scalebits_compiler.ir.attrs import Resource, Symbol, Value
 from scalebits_compiler.ir.module import Weight
 from scalebits_compiler.ir.op import Op
-from scalebits_compiler.ir.ops import (
-    Add,
-    Aten,
-    Attention,
-    Embedding,
-    MergeHeads,
-    Mul,
-    RmsNorm,
-    Silu,
-    SplitHeads,
-)
-from scalebits_compiler.ir.types import TensorType
+from scalebits_compiler.ir.ops import Aten, Embedding, LayerNorm, RmsNorm
+from scalebits_compiler.passes.raising_attention import raise_merge_heads, raise_split_heads
 from scalebits_compiler.passes.raising_graph import (
     RESHAPES,
     Graph,
     Replacement,
-    is_axis,
     is_call,
+    keeps_axes,
     one,
 )
-from scalebits_compiler.passes.raising_linear import raise_flat_linear, raise_linear, raise_matmul
+from scalebits_compiler.passes.raising_linear import raise_addmm, raise_linear, raise_matmul
+from scalebits_compiler.passes.raising_pointwise import (
+    raise_activation,
+    raise_bias,
+    raise_elementwise,
+    raise_scale,
+)
+from scalebits_compiler.passes.raising_rows import raise_rows
 
 _WHOLE = 2**62
 
@@ -54,19 +49,30 @@ def drop_no_op(graph: Graph, op: Op) -> Replacement:
         start, end, step = (*op.args[2:], *(None, None, None)[len(op.args) - 2 :])
         whole = isinstance(end, int) and end >= _WHOLE
         return source if not start and (end is None or whole) and step in (None, 1) else None
-    if is_call(op, *RESHAPES) and graph.is_conventional(source):
-        return source if _keeps_axes(graph, op) else None
+    if is_call(op, *RESHAPES) and (source == graph.ids or graph.is_conventional(source)):
+        return source if keeps_axes(graph, op) else None
     return None
 
 
-def _keeps_axes(graph: Graph, op: Aten) -> bool:
-    """Whether the dynamic sizes of a reshape are batch and sequence where our ops have them."""
-    assert isinstance(op.type, TensorType)
-    sizes = op.args[1]
-    sequence_axis = {3: 1, 4: 2}.get(op.type.rank)
-    if not isinstance(sizes, tuple) or sequence_axis is None:
-        return False
-    return is_axis(graph, sizes[0], 0) and is_axis(graph, sizes[sequence_axis], 1)
+def drop_concat(graph: Graph, op: Op) -> Replacement:
+    """A concatenation of one value with empty ones."""
+    if not is_call(op, "cat") or not isinstance(op, Aten) or not isinstance(op.args[0], tuple):
+        return None
+    whole = [part for part in op.args[0] if isinstance(part, Value) and not _is_empty(graph, part)]
+    return whole[0] if len(whole) == 1 and graph.types[whole[0]] == op.type else None
+
+
+def _is_empty(graph: Graph, value: Value) -> bool:
+    kind = graph.tensor(value)
+    return kind is not None and 0 in kind.shape
+
+
+def unflatten(graph: Graph, op: Op) -> Replacement:
+    """A value on flattened tokens brought back to [batch, sequence, channels]."""
+    if not is_call(op, *RESHAPES) or not isinstance(op, Aten) or not keeps_axes(graph, op):
+        return None
+    source = graph.flat.get(op.args[0]) if isinstance(op.args[0], Value) else None
+    return source if source is not None and graph.types[source] == op.type else None
 
 
 def raise_embedding(graph: Graph, op: Op) -> Replacement:
@@ -131,128 +137,18 @@ def _mean_square_eps(graph: Graph, inverse: object, x: object) -> float | None:
     return total.args[1] if squared or graph.factors(mean.args[0]) == (x, x) else None
 
 
-def raise_silu(graph: Graph, op: Op) -> Replacement:
-    """x · sigmoid(x)."""
-    if not is_call(op, "silu") or not isinstance(op, Aten) or not isinstance(op.args[0], Value):
+def raise_layer_norm(graph: Graph, op: Op) -> Replacement:
+    """layer_norm over the last axis with a gain."""
+    if not is_call(op, "layer_norm") or not isinstance(op, Aten):
         return None
-    return one(graph, Silu(result=op.result, type=op.type, loc=op.loc, x=op.args[0]))
-
-
-def raise_elementwise(graph: Graph, op: Op) -> Replacement:
-    """Sum and product of two activations of one shape."""
-    cls = Add if is_call(op, "add") else Mul if is_call(op, "mul") else None
-    if cls is None or not isinstance(op, Aten) or op.kwargs or len(op.args) != 2:
+    defaults = (None, None, 1e-5)[len(op.args) - 2 :]
+    x, sizes, gain, bias, eps = (*op.args, *defaults)[:5]
+    if not isinstance(x, Value) or not isinstance(gain, Symbol) or not isinstance(eps, float):
         return None
-    a, b = op.args
-    kind = graph.tensor(a)
-    if not isinstance(a, Value) or not isinstance(b, Value) or kind is None or kind.rank < 3:
+    if not isinstance(sizes, tuple) or len(sizes) != 1 or not isinstance(bias, Symbol | None):
         return None
-    return one(graph, cls(result=op.result, type=op.type, loc=op.loc, a=a, b=b))
-
-
-def raise_split_heads(graph: Graph, op: Op) -> Replacement:
-    """transpose(view(x, [b, s, heads, d]), 1, 2); a norm over d in between comes after it."""
-    if not _swaps_heads(op) or not isinstance(op, Aten):
-        return None
-    inner = graph.defs.get(op.args[0]) if isinstance(op.args[0], Value) else None
-    norm = inner if isinstance(inner, RmsNorm) else None
-    view = graph.call(norm.x if norm else op.args[0], *RESHAPES)
-    if (
-        view is None
-        or not graph.is_conventional(view.args[0])
-        or not isinstance(view.type, TensorType)
-    ):
-        return None
-    sizes, x = view.args[1], view.args[0]
-    if not isinstance(sizes, tuple) or len(sizes) != 4 or not isinstance(x, Value):
-        return None
-    if not (is_axis(graph, sizes[0], 0) and is_axis(graph, sizes[1], 1)):
-        return None
-    heads = view.type.dims[2].size
-    if heads is None:
-        return None
-    result = graph.fresh() if norm else op.result
-    split = graph.typed(
-        SplitHeads(result=result, type=op.type, loc=op.loc, x=x, heads=heads), op.type
-    )
-    if split is None or norm is None:
-        return None if split is None else [split]
-    return [split, replace(norm, result=op.result, type=op.type, x=split.result)]
-
-
-def raise_merge_heads(graph: Graph, op: Op) -> Replacement:
-    """reshape(transpose(x, 1, 2), [b, s, heads*d])."""
-    if not is_call(op, *RESHAPES) or not isinstance(op, Aten):
-        return None
-    swap = graph.call(op.args[0], "transpose")
-    sizes = op.args[1]
-    if swap is None or not _swaps_heads(swap) or not isinstance(sizes, tuple) or len(sizes) != 3:
-        return None
-    x = swap.args[0]
-    if not (is_axis(graph, sizes[0], 0) and is_axis(graph, sizes[1], 1)):
-        return None
-    if not isinstance(x, Value) or not graph.is_conventional(x):
-        return None
-    return one(graph, MergeHeads(result=op.result, type=op.type, loc=op.loc, x=x))
-
-
-def _swaps_heads(op: Op) -> bool:
-    return (
-        is_call(op, "transpose")
-        and isinstance(op, Aten)
-        and isinstance(op.type, TensorType)
-        and op.type.rank == 4
-        and tuple(op.args[1:]) in ((1, 2), (2, 1), (-3, -2), (-2, -3))
-    )
-
-
-def raise_attention(graph: Graph, op: Op, window_of: Callable[[Value], int | None]) -> Replacement:
-    """scaled_dot_product_attention with a causal mask; repeated heads become grouped heads.
-
-    `window_of` gives the window of a mask value (0: unlimited), None if it is not causal.
-    """
-    if not is_call(op, "scaled_dot_product_attention") or not isinstance(op, Aten):
-        return None
-    q, k, v, mask, dropout, causal, scale = _sdpa_arguments(op)
-    kind = graph.tensor(q)
-    if dropout or not isinstance(q, Value) or kind is None or kind.rank != 4:
-        return None
-    if causal and mask is None:
-        window: int | None = 0
-    else:
-        window = window_of(mask) if isinstance(mask, Value) and not causal else None
-    k, v = _without_repeat(graph, k), _without_repeat(graph, v)
-    width = kind.dims[-1].size
-    if window is None or width is None or not isinstance(k, Value) or not isinstance(v, Value):
-        return None
-    factor = float(scale) if isinstance(scale, (int, float)) else 1 / math.sqrt(width)
-    made = Attention(
-        result=op.result, type=op.type, loc=op.loc, q=q, k=k, v=v, scale=factor, window=window
-    )
+    made = LayerNorm(result=op.result, type=op.type, loc=op.loc, x=x, gain=gain, bias=bias, eps=eps)
     return one(graph, made)
-
-
-def _sdpa_arguments(op: Aten) -> tuple[object, ...]:
-    names = ("attn_mask", "dropout_p", "is_causal", "scale")
-    given = dict(zip(names, op.args[3:], strict=False)) | dict(op.kwargs)
-    return (*op.args[:3], *(given.get(name) for name in names))
-
-
-def _without_repeat(graph: Graph, value: object) -> object:
-    """x, if a value is reshape(expand(unsqueeze(x, 2))): every head repeated."""
-    merged = graph.call(value, *RESHAPES)
-    expand = graph.call(merged.args[0], "expand") if merged else None
-    unsqueeze = graph.call(expand.args[0], "unsqueeze") if expand else None
-    if merged is None or expand is None or unsqueeze is None or unsqueeze.args[1] != 2:
-        return value
-    source, wide, final = graph.tensor(unsqueeze.args[0]), expand.type, merged.type
-    if source is None or not isinstance(wide, TensorType) or not isinstance(final, TensorType):
-        return value
-    groups, repeats = source.shape[1], wide.shape[2]
-    if wide.rank != 5 or groups is None or repeats is None or not _keeps_axes(graph, merged):
-        return value
-    fits = final.shape == (source.shape[0], groups * repeats, *source.shape[2:])
-    return unsqueeze.args[0] if fits else value
 
 
 def _ordered(pair: Sequence[object], is_first: Callable[[object], bool]) -> tuple[object, object]:
@@ -262,13 +158,19 @@ def _ordered(pair: Sequence[object], is_first: Callable[[object], bool]) -> tupl
 
 STRUCTURAL: tuple[Callable[[Graph, Op], Replacement], ...] = (
     drop_no_op,
+    drop_concat,
+    unflatten,
     raise_embedding,
     raise_linear,
     raise_matmul,
-    raise_flat_linear,
+    raise_addmm,
+    raise_rows,
     raise_rms_norm,
-    raise_silu,
+    raise_layer_norm,
+    raise_activation,
     raise_split_heads,
     raise_merge_heads,
+    raise_scale,
+    raise_bias,
     raise_elementwise,
 )

@@ -15,6 +15,7 @@ from scalebits_compiler.ir.types import TensorType, Type
 from scalebits_compiler.ir.verifier import Rigid
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 Replacement = Sequence[Op] | Value | None
@@ -33,11 +34,22 @@ class Graph:
         self.ops: list[Op] = []
         self.defs: dict[Value, Op] = {}
         arguments = module.function.args
+        # The calls, not raised yet, that read a value.
+        self.readers: dict[Value, list[Op]] = {}
+        for op in module.function.ops:
+            for value in op.operands():
+                self.readers.setdefault(value, []).append(op)
         self.types: dict[Value, Type] = {arg.value: arg.type for arg in arguments}
         # Values that depend on the tokens; all others are the same for all texts of a shape.
         self.of_tokens: set[Value] = {arg.value for arg in arguments}
         # Values with the axes of our ops: [batch, sequence, n] or [batch, heads, sequence, n].
         self._conventional: set[Value] = set()
+        # Values [tokens, n] -> the same values as [batch, sequence, n].
+        self.flat: dict[Value, Value] = {}
+        # Values picked from another along an axis: (source, axis, places); see `raising_rows`.
+        self.picked: dict[Value, tuple[Value, int, tuple[int, ...]]] = {}
+        # Weights that are rows of others, by name.
+        self.rows: dict[str, np.ndarray] = {}
         self._fresh = 0
 
     @property
@@ -104,6 +116,35 @@ class Graph:
         kind = self.types.get(value) if isinstance(value, Value) else None
         return kind if isinstance(kind, TensorType) and kind.dtype == "f32" else None
 
+    def read_as(self, value: Value, image: Value) -> None:
+        """What read a value reads another in its place."""
+        readers = self.readers.pop(value, [])
+        moved = [reader.map_operands({value: image}) for reader in readers]
+        self.readers.setdefault(image, []).extend(moved)
+
+    def flattened(self, op: Aten) -> Value | None:
+        """The value [batch, sequence, n] that a reshape gives as [tokens, n]."""
+        if not is_call(op, *RESHAPES) or not isinstance(op.type, TensorType) or op.type.rank != 2:
+            return None
+        source = op.args[0]
+        kind = self.tensor(source)
+        if not isinstance(source, Value) or not self.is_conventional(source) or kind is None:
+            return None
+        return source if kind.rank == 3 and kind.dims[-1] == op.type.dims[-1] else None
+
+    def constant(self, value: object) -> float | None:
+        """A number, or the content of a stored tensor that holds one."""
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+        cast = self.call(value, "to", "clone", "alias")
+        symbol = cast.args[0] if cast else value
+        if not isinstance(symbol, Symbol):
+            return None
+        weight = self.module.weight(symbol)
+        if weight.data is None or weight.type.rank or weight.type.dtype != "f32":
+            return None
+        return float(self.module.resources.torch(weight.data.key))
+
     def call(self, value: object, *names: str) -> Aten | None:
         """The ATen call that makes a value, if it is one of these operators."""
         op = self.defs.get(value) if isinstance(value, Value) else None
@@ -137,6 +178,16 @@ def is_call(op: Op, *names: str) -> bool:
 def is_axis(graph: Graph, size: object, axis: int) -> bool:
     """Whether a size of a view is the batch (axis 0), the sequence (1), or left to torch (-1)."""
     return size == -1 or graph.is_size(size, axis)
+
+
+def keeps_axes(graph: Graph, op: Aten) -> bool:
+    """Whether the dynamic sizes of a reshape are batch and sequence where our ops have them."""
+    assert isinstance(op.type, TensorType)
+    sizes = op.args[1]
+    sequence_axis = {2: 1, 3: 1, 4: 2}.get(op.type.rank)
+    if not isinstance(sizes, tuple) or sequence_axis is None:
+        return False
+    return is_axis(graph, sizes[0], 0) and is_axis(graph, sizes[sequence_axis], 1)
 
 
 def one(graph: Graph, op: Op) -> Replacement:

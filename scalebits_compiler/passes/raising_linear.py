@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from scalebits_compiler.ir.attrs import Resource, Symbol, Value
 from scalebits_compiler.ir.module import Weight
 from scalebits_compiler.ir.op import Op
 from scalebits_compiler.ir.ops import Aten, Linear
 from scalebits_compiler.ir.types import TensorType
 from scalebits_compiler.passes.raising_graph import (
-    RESHAPES,
     Graph,
     Replacement,
-    is_axis,
     is_call,
     one,
 )
@@ -37,39 +33,20 @@ def raise_matmul(graph: Graph, op: Op) -> Replacement:
     return _linear(graph, op, op.args[0], turned.args[0], None)
 
 
-def raise_flat_linear(graph: Graph, op: Op) -> Replacement:
-    """view(linear or addmm(view(x, [-1, n])), [b, s, m]): a product on flattened tokens.
+def raise_addmm(graph: Graph, op: Op) -> Replacement:
+    """addmm(b, x, W) or mm(x, W), whose matrix is [inputs, outputs] (GPT-2's Conv1D).
 
-    addmm reads the matrix as [inputs, outputs] (GPT-2's Conv1D); it is transposed here, once.
+    It is transposed here, once.
     """
-    if not is_call(op, *RESHAPES) or not isinstance(op, Aten) or not isinstance(op.args[1], tuple):
+    if not is_call(op, "addmm", "mm") or not isinstance(op, Aten) or op.kwargs:
         return None
-    sizes = op.args[1]
-    if len(sizes) != 3 or not (is_axis(graph, sizes[0], 0) and is_axis(graph, sizes[1], 1)):
-        return None
-    product = graph.call(op.args[0], "linear", "addmm", "mm")
-    if product is None or product.kwargs:
-        return None
-    if is_call(product, "linear"):
-        flat, weight, bias = (*product.args, None)[:3]
-    else:
-        bias, flat, weight = product.args if is_call(product, "addmm") else (None, *product.args)
-    view = graph.call(flat, *RESHAPES)
-    x = view.args[0] if view else None
-    if view is None or not graph.is_conventional(x) or not _flattens(view):
-        return None
-    loc = product.loc or op.loc
-    if is_call(product, "linear") or not isinstance(weight, Symbol):
-        return _linear(graph, replace(op, loc=loc), x, weight, bias)
+    bias, x, weight = op.args if is_call(op, "addmm") else (None, *op.args)
     kind = graph.tensor(x)
-    if kind is None or kind.dims[-1].size != graph.module.weight(weight).type.shape[0]:
+    if not isinstance(weight, Symbol) or kind is None or graph.module.weight(weight).data is None:
         return None
-    return _linear(graph, replace(op, loc=loc), x, _transposed(graph, weight), bias)
-
-
-def _flattens(view: Aten) -> bool:
-    assert isinstance(view.type, TensorType)
-    return view.type.rank == 2 and view.type.dims[0].size is None
+    if kind.dims[-1].size != graph.module.weight(weight).type.shape[0]:
+        return None
+    return _linear(graph, op, x, _transposed(graph, weight), bias)
 
 
 def _linear(graph: Graph, op: Aten, x: object, weight: object, bias: object) -> Replacement:
@@ -86,8 +63,9 @@ def _transposed(graph: Graph, symbol: Symbol) -> Symbol:
     """A weight [outputs, inputs] with the values of one that is [inputs, outputs]."""
     name = f"{symbol.name}.t"
     source = graph.module.weight(symbol)
-    if name in graph.module.weights or source.data is None:
-        return Symbol(name) if name in graph.module.weights else symbol
+    if name in graph.module.weights:
+        return Symbol(name)
+    assert source.data is not None
     rows, columns = source.type.dims
     made = Weight(
         symbol=name,

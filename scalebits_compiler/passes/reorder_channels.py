@@ -2,68 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from scalebits_compiler.errors import PassError
 from scalebits_compiler.ir.attrs import Resource, Value
-from scalebits_compiler.ir.module import Module, Perm
+from scalebits_compiler.ir.module import Module, Perm, Weight
 from scalebits_compiler.ir.op import Op
 from scalebits_compiler.ir.ops import Permute, parse_dim
 from scalebits_compiler.ir.types import Dim, Factor, TensorType
 from scalebits_compiler.passes.base import Pass, PassContext
+from scalebits_compiler.passes.order_classes import Member, OrderClass, Orders, find_orders
 from scalebits_compiler.passes.orders import Unifier
 
 if TYPE_CHECKING:
     import torch
 
-
-@dataclass(frozen=True)
-class OrderClass:
-    """Axes that share one free order: (symbol, axis, position of the factor in the axis)."""
-
-    variable: str
-    size: int
-    members: tuple[tuple[str, int, int], ...]
-
-
-@dataclass(frozen=True)
-class Orders:
-    """The solved orders of a module: the unifier, the weights' axes, the free classes."""
-
-    unifier: Unifier
-    weights: dict[str, TensorType]
-    classes: tuple[OrderClass, ...]
-
-
-def find_orders(module: Module) -> Orders:
-    """Unify the axes of all weights over the function; every free unknown is one class."""
-    unifier = Unifier(lambda symbol: weights[symbol.name])
-    weights = {
-        name: TensorType(
-            weight.type.dtype,
-            tuple(unifier.unknown(size) for size in weight.type.static_shape()),
-        )
-        for name, weight in module.weights.items()
-    }
-    unifier.values = {arg.value: arg.type for arg in module.function.args}
-    for op in module.function.ops:
-        unifier.values[op.result] = op.infer(unifier)
-    for axis, dim in enumerate(unifier.type(module.function.result).dims):
-        unifier.natural(dim, f"axis {axis} of the result")
-    members: dict[str, list[tuple[str, int, int]]] = {}
-    sizes: dict[str, int] = {}
-    for name, tensor in weights.items():
-        for axis, dim in enumerate(tensor.dims):
-            for position, factor in enumerate(unifier.resolve(dim).static()):
-                if factor.order:
-                    members.setdefault(factor.order, []).append((name, axis, position))
-                    sizes[factor.order] = factor.size
-    classes = tuple(OrderClass(v, sizes[v], tuple(found)) for v, found in members.items())
-    return Orders(unifier, weights, classes)
+Order = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -71,7 +31,8 @@ class ReorderChannels(Pass):
     """Order the channels of every class by summed sensitivity; inserts `permute` pairs only.
 
     Rows and columns of all matrices that share a class move together (bi-directional, paper
-    section on channel reordering), so that sensitive weights gather in the upper left blocks.
+    section on channel reordering), so that sensitive weights gather in the upper left blocks. A
+    class keeps its new order only if that lowers the surrogate of `_Surrogate`.
     """
 
     name: ClassVar[str] = "reorder-channels"
@@ -81,58 +42,120 @@ class ReorderChannels(Pass):
     def run(self, module: Module, ctx: PassContext) -> Module:
         """Adds permutations and, after each value stored in one, a pair of `permute` ops."""
         orders = find_orders(module)
-        chosen: dict[str, str] = {}
-        perms: dict[str, Perm] = {}
-        tensors: dict[str, torch.Tensor] = {}
-        taken = {*module.perms, *module.weights}
-        free = (name for name in map("p{}".format, count()) if name not in taken)
+        surrogate = _Surrogate(module, orders)
+        chosen: dict[str, Order] = {}
+        refused: list[str] = []
         for found in orders.classes:
-            scores = class_scores(module, orders, found)
+            scores = surrogate.class_scores(found)
             order = None if scores is None else np.argsort(-scores, kind="stable")
             if order is None or np.array_equal(order, np.arange(found.size)):
                 continue
-            name = next(free)
-            chosen[found.variable] = name
-            perms[name], tensor = _make_perm(name, order, _origin(orders, found))
+            if surrogate.accept(found, order):
+                chosen[found.variable] = order
+            else:
+                refused.append(origin(found))
+        ctx.report[self.name] = {
+            "classes": len(orders.classes),
+            "reordered": len(chosen),
+            "kept_natural": refused,
+        }
+        return with_orders(module, orders, chosen)
+
+
+def with_orders(module: Module, orders: Orders, chosen: Mapping[str, Order]) -> Module:
+    """The module with a permutation for each chosen class (by its variable), int64 [size].
+
+    Only pairs of `permute` ops are inserted; `fold-permutes` moves them into the weights.
+    """
+    names: dict[str, str] = {}
+    perms: dict[str, Perm] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    taken = {*module.perms, *module.weights}
+    free = (name for name in map("p{}".format, count()) if name not in taken)
+    for found in orders.classes:
+        if found.variable in chosen:
+            name = names[found.variable] = next(free)
+            perms[name], tensor = _make_perm(name, chosen[found.variable], origin(found))
             tensors.update(tensor)
-        ctx.report[self.name] = {"classes": len(orders.classes), "reordered": len(perms)}
-        resources = module.resources.with_(tensors)
-        changed = replace(module, perms={**module.perms, **perms}, resources=resources)
-        return _insert_pairs(changed, orders.unifier, chosen)
+    resources = module.resources.with_(tensors)
+    changed = replace(module, perms={**module.perms, **perms}, resources=resources)
+    return _insert_pairs(changed, orders.unifier, names)
 
 
-def class_scores(module: Module, orders: Orders, found: OrderClass) -> np.ndarray | None:
-    """float64 [size]: line sums over all members that have scores; None if none has."""
-    total = np.zeros(found.size)
-    scored = False
-    for symbol, axis, position in found.members:
-        weight = module.weights[symbol]
-        if not weight.quantize or weight.fixed_bits is not None:
-            continue
+@dataclass
+class _Surrogate:
+    """How much a model would lose at the best widths, from line scores alone.
+
+    A bit more divides the error of a block by about four, so at the best widths of a fixed number
+    of bits the loss goes with the geometric mean of the blocks' scores. An order of one axis
+    changes the sums of the lines in each row (column) of blocks; the sum of n log(sum / n) over
+    those of all matrices is what has to fall.
+    """
+
+    module: Module
+    orders: Orders
+    kept: dict[str, Order] = field(default_factory=dict)
+
+    def accept(self, found: OrderClass, order: Order) -> bool:
+        """Keep an order of a class if it lowers the surrogate."""
+        axes = {(m.symbol, m.axis): None for m in found.members}
+        before = sum(self._cost(symbol, axis, self.kept) for symbol, axis in axes)
+        tried = {**self.kept, found.variable: order}
+        after = sum(self._cost(symbol, axis, tried) for symbol, axis in axes)
+        if after < before - 1e-9 * abs(before):
+            self.kept = tried
+        return self.kept is tried
+
+    def class_scores(self, found: OrderClass) -> NDArray[np.float64] | None:
+        """float64 [size]: line sums over all members that have scores; None if none has."""
+        parts = [part for m in found.members if (part := self._part(m)) is not None]
+        return np.sum(parts, 0) if parts else None
+
+    def _part(self, member: Member) -> NDArray[np.float64] | None:
+        lines = self._lines(member.symbol, member.axis)
+        return None if lines is None else lines.reshape(member.outer, member.size, -1).sum((0, 2))
+
+    def _lines(self, symbol: str, axis: int) -> NDArray[np.float64] | None:
+        """The scores of the rows (axis 0) or columns of a matrix that is quantized."""
+        weight = self.module.weights[symbol]
+        if not _is_scored(weight):
+            return None
         scores = (weight.row_scores, weight.column_scores)[axis]
         if scores is None:
             raise PassError(
                 f"@{symbol} has no sensitivity scores", help="run annotate-sensitivity first"
             )
-        factors = orders.unifier.resolve(orders.weights[symbol].dims[axis]).static()
-        lines = module.resources.numpy(scores.key).astype(np.float64)
-        shaped = lines.reshape([factor.size for factor in factors])
-        others = tuple(i for i in range(len(factors)) if i != position)
-        total += shaped.sum(axis=others)
-        scored = True
-    return total if scored else None
+        return self.module.resources.numpy(scores.key).astype(np.float64)
+
+    def _cost(self, symbol: str, axis: int, orders: Mapping[str, Order]) -> float:
+        lines, weight = self._lines(symbol, axis), self.module.weights[symbol]
+        if lines is None or weight.block is None:
+            return 0.0
+        dim = self.orders.unifier.resolve(self.orders.weights[symbol].dims[axis])
+        index = np.zeros(1, np.int64)
+        for factor in dim.static():
+            inner = orders.get(factor.order or "", np.arange(factor.size))
+            index = (index[:, None] * factor.size + inner).reshape(-1)
+        starts = np.arange(0, len(lines), weight.block[axis])
+        sums = np.add.reduceat(np.maximum(lines[index], 0), starts)
+        counts = np.diff(np.append(starts, len(lines)))
+        least = 1e-9 * sums.sum() / len(lines) or 1.0
+        across = weight.type.static_shape()[1 - axis]
+        return float((counts * np.log(sums / counts + least)).sum() * across)
 
 
-def _origin(orders: Orders, found: OrderClass) -> str:
-    """What the class is in the original model: the first weight whose output is in it."""
+def _is_scored(weight: Weight) -> bool:
+    return weight.quantize and weight.fixed_bits is None
+
+
+def origin(found: OrderClass) -> str:
+    """What a class is in the original model: the first weight whose output is in it."""
     # An embedding is [vocabulary, channels]; its output is the second axis.
-    rows = [member for member in found.members if member[1] == 0]
-    symbol, axis, position = (rows or found.members)[0]
-    if found.members[0][1] == 1:
-        symbol, axis, position = found.members[0]
-    factors = orders.unifier.resolve(orders.weights[symbol].dims[axis]).static()
-    part = f", factor {position + 1} of {len(factors)}" if len(factors) > 1 else ""
-    return f"output of {symbol}{part}"
+    rows = [member for member in found.members if member.axis == 0]
+    first = found.members[0]
+    member = first if first.axis == 1 else (rows or found.members)[0]
+    inner = "" if member.outer == 1 else f", inside {member.outer}"
+    return f"{member.size} channels of {member.symbol}{inner}"
 
 
 def _make_perm(name: str, order: np.ndarray, origin: str) -> tuple[Perm, dict[str, torch.Tensor]]:

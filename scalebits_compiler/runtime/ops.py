@@ -120,6 +120,58 @@ def _silu(frame: Frame, step: Step) -> F32:
     return np.divide(x, divisor, out=divisor)
 
 
+def _layer_norm(frame: Frame, step: Step) -> F32:
+    x = frame.values[step.inputs[0]]
+    x = x - x.mean(-1, keepdims=True, dtype=np.float32)
+    spread = np.square(x).mean(-1, keepdims=True, dtype=np.float32)
+    spread += np.float32(step.attrs["eps"])
+    x /= np.sqrt(spread, out=spread)
+    x *= frame.weights.float32(step.weights[0])
+    if len(step.weights) == 2:
+        x += frame.weights.float32(step.weights[1])
+    return x
+
+
+def _gelu(frame: Frame, step: Step) -> F32:
+    x = frame.values[step.inputs[0]]
+    return x * ((_erf(x * np.float32(0.5**0.5)) + 1) * np.float32(0.5))
+
+
+# Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26: absolute error below 1.5e-7.
+_ERF = (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592)
+
+
+def _erf(x: F32) -> F32:
+    size = np.abs(x)
+    t = 1 / (1 + np.float32(0.3275911) * size)
+    series = np.zeros_like(t)
+    for coefficient in _ERF:
+        series = (series + np.float32(coefficient)) * t
+    return np.copysign(1 - series * np.exp(-np.square(size)), x)
+
+
+def _gelu_tanh(frame: Frame, step: Step) -> F32:
+    x = frame.values[step.inputs[0]]
+    inner = (x + np.float32(0.044715) * x * x * x) * np.float32((2 / np.pi) ** 0.5)
+    return x * ((np.tanh(inner) + 1) * np.float32(0.5))
+
+
+def _relu(frame: Frame, step: Step) -> F32:
+    return np.maximum(frame.values[step.inputs[0]], 0)
+
+
+def _tanh(frame: Frame, step: Step) -> F32:
+    return np.tanh(frame.values[step.inputs[0]])
+
+
+def _scale(frame: Frame, step: Step) -> F32:
+    return frame.values[step.inputs[0]] * np.float32(step.attrs["factor"])
+
+
+def _bias(frame: Frame, step: Step) -> F32:
+    return frame.values[step.inputs[0]] + frame.weights.float32(step.weights[0])
+
+
 def _add(frame: Frame, step: Step) -> F32:
     return frame.values[step.inputs[0]] + frame.values[step.inputs[1]]
 
@@ -141,9 +193,9 @@ def _merge_heads(frame: Frame, step: Step) -> F32:
 def _rope(frame: Frame, step: Step) -> F32:
     x = frame.values[step.inputs[0]]
     cos, sin = frame.rotation(step.inputs[1], step.weights[0], step.attrs["scaling"])
-    half = x.shape[-1] // 2
-    first, second = x[..., :half], x[..., half:]
-    return np.concatenate((first * cos - second * sin, second * cos + first * sin), -1)
+    half = cos.shape[-1]
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return np.concatenate((first * cos - second * sin, second * cos + first * sin, rest), -1)
 
 
 def _permute(frame: Frame, step: Step) -> Array:
@@ -155,14 +207,27 @@ def _attention(frame: Frame, step: Step) -> F32:
     q, k, v = (frame.values[name] for name in step.inputs)
     if frame.cache is not None:
         k, v = frame.cache.extend(int(step.attrs["cache"]), k, v)
-    return attend(q, k, v, step.attrs["scale"], int(step.attrs["window"]), frame.pad)
+    window, softcap = int(step.attrs["window"]), step.attrs["softcap"]
+    causal = bool(step.attrs["causal"])
+    return attend(q, k, v, step.attrs["scale"], window, frame.pad, softcap=softcap, causal=causal)
 
 
-def attend(q: F32, k: F32, v: F32, scale: float, window: int, pad: NDArray[np.int64] | None) -> F32:
-    """Causal attention of the newest positions q [b, H, s, d] to k [b, G, t, d], v [b, G, t, e].
+def attend(
+    q: F32,
+    k: F32,
+    v: F32,
+    scale: float,
+    window: int,
+    pad: NDArray[np.int64] | None,
+    *,
+    softcap: float = 0.0,
+    causal: bool = True,
+) -> F32:
+    """Attention of the newest positions q [b, H, s, d] to k [b, G, t, d], v [b, G, t, e].
 
     The last query stands at position t - 1; H is a multiple of G. `window` > 0 limits how many
-    positions a query sees; the first pad[row] keys of a row are hidden. Gives [b, H, s, e].
+    positions a query sees; the first pad[row] keys of a row are hidden; `softcap` c > 0 makes
+    scores z to c · tanh(z/c); without `causal` later keys are seen too. Gives [b, H, s, e].
     """
     batch, heads, count, _ = q.shape
     groups, total = k.shape[1:3]
@@ -170,13 +235,16 @@ def attend(q: F32, k: F32, v: F32, scale: float, window: int, pad: NDArray[np.in
     q = q * np.float32(scale)
     for start in range(0, count, _QUERIES):
         stop = min(start + _QUERIES, count)
-        end = total - count + stop
+        last = total - count + stop
+        end = last if causal else total
         first = max(0, end - (stop - start) - window + 1) if window else 0
         # The queries of all heads that share keys form one matrix.
         rows = q[:, :, start:stop].reshape(batch, groups, -1, q.shape[3])
         scores = rows @ k[:, :, first:end].swapaxes(-1, -2)
         scores = scores.reshape(batch, heads, stop - start, end - first)
-        _hide(scores, first, end, window, pad)
+        if softcap:
+            scores = np.tanh(scores / np.float32(softcap)) * np.float32(softcap)
+        _hide(scores, first, last, window, pad, causal)
         scores -= scores.max(-1, keepdims=True)
         np.exp(scores, out=scores)
         scores /= scores.sum(-1, keepdims=True)
@@ -185,13 +253,23 @@ def attend(q: F32, k: F32, v: F32, scale: float, window: int, pad: NDArray[np.in
     return out
 
 
-def _hide(scores: F32, first: int, end: int, window: int, pad: NDArray[np.int64] | None) -> None:
-    """Set to -inf, in scores [b, H, queries, keys first..end], what a query does not see."""
+def _hide(
+    scores: F32,
+    first: int,
+    last: int,
+    window: int,
+    pad: NDArray[np.int64] | None,
+    causal: bool,
+) -> None:
+    """Set to -inf, in scores [b, H, queries, keys], what a query does not see.
+
+    Keys count from position `first`, the last query stands at position last - 1.
+    """
     count = scores.shape[2]
-    if count == 1 and pad is None:
+    if pad is None and (count == 1 or not causal):
         return
-    query, key = np.arange(end - count, end)[:, None], np.arange(first, end)
-    hidden = key > query
+    query, key = np.arange(last - count, last)[:, None], first + np.arange(scores.shape[3])
+    hidden = (key > query) if causal else np.zeros((count, len(key)), bool)
     if window:
         hidden |= key <= query - window
     if pad is None:
@@ -208,7 +286,14 @@ OPS: dict[str, Callable[[Frame, Step], Array]] = {
     "linear": _linear,
     "qlinear": _qlinear,
     "rms_norm": _rms_norm,
+    "layer_norm": _layer_norm,
     "silu": _silu,
+    "gelu": _gelu,
+    "gelu_tanh": _gelu_tanh,
+    "relu": _relu,
+    "tanh": _tanh,
+    "scale": _scale,
+    "bias": _bias,
     "add": _add,
     "mul": _mul,
     "split_heads": _split_heads,

@@ -127,13 +127,16 @@ def test_input_module_is_not_changed_and_runs_twice_the_same(tiny_llama):
     assert print_module(twice) == print_module(first)
 
 
+GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4}
 NOT_WHOLLY = {
-    "gemma": ({"head_dim": 16}, 14, {"aten.mul.Tensor", "aten.to.dtype", "aten.gelu.default"}),
-    "gpt2": ({"n_embd": 64, "n_layer": 2, "n_head": 4}, 8, {"aten.layer_norm.default"}),
-    "falcon": ({"new_decoder_architecture": False}, 8, {"aten.layer_norm.default"}),
-    "gpt_neox": ({}, 8, {"aten.layer_norm.default"}),
-    "opt": ({"ffn_dim": 96, "word_embed_proj_dim": 64}, 8, {"aten.relu.default"}),
-    "gemma2": ({"head_dim": 16}, 14, {"aten.softmax.int"}),
+    # biases of attention that depend on the distance
+    "bloom": ({"n_layer": 2, "n_head": 4}, 12, {"aten.softmax.int"}),
+    # neighbours are pairs
+    "gptj": (
+        {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8},
+        12,
+        {"aten.stack.default"},
+    ),
 }
 
 
@@ -148,11 +151,11 @@ def test_what_is_not_known_stays_and_runs(tiny_llama, kind):
 
 
 def test_matrix_stored_the_other_way_is_turned_once(tiny_llama):
-    _, after, _ = raised(tiny_llama("gpt2", **NOT_WHOLLY["gpt2"][0]))
-    fused = next(w for w in after.quantized() if "c_attn" in w.symbol)
-    assert fused.type.static_shape() == (192, 64)
-    assert fused.loc.endswith("c_attn.weight")
-    assert fused.symbol.removesuffix(".t") not in after.weights
+    _, after, _ = raised(tiny_llama("gpt2", **GPT2))
+    turned = next(w for w in after.quantized() if "c_fc" in w.symbol)
+    assert turned.type.static_shape() == (256, 64)
+    assert turned.loc.endswith("c_fc.weight")
+    assert turned.symbol.removesuffix(".t") not in after.weights
     assert set(after.resources) == set(after.weights)
 
 

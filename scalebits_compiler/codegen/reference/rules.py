@@ -20,17 +20,24 @@ from scalebits_compiler.ir.ops import (
     Add,
     Aten,
     Attention,
+    Bias,
     Embedding,
+    Gelu,
+    GeluTanh,
+    LayerNorm,
     Linear,
     MergeHeads,
     Mul,
     Permute,
     Positions,
     QLinear,
+    Relu,
     RmsNorm,
     Rope,
+    Scale,
     Silu,
     SplitHeads,
+    Tanh,
     parse_dim,
 )
 
@@ -88,8 +95,38 @@ def _rms_norm(op: RmsNorm, scope: Scope) -> torch.Tensor:
     return x * inverse * scope.weight(op.gain)
 
 
+def _layer_norm(op: LayerNorm, scope: Scope) -> torch.Tensor:
+    x, gain = scope.value(op.x), scope.weight(op.gain)
+    bias = None if op.bias is None else scope.weight(op.bias)
+    return F.layer_norm(x, gain.shape, gain, bias, op.eps)
+
+
 def _silu(op: Silu, scope: Scope) -> torch.Tensor:
     return F.silu(scope.value(op.x))
+
+
+def _gelu(op: Gelu, scope: Scope) -> torch.Tensor:
+    return F.gelu(scope.value(op.x))
+
+
+def _gelu_tanh(op: GeluTanh, scope: Scope) -> torch.Tensor:
+    return F.gelu(scope.value(op.x), approximate="tanh")
+
+
+def _relu(op: Relu, scope: Scope) -> torch.Tensor:
+    return F.relu(scope.value(op.x))
+
+
+def _tanh(op: Tanh, scope: Scope) -> torch.Tensor:
+    return torch.tanh(scope.value(op.x))
+
+
+def _scale(op: Scale, scope: Scope) -> torch.Tensor:
+    return scope.value(op.x) * op.factor
+
+
+def _bias(op: Bias, scope: Scope) -> torch.Tensor:
+    return scope.value(op.x) + scope.weight(op.bias)
 
 
 def _add(op: Add, scope: Scope) -> torch.Tensor:
@@ -112,18 +149,21 @@ def _rope(op: Rope, scope: Scope) -> torch.Tensor:
     x, positions = scope.value(op.x), scope.value(op.positions)
     angles = positions[:, None, :, None].to(torch.float32) * scope.weight(op.frequency)
     cos, sin = torch.cos(angles) * op.scaling, torch.sin(angles) * op.scaling
-    first, second = x.chunk(2, -1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+    half = cos.shape[-1]
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), -1)
 
 
-def attention_mask(sequence: int, window: int, pad: torch.Tensor | None) -> torch.Tensor:
+def attention_mask(
+    sequence: int, window: int, pad: torch.Tensor | None, causal: bool = True
+) -> torch.Tensor:
     """bool[batch or 1, 1, s, s], true where a query sees a key.
 
     `pad` i64[batch] counts padding on the left; padding is seen only by itself, so that its rows
     stay finite.
     """
     query, key = torch.arange(sequence)[:, None], torch.arange(sequence)[None, :]
-    seen = key <= query
+    seen = (key <= query) if causal else torch.ones(sequence, sequence, dtype=torch.bool)
     if window:
         seen = seen & (key > query - window)
     if pad is None:
@@ -133,12 +173,24 @@ def attention_mask(sequence: int, window: int, pad: torch.Tensor | None) -> torc
 
 def _attention(op: Attention, scope: Scope) -> torch.Tensor:
     q, k, v = scope.value(op.q), scope.value(op.k), scope.value(op.v)
-    if not op.window and scope.pad is None:
-        return F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=op.scale, enable_gqa=True
-        )
-    mask = attention_mask(q.shape[2], op.window, scope.pad)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=op.scale, enable_gqa=True)
+    plain = not op.window and scope.pad is None
+    mask = None if plain else attention_mask(q.shape[2], op.window, scope.pad, op.causal)
+    if op.softcap:
+        return _capped_attention(op, q, k, v, mask)
+    causal = op.causal and plain
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, scale=op.scale, enable_gqa=True
+    )
+
+
+def _capped_attention(
+    op: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    if mask is None:
+        mask = attention_mask(q.shape[2], op.window, None, op.causal)
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    scores = torch.tanh(q @ k.transpose(2, 3) * (op.scale / op.softcap)) * op.softcap
+    return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
 
 
 def stored_order(order: str, permutation: Callable[[str], np.ndarray]) -> np.ndarray:
@@ -219,7 +271,14 @@ RULES: dict[type[Op], Callable[[Any, Scope], Any]] = {
     Linear: _linear,
     QLinear: _qlinear,
     RmsNorm: _rms_norm,
+    LayerNorm: _layer_norm,
     Silu: _silu,
+    Gelu: _gelu,
+    GeluTanh: _gelu_tanh,
+    Relu: _relu,
+    Tanh: _tanh,
+    Scale: _scale,
+    Bias: _bias,
     Add: _add,
     Mul: _mul,
     SplitHeads: _split_heads,

@@ -1,0 +1,171 @@
+"""Every family: raised wholly, reordered at no cost, and run by the small runtime.
+
+Small random models with random gains and biases; no family is known by name outside the frontend.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from scalebits_compiler.codegen.reference.executor import Executor
+from scalebits_compiler.frontend.hf import load_model, trace
+from scalebits_compiler.frontend.lower_fx import lower
+from scalebits_compiler.ir.module import Module
+from scalebits_compiler.ir.ops import Permute
+from scalebits_compiler.ir.verifier import verify
+from scalebits_compiler.passes.base import PassContext
+from scalebits_compiler.passes.canonicalize import Canonicalize
+from scalebits_compiler.passes.fold_permutes import fold
+from scalebits_compiler.passes.order_classes import describe, find_orders
+from scalebits_compiler.passes.reorder_channels import with_orders
+from scalebits_compiler.runtime.session import load
+
+# Gemma's windows are shorter than the test's text; OPT's table of positions starts at 2.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 5},
+    "qwen2": {},
+    "qwen3": {},
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4},
+    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
+    "gemma2": {"head_dim": 16, "sliding_window": 8},
+    "gemma3_text": {
+        "head_dim": 16,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "phi3": {},
+    "gpt_neox": {},
+    "falcon": {},
+    "stablelm": {},
+    "olmo2": {},
+    "bert": {},
+}
+# Besides the residual stream, by size: the MLPs, heads, heads of a group, head dims, rope pairs.
+_ROTARY = {64: 1, 96: 2, 16: 2, 8: 1, 2: 4}
+_FREE = {64: 1, 96: 2, 4: 2, 16: 4}
+CLASSES: dict[str, dict[int, int]] = {
+    **dict.fromkeys(FAMILIES, _ROTARY),
+    "qwen3": {64: 1, 96: 2, 32: 2, 16: 1, 2: 4},
+    "gpt2": {64: 1, 256: 2, 4: 2, 16: 4},
+    "opt": _FREE,
+    "bert": _FREE,
+    "gemma3_text": {64: 1, 96: 2, 16: 2, 8: 2, 2: 4},  # two frequencies
+    "gpt_neox": {64: 1, 96: 2, 4: 2, 16: 2},
+    "stablelm": {64: 1, 96: 2, 16: 2, 2: 4},
+    "falcon": {64: 1, 256: 2, 4: 2, 16: 2, 8: 1},
+}
+IDS = torch.from_numpy(np.random.default_rng(3).integers(0, 256, (2, 21)))
+
+
+class Family(NamedTuple):
+    """A canonical module, what was left raw, and the logits of the model itself."""
+
+    module: Module
+    left: dict[str, int]
+    logits: torch.Tensor
+
+
+@cache
+def canonical(folder: Path) -> Family:
+    source = load_model(folder)
+    with torch.no_grad():
+        logits = source.model(input_ids=IDS, use_cache=False).logits
+    ctx = PassContext(evaluate=Executor)
+    module = Canonicalize().run(lower(trace(source.model), source), ctx)
+    report: Any = ctx.report["canonicalize"]
+    return Family(module, report["aten"], logits)
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest, tiny_llama: Callable[..., Path]) -> tuple[str, Family]:
+    return request.param, canonical(tiny_llama(request.param, **FAMILIES[request.param]))
+
+
+def logits_of(module: Module) -> torch.Tensor:
+    with torch.no_grad():
+        return Executor(module).run(IDS)
+
+
+def shuffled(module: Module, seed: int) -> Module:
+    """The module with a random order of every class, folded."""
+    rng = np.random.default_rng(seed)
+    orders = find_orders(module)
+    return fold(
+        with_orders(module, orders, {c.variable: rng.permutation(c.size) for c in orders.classes})
+    )
+
+
+def unquantized(module: Module) -> Module:
+    """The module as it is, ready to be written: it has no matrix that must be packed."""
+    plain = [replace(w, quantize=False, block=None, group=None) for w in module.quantized()]
+    return replace(module.with_weights(plain), facts=frozenset({"bits", "packed"}))
+
+
+def test_any_order_of_all_classes_is_free(family: tuple[str, Family], write: Any) -> None:
+    """Raised wholly; random orders leave the logits and no permute; the runtime agrees."""
+    name, (module, left, expected) = family
+    assert left == {}
+    verify(module)
+    torch.testing.assert_close(logits_of(module), expected, atol=1e-5, rtol=1e-5)
+    assert Counter(found.size for found in find_orders(module).classes) == CLASSES[name]
+    folded = shuffled(module, 5)
+    verify(folded)
+    assert not any(isinstance(op, Permute) for op in folded.function.ops)
+    torch.testing.assert_close(logits_of(folded), expected, atol=1e-5, rtol=1e-5)
+    session = load(write(unquantized(folded)))
+    np.testing.assert_allclose(session.forward(IDS), expected.numpy(), atol=3e-5)
+    if name == "bert":
+        return  # every token sees every other: nothing to generate
+    logits, cache = session.prefill(IDS[:, :17])
+    np.testing.assert_allclose(logits, expected[:, 16].numpy(), atol=3e-5)
+    for place in range(17, 21):
+        logits = session.decode(IDS[:, place], cache)
+        np.testing.assert_allclose(logits, expected[:, place].numpy(), atol=3e-5)
+
+
+def test_padding_is_not_seen(tiny_llama: Callable[..., Path], write: Any) -> None:
+    """Left padding, with learned positions and with attention that is not causal."""
+    for name in ("gpt2", "bert"):
+        module = canonical(tiny_llama(name, **FAMILIES[name])).module
+        padded = torch.cat((torch.zeros(2, 3, dtype=torch.long), IDS), 1)
+        pad = torch.tensor([3, 3])
+        with torch.no_grad():
+            found = Executor(module).run(padded, pad=pad)[:, 3:]
+        torch.testing.assert_close(found, logits_of(module), atol=1e-5, rtol=1e-5)
+        session = load(write(unquantized(module), force=True))
+        np.testing.assert_allclose(session.forward(padded, pad)[:, 3:], found.numpy(), atol=3e-5)
+
+
+def test_parts_of_fused_matrices_are_matrices(tiny_llama: Callable[..., Path]) -> None:
+    module = canonical(tiny_llama("phi3", **FAMILIES["phi3"])).module
+    parts = {w.symbol for w in module.quantized() if w.symbol.startswith("layers.0.")}
+    assert parts == {
+        "layers.0.self_attn.qkv_proj.rows0-64",
+        "layers.0.self_attn.qkv_proj.rows64-96",
+        "layers.0.self_attn.qkv_proj.rows96-128",
+        "layers.0.self_attn.o_proj",
+        "layers.0.mlp.gate_up_proj.rows0-96",
+        "layers.0.mlp.gate_up_proj.rows96-192",
+        "layers.0.mlp.down_proj",
+    }
+
+
+def test_description_says_what_binds_and_what_is_frozen(tiny_llama: Callable[..., Path]) -> None:
+    folded = shuffled(canonical(tiny_llama("gpt_neox")).module, 1)
+    found = describe(folded)
+    assert {entry["order"] for entry in found["classes"]} == set(folded.perms)
+    why = {entry["why"]: entry["members"] for entry in found["frozen"]}
+    assert "head dimension that rope turns in part" in why
+    assert "axis 2 of the result" in why
+    assert why["axis 2 of the result"][0]["symbol"] == "lm_head"
+    assert found["permutes_left"] == []
