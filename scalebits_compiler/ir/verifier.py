@@ -16,8 +16,7 @@ from scalebits_compiler.ir.attrs import Grid, Resource, Symbol, Value
 from scalebits_compiler.ir.build import Source
 from scalebits_compiler.ir.coerce import coerce
 from scalebits_compiler.ir.module import FACTS, Module, Perm, Weight
-from scalebits_compiler.ir.op import Op, check, op_fields
-from scalebits_compiler.ir.ops import FLOATS
+from scalebits_compiler.ir.op import FLOATS, Op, check, op_fields
 from scalebits_compiler.ir.printer import module_lines, print_attr
 from scalebits_compiler.ir.types import PACKED, Dim, TensorType, TupleType, Type
 
