@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from scalebits_compiler import __version__
 from scalebits_compiler.codegen.output import check_output
+from scalebits_compiler.codegen.repack import repack
 from scalebits_compiler.codegen.target import TARGETS, Built, Target, find_target
 from scalebits_compiler.codegen.writer import write_artifact
 from scalebits_compiler.errors import PassError, ScalebitsError, UsageError
@@ -67,6 +68,7 @@ class CompileOptions:
     """
 
     target: str = "cpu"
+    target_options: Mapping[str, str] = field(default_factory=dict)
     avg_bits: float = 3.0
     block: tuple[int, int] | None = None
     group: int | None = None
@@ -139,6 +141,7 @@ def compile_model(
     module = _run_passes(module, passes, ctx, hooks, stages, target)
     _check_budget(module, options.avg_bits)
     with tempfile.TemporaryDirectory(prefix="scalebits-") as folder:
+        module = repack(module, target.order)
         built = stages.run("kernels", lambda: target.build(module, Path(folder)))
         if hooks.on_kernels is not None:
             hooks.on_kernels(built)
@@ -273,7 +276,8 @@ def _prepare(model: Path, out: Path, options: CompileOptions, registry: Registry
     for file in (options.text.file, options.text.accept_file):
         if file is not None:
             read_text(file)
-    target = find_target(options.target, {**TARGETS, **registry.targets})
+    table = {**TARGETS, **registry.targets}
+    target = find_target(options.target, table, options.target_options)
     target.check()
     check_output(out, options.force)
     return target

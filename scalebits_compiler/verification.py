@@ -55,7 +55,7 @@ def verify_artifact(
     done.append(Check("module", f"{count} ops verify, and print as they are written"))
     done.append(_check_matrices(artifact, module, progress))
     done.append(_check_summary(artifact, module))
-    if manifest.target["kind"] == "cpu":
+    if manifest.target["kind"] in ("cpu", "cuda"):
         done.append(_check_plan(artifact, module))
     return done
 

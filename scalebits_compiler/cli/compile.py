@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scalebits_compiler.cli.progress import progress_for
+from scalebits_compiler.cli.targets import add_target, target_options
 from scalebits_compiler.errors import UsageError
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", help="a Hugging Face folder, or a hub id in the local cache")
     add("-o", "--output", type=Path, required=True, metavar="OUT", help="the artifact's folder")
-    add("--target", default="cpu", help="cpu (default) or reference")
+    add_target(add, default="cpu")
     add("--avg-bits", type=float, default=3.0, metavar="B", help="cap on effective bits per weight")
     add("--calib", type=Path, metavar="FILE", help="UTF-8 text; without it a bundled one is used")
     add("--accept", type=Path, metavar="FILE", help="accept steps on this text, not on --calib's")
@@ -94,6 +95,7 @@ def _options(args: argparse.Namespace) -> CompileOptions:
     )
     return CompileOptions(
         target=args.target,
+        target_options=target_options(args),
         avg_bits=args.avg_bits,
         block=args.block,
         group=args.group,

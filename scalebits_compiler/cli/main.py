@@ -8,10 +8,21 @@ import sys
 from collections.abc import Sequence
 
 from scalebits_compiler import __version__
-from scalebits_compiler.cli import bench, compile, diff, evaluate, inspect, opt, passes, run, verify
+from scalebits_compiler.cli import (
+    bench,
+    compile,
+    diff,
+    evaluate,
+    inspect,
+    opt,
+    passes,
+    retarget,
+    run,
+    verify,
+)
 from scalebits_compiler.errors import ScalebitsError, UsageError
 
-COMMANDS = (compile, run, evaluate, bench, inspect, verify, diff, opt, passes)
+COMMANDS = (compile, run, evaluate, bench, inspect, verify, retarget, diff, opt, passes)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from scalebits_compiler.codegen.reference.weights import layout_of
 from scalebits_compiler.errors import TargetError
 from scalebits_compiler.ir.attrs import Resource
 from scalebits_compiler.ir.module import Module, Weight
+
+if TYPE_CHECKING:
+    import torch
 
 
 def repack(module: Module, order: str) -> Module:
@@ -18,20 +20,26 @@ def repack(module: Module, order: str) -> Module:
 
     Raises TargetError for a matrix that the order cannot hold.
     """
-    weights, tensors = [], {}
+    weights: list[Weight] = []
+    tensors: dict[str, torch.Tensor] = {}
     for weight in module.quantized():
         if not weight.type.is_packed or weight.type.dtype == order:
             continue
         key = f"{weight.symbol}.packed"
         done = replace(weight, data=Resource(key), type=replace(weight.type, dtype=order))
-        tensors[key] = torch.from_numpy(_converted(module, weight, done))
+        tensors[key] = _converted(module, weight, done)
         weights.append(done)
     return replace(module, resources=module.resources.with_(tensors)).with_weights(weights)
 
 
-def _converted(module: Module, before: Weight, after: Weight) -> np.ndarray:
+def _converted(module: Module, before: Weight, after: Weight) -> torch.Tensor:
+    import torch
+
+    from scalebits_compiler.codegen.reference.weights import layout_of
+
     if before.data is None:
         raise TargetError(f"@{before.symbol} has no data")
     bits = module.bits(before)
     arena = np.ascontiguousarray(module.resources.numpy(before.data.key))
-    return layout_of(after).pack(*layout_of(before).unpack(arena, bits), bits)
+    content = layout_of(before).unpack(arena, bits)
+    return torch.from_numpy(layout_of(after).pack(*content, bits))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -34,6 +34,8 @@ class Target(ABC):
     """A frozen dataclass; its fields are the target's options and land in the manifest."""
 
     name: ClassVar[str]
+    order: ClassVar[str] = "packed"
+    """The element type of packed matrices whose byte order the kernels read (`ir.types.PACKED`)."""
 
     def check(self) -> None:  # noqa: B027  (most targets need nothing)
         """Raise TargetError, before any work, if this machine cannot build for the target."""
@@ -52,16 +54,27 @@ class Target(ABC):
 _HOME = "scalebits_compiler.codegen"
 TARGETS: dict[str, str | type[Any]] = {
     "cpu": f"{_HOME}.tvm.target:CpuTarget",
+    "cuda": f"{_HOME}.triton.target:CudaTarget",
     "reference": f"{_HOME}.reference.target:ReferenceTarget",
 }
 
 
-def find_target(name: str, table: Mapping[str, str | type[Any]] = TARGETS) -> Target:
-    """The target of a name, with its default options. UsageError if there is none."""
+def find_target(
+    name: str,
+    table: Mapping[str, str | type[Any]] = TARGETS,
+    options: Mapping[str, str] | None = None,
+) -> Target:
+    """The target of a name, with its default options but for `options` (field -> text).
+
+    UsageError if there is no such target, or it has no such option.
+    """
     entry = table.get(name)
     if entry is None:
         raise UsageError(f"there is no target '{name}'", help=f"the targets are {', '.join(table)}")
     if isinstance(entry, str):
         module, _, attribute = entry.partition(":")
         entry = getattr(import_module(module), attribute)
-    return entry()
+    given = dict(options or {})
+    for option in sorted(given.keys() - {item.name for item in fields(entry)}):
+        raise UsageError(f"the target '{name}' has no option --{option}", help="leave it out")
+    return entry(**given)

@@ -35,10 +35,10 @@ from scalebits_compiler.runtime.manifest import (
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["check_output", "write_artifact"]
+__all__ = ["WRITTEN_HERE", "check_output", "write_artifact"]
 
 PLAN_FILE = "plan.safetensors"
-_WRITTEN_HERE = (MANIFEST, MODEL_FILE, PLAN_FILE, "module.sbir", "config.json")
+WRITTEN_HERE = (MANIFEST, MODEL_FILE, PLAN_FILE, "module.sbir", "config.json")
 _ROUNDED = ("codes", "scales", "zeros")
 _SCORES = ("row_scores", "column_scores", "block_scores")
 
@@ -67,7 +67,7 @@ def write_artifact(
         raise TargetError(f"@{module.name} is not packed", help="run pack-blocks first")
     for name in files:
         check_name(name, "files")
-        if name in _WRITTEN_HERE:
+        if name in WRITTEN_HERE:
             raise TargetError(f"the file {name} is written by the artifact writer itself")
     with output_folder(out, force) as folder:
         weights = _write_module(folder, module)

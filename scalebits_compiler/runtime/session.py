@@ -50,10 +50,23 @@ def load(
     if threads < 1:
         raise UsageError(f"threads is {threads}, it must be 1 or more")
     artifact = Artifact.open(path)
+    if artifact.manifest.target["kind"] == "cuda":
+        return _open_cuda(artifact, activations)
     library = _open_kernels(artifact, activations, features)
     if library is not None:
         library.threads = threads
     return Session(artifact, library)
+
+
+def _open_cuda(artifact: Artifact, activations: str) -> Session:
+    if activations != EXACT:
+        raise UsageError(
+            f"{artifact.path} was compiled for the target 'cuda', which has exact activations only",
+            help=f"leave --activations {activations} out",
+        )
+    from scalebits_compiler.runtime.cuda.session import load_cuda
+
+    return load_cuda(artifact)
 
 
 def _open_kernels(
@@ -90,7 +103,7 @@ class Session:
     def __init__(self, artifact: Artifact, library: KernelLibrary | None) -> None:
         self.artifact = artifact
         self.variant = "reference" if library is None else library.variant
-        self._plan = _runnable(artifact)
+        self._plan = runnable(artifact)
         self._weights = Weights(artifact, library)
         for step in self._plan.steps:
             if step.op == "qlinear" and library is not None:
@@ -234,7 +247,8 @@ class Session:
         raise ArtifactError(f"{self.artifact.path}: the plan has no embedding", help=COMPILE_AGAIN)
 
 
-def _runnable(artifact: Artifact) -> Plan:
+def runnable(artifact: Artifact) -> Plan:
+    """The plan of an artifact; `ArtifactError` if it has none that a session executes."""
     plan = artifact.manifest.plan
     if plan is None or not plan.steps or plan.steps[-1].out != plan.output:
         raise ArtifactError(

@@ -115,7 +115,7 @@ def test_an_unknown_target_lists_those_of_plugins(build: Callable[..., Any]) -> 
     ran, _ = build("tpu")
     assert ran.code == 2
     assert "there is no target 'tpu'" in ran.err
-    assert "the targets are cpu, reference, plan-only, listing, picky" in ran.err
+    assert "the targets are cpu, cuda, reference, plan-only, listing, picky" in ran.err
 
 
 OP = """

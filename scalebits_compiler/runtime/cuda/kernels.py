@@ -32,10 +32,12 @@ class Workspace:
     """Memory that all matrices share, grown on demand: kernels of one stream use it in turn.
 
     partial: sums of the splits. tickets: how many splits of a tile are done, zero between kernels.
-    dense: a matrix as the library product wants it.
+    dense: a matrix as the library product wants it. retired: what was outgrown; a captured graph
+    may still use it.
     """
 
     device: torch.device
+    retired: list[torch.Tensor] = field(default_factory=list)
     partial: torch.Tensor = field(init=False)
     tickets: torch.Tensor = field(init=False)
     dense: torch.Tensor = field(init=False)
@@ -48,13 +50,16 @@ class Workspace:
     def reserve(self, partial: int, tickets: int) -> None:
         """Room for so many partial sums and tickets."""
         if self.partial.numel() < partial:
+            self.retired.append(self.partial)
             self.partial = torch.empty(partial, dtype=torch.float32, device=self.device)
         if self.tickets.numel() < tickets:
+            self.retired.append(self.tickets)
             self.tickets = torch.zeros(tickets, dtype=torch.int32, device=self.device)
 
     def matrix(self, cols: int, rows: int, dtype: torch.dtype) -> torch.Tensor:
         """[cols, rows] to write a matrix into."""
         if self.dense.numel() < cols * rows:
+            self.retired.append(self.dense)
             self.dense = torch.empty(cols * rows, dtype=torch.float16, device=self.device)
         return self.dense[: cols * rows].view(dtype).view(cols, rows)
 

@@ -1,0 +1,148 @@
+"""KernelSpecs -> binaries for GPUs that need not be here, kept in a cache by their content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from scalebits_compiler.codegen.triton import worker
+from scalebits_compiler.codegen.triton.emit import PARAMETERS, emit_module
+from scalebits_compiler.codegen.triton.spec import STAGES, WARPS, KernelSpec
+from scalebits_compiler.errors import TargetError
+
+POINTERS = {
+    "x": "*{dtype}", "y": "*{dtype}", "arena": "*u8", "offsets": "*i32", "starts": "*i32",
+    "groups": "*i32", "partial": "*fp32", "tickets": "*i32",
+}  # fmt: skip
+
+# What the binaries depend on besides their source and the options in the key. Line numbers would
+# bring the path of a temporary file into them; fusing multiply and add is stated, since Triton
+# means to change its default.
+SETTINGS = {"TRITON_DISABLE_LINE_INFO": "1", "TRITON_DEFAULT_FP_FUSION": "1"}
+
+
+@dataclass(frozen=True)
+class Binary:
+    """A compiled kernel: the file's bytes, its shared memory in bytes, and how many pointers the
+    compiler has added to its parameters.
+    """
+
+    image: bytes
+    shared: int
+    scratch: int
+
+
+def cache_folder() -> Path:
+    """$SCALEBITS_CACHE, else $XDG_CACHE_HOME/scalebits, else ~/.cache/scalebits."""
+    if named := os.environ.get("SCALEBITS_CACHE"):
+        return Path(named)
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "scalebits"
+
+
+def compile_specs(
+    specs: Sequence[KernelSpec], archs: Sequence[str]
+) -> dict[str, dict[str, Binary]]:
+    """Key of each spec -> architecture (sm_XY) -> binary. The same specs give the same bytes.
+
+    Kernels are compiled side by side, one for each core; what the cache has is not compiled.
+    Raises `TargetError` if Triton is missing or fails.
+    """
+    cores = len(os.sched_getaffinity(0))
+    with ThreadPoolExecutor(cores) as pool:
+        # The kernels with the most widths take longest: they come first.
+        order = sorted(specs, key=lambda spec: (-len(spec.bits), -spec.tile_m))
+        made = dict(zip(order, pool.map(lambda spec: _binaries(spec, archs), order), strict=True))
+    return {spec.key: made[spec] for spec in specs}
+
+
+def _binaries(spec: KernelSpec, archs: Sequence[str]) -> dict[str, Binary]:
+    cache = cache_folder()
+    paths = {arch: cache / f"{_content(spec, arch)}.kernel" for arch in archs}
+    missing = [arch for arch, path in paths.items() if not path.is_file()]
+    if missing:
+        for arch, binary in _compile(spec, missing).items():
+            _store(paths[arch], binary)
+    return {arch: _load(path) for arch, path in paths.items()}
+
+
+def job_of(spec: KernelSpec, archs: Sequence[str], folder: Path) -> dict[str, Any]:
+    """The job of `worker` for a spec; `folder` holds kernels.py and gets the binaries."""
+    names = PARAMETERS[spec.kind].split(", ")
+    signature = {name: POINTERS.get(name, "i32").format(dtype=spec.dtype) for name in names}
+    aligned = [name for name in names if name in POINTERS]
+    if not spec.ragged:
+        aligned.append("cols")  # a multiple of the group, and that of 32
+    return {
+        "module": str(folder / "kernels.py"),
+        "kernel": spec.key,
+        "signature": signature,
+        "aligned": aligned,
+        "archs": list(archs),
+        "warps": WARPS,
+        "stages": STAGES,
+        "folder": str(folder),
+    }
+
+
+def _content(spec: KernelSpec, arch: str) -> str:
+    """The cache key: everything that the bytes depend on."""
+    job = job_of(spec, [arch], Path())
+    parts = [emit_module([spec]), json.dumps(job, sort_keys=True), version("triton")]
+    return hashlib.sha256("\0".join([*parts, json.dumps(SETTINGS)]).encode()).hexdigest()
+
+
+def _compile(spec: KernelSpec, archs: Sequence[str]) -> dict[str, Binary]:
+    with tempfile.TemporaryDirectory(prefix="scalebits-") as name:
+        folder = Path(name)
+        (folder / "kernels.py").write_text(emit_module([spec]))
+        environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+        environment |= {**SETTINGS, "TRITON_CACHE_DIR": str(folder / "cache")}
+        done = subprocess.run(
+            [sys.executable, worker.__file__],
+            input=json.dumps(job_of(spec, archs, folder)),
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise TargetError(
+                f"Triton could not compile the kernel {spec.key} for {', '.join(archs)}",
+                help="--arch names other architectures; --target cpu and reference need no Triton",
+                notes=done.stderr.strip().splitlines()[-3:],
+            )
+        told: Mapping[str, Mapping[str, int]] = json.loads(done.stdout.splitlines()[-1])
+        return {
+            arch: Binary((folder / f"{arch}.cubin").read_bytes(), **told[arch]) for arch in archs
+        }
+
+
+def _store(path: Path, binary: Binary) -> None:
+    """One file, a line of JSON and the bytes, that appears complete."""
+    head = json.dumps({"shared": binary.shared, "scratch": binary.scratch})
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(head.encode() + b"\n" + binary.image)
+        Path(file.name).replace(path)
+    except OSError as error:
+        raise TargetError(
+            f"the kernel cache {path.parent} cannot be written: {error.strerror or error}",
+            help="name another folder in the environment variable SCALEBITS_CACHE",
+        ) from error
+
+
+def _load(path: Path) -> Binary:
+    head, _, image = path.read_bytes().partition(b"\n")
+    return Binary(image, **json.loads(head))

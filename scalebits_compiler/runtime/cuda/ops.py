@@ -1,0 +1,185 @@
+"""The ops of a plan in torch, on a device: one function for each of `manifest.STEP_RULES`.
+
+Activations are fp16 or bf16, [batch, sequence, channels] or [batch, heads, sequence, d]; norms,
+angles and the sums inside products are float32. Nothing here reads a value back from the device, so
+that a run can be captured as a graph. What the ops mean is defined in `codegen/reference`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+from scalebits_compiler.runtime.cuda.cache import DeviceCache
+from scalebits_compiler.runtime.cuda.weights import DeviceWeights
+from scalebits_compiler.runtime.manifest import Step
+
+
+@dataclass
+class Frame:
+    """The live values of one run: of whole sequences from their start, or (`decoding`) of one more
+    token behind what the cache holds. Without a cache a run leaves nothing behind.
+
+    pad: i64[batch] on the device, padding on the left of each row, or None.
+    """
+
+    weights: DeviceWeights
+    cache: DeviceCache | None
+    pad: torch.Tensor | None
+    decoding: bool
+    values: dict[str, torch.Tensor]
+    _tables: dict[tuple[str, str, float], tuple[torch.Tensor, torch.Tensor]] = field(
+        default_factory=dict
+    )
+    _masks: dict[tuple[int, int, bool], torch.Tensor | None] = field(default_factory=dict)
+
+    def run(self, step: Step) -> None:
+        """Execute one step and drop what no later step reads."""
+        self.values[step.out] = OPS[step.op](self, step)
+        for name in step.free:
+            del self.values[name]
+
+    def input(self, step: Step, index: int = 0) -> torch.Tensor:
+        """An operand of a step."""
+        return self.values[step.inputs[index]]
+
+    def slots(self, count: int) -> torch.Tensor:
+        """i64[count]: the positions of the run's tokens in its sequence, padding included."""
+        if self.decoding and self.cache is not None:
+            return self.cache.position
+        return torch.arange(count, device=self.weights.device)
+
+    def rotation(self, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
+        """(cos, sin) [batch, 1, sequence, rotated/2], shared by all layers."""
+        key = (step.inputs[1], step.weights[0], step.attrs["scaling"])
+        if key not in self._tables:
+            positions = self.values[key[0]][:, None, :, None].float()
+            angles = positions * self.weights.float32(key[1])
+            cos, sin = torch.cos(angles) * key[2], torch.sin(angles) * key[2]
+            self._tables[key] = (cos, sin)
+        return self._tables[key]
+
+    def mask(self, count: int, window: int, causal: bool) -> torch.Tensor | None:
+        """bool[batch or 1, 1, queries, keys], true where a query sees a key; None: sees the past.
+
+        Keys are those of the run, or all that fit the cache when decoding.
+        """
+        key = (count, window, causal)
+        if key not in self._masks:
+            self._masks[key] = self._make_mask(count, window, causal)
+        return self._masks[key]
+
+    def _make_mask(self, count: int, window: int, causal: bool) -> torch.Tensor | None:
+        if not self.decoding and not window and self.pad is None:
+            return None
+        total = self.cache.capacity if self.decoding and self.cache is not None else count
+        query = self.slots(count)[:, None]
+        keys = torch.arange(total, device=self.weights.device)[None, :]
+        seen = keys <= query if causal else torch.ones_like(keys <= query)
+        if window:
+            seen = seen & (keys > query - window)
+        if self.pad is None:
+            return seen[None, None]
+        # A padding position sees itself, so that its row stays finite.
+        return (seen & (keys >= self.pad[:, None, None]) | (keys == query))[:, None]
+
+
+def _positions(frame: Frame, step: Step) -> torch.Tensor:
+    batch, count = frame.input(step).shape
+    positions = frame.slots(count).expand(batch, count)
+    return positions if frame.pad is None else (positions - frame.pad[:, None]).clamp(min=0)
+
+
+def _embedding(frame: Frame, step: Step) -> torch.Tensor:
+    return F.embedding(frame.input(step), frame.weights.table(step.weights[0]))
+
+
+def _linear(frame: Frame, step: Step) -> torch.Tensor:
+    y = F.linear(frame.input(step), frame.weights.dense(step.weights[0]))
+    return _biased(frame, step, y)
+
+
+def _qlinear(frame: Frame, step: Step) -> torch.Tensor:
+    x = frame.input(step)
+    y = frame.weights.packed(step.weights[0])(x.reshape(-1, x.shape[-1]))
+    return _biased(frame, step, y.view(*x.shape[:-1], -1))
+
+
+def _biased(frame: Frame, step: Step, y: torch.Tensor) -> torch.Tensor:
+    return y + frame.weights.dense(step.weights[1]) if len(step.weights) == 2 else y
+
+
+def _rms_norm(frame: Frame, step: Step) -> torch.Tensor:
+    x = frame.input(step)
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + step.attrs["eps"])
+    return (wide * frame.weights.float32(step.weights[0])).to(x.dtype)
+
+
+def _silu(frame: Frame, step: Step) -> torch.Tensor:
+    return F.silu(frame.input(step))
+
+
+def _add(frame: Frame, step: Step) -> torch.Tensor:
+    return frame.input(step) + frame.input(step, 1)
+
+
+def _mul(frame: Frame, step: Step) -> torch.Tensor:
+    return frame.input(step) * frame.input(step, 1)
+
+
+def _split_heads(frame: Frame, step: Step) -> torch.Tensor:
+    return frame.input(step).unflatten(-1, (int(step.attrs["heads"]), -1)).transpose(1, 2)
+
+
+def _merge_heads(frame: Frame, step: Step) -> torch.Tensor:
+    return frame.input(step).transpose(1, 2).flatten(2)
+
+
+def _rope(frame: Frame, step: Step) -> torch.Tensor:
+    x = frame.input(step)
+    cos, sin = frame.rotation(step)
+    first, second = x.float().chunk(2, -1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
+
+
+def _permute(frame: Frame, step: Step) -> torch.Tensor:
+    index = frame.weights.raw(step.weights[0])
+    return frame.input(step).index_select(int(step.attrs["axis"]), index)
+
+
+def _attention(frame: Frame, step: Step) -> torch.Tensor:
+    q, k, v = (frame.values[name] for name in step.inputs)
+    scale, window = step.attrs["scale"], int(step.attrs["window"])
+    mask = frame.mask(q.shape[2], window, causal=True)
+    if frame.cache is not None:
+        held = frame.cache.store(int(step.attrs["cache"]), frame.slots(q.shape[2]), k, v)
+        k, v = held if frame.decoding else (k, v)
+    if not frame.decoding:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
+        )
+    # One query for each head: the heads that share keys are the queries of one product.
+    queries = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
+    y = F.scaled_dot_product_attention(queries, k, v, attn_mask=mask, scale=scale)
+    return y.reshape(q.shape[0], q.shape[1], 1, -1)
+
+
+OPS: dict[str, Callable[[Frame, Step], torch.Tensor]] = {
+    "positions": _positions,
+    "embedding": _embedding,
+    "linear": _linear,
+    "qlinear": _qlinear,
+    "rms_norm": _rms_norm,
+    "silu": _silu,
+    "add": _add,
+    "mul": _mul,
+    "split_heads": _split_heads,
+    "merge_heads": _merge_heads,
+    "rope": _rope,
+    "attention": _attention,
+    "permute": _permute,
+}

@@ -1,0 +1,197 @@
+"""A cuda artifact, loaded: prefill op by op, decoding as a captured CUDA graph."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from scalebits_compiler.errors import ArtifactError
+from scalebits_compiler.runtime.artifact import Artifact
+from scalebits_compiler.runtime.cuda.cache import DeviceCache
+from scalebits_compiler.runtime.cuda.kernels import Kernels
+from scalebits_compiler.runtime.cuda.launchers import BinaryLauncher, SourceLauncher, Tell, say
+from scalebits_compiler.runtime.cuda.ops import OPS, Frame
+from scalebits_compiler.runtime.cuda.weights import DeviceWeights
+from scalebits_compiler.runtime.manifest import COMPILE_AGAIN, Step
+from scalebits_compiler.runtime.session import Session, runnable
+
+F32 = NDArray[np.float32]
+I64 = NDArray[np.int64]
+
+
+def load_cuda(artifact: Artifact, tell: Tell = say) -> CudaSession:
+    """A session on the current GPU, with the artifact's binaries where they fit.
+
+    `tell` gets a line for every kernel whose source has to be compiled. Raises `ArtifactError`
+    where there is no GPU.
+    """
+    if not torch.cuda.is_available():
+        raise ArtifactError(
+            f"{artifact.path} was compiled for the target 'cuda', and {missing_gpu()}",
+            help=f"`scalebitsc retarget {artifact.path} --target cpu -o NEW` makes an artifact"
+            " that runs here; --target reference runs this one, slowly",
+        )
+    device = torch.device("cuda", torch.cuda.current_device())
+    torch.cuda.init()
+    table = _kernel_table(artifact)
+    sources = source_launcher(artifact)
+    launcher = BinaryLauncher(artifact.path, table["kernels"], sources, tell)
+    count = torch.cuda.get_device_properties(device).multi_processor_count
+    return CudaSession(artifact, Kernels(table, launcher, device, count))
+
+
+def missing_gpu() -> str:
+    """Why torch has no GPU here, as part of a sentence."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    return "torch finds no NVIDIA GPU and driver here"
+
+
+def _kernel_table(artifact: Artifact) -> dict:
+    kernels = artifact.manifest.kernels
+    if kernels is None or "kernels" not in kernels.dispatch:
+        raise ArtifactError(f"{artifact.path} has no table of CUDA kernels", help=COMPILE_AGAIN)
+    return dict(kernels.dispatch)
+
+
+def source_launcher(artifact: Artifact) -> SourceLauncher:
+    """Runs the kernels of an artifact from their Triton source."""
+    kernels = artifact.manifest.kernels
+    assert kernels is not None
+    return SourceLauncher(artifact.path / kernels.library, _kernel_table(artifact)["kernels"])
+
+
+def interpreted(artifact: Artifact, multiprocessors: int = 2) -> CudaSession:
+    """A session on the CPU under TRITON_INTERPRET=1, which must be set before the first run.
+
+    The same code as on a GPU but for the captured graph; far too slow for more than tests.
+    """
+    device = torch.device("cpu")
+    kernels = Kernels(_kernel_table(artifact), source_launcher(artifact), device, multiprocessors)
+    return CudaSession(artifact, kernels)
+
+
+class CudaSession(Session):
+    """Session whose activations, weights and cache stay on a device."""
+
+    def __init__(self, artifact: Artifact, kernels: Kernels) -> None:
+        self.artifact = artifact
+        self.variant = "cuda"
+        self.device = kernels.device
+        self.on_step = None
+        self._plan = runnable(artifact)
+        for step in self._plan.steps:
+            if step.op not in OPS:
+                raise ArtifactError(
+                    f"{artifact.path}: the cuda target has no op {step.op}",
+                    help="run it with --target reference",
+                )
+        self._weights = DeviceWeights(artifact, kernels)  # type: ignore[assignment]
+        self.vocabulary = self._vocabulary()
+        self.limit = artifact.config.get("max_position_embeddings")
+
+    def forward(self, ids: ArrayLike, pad: ArrayLike | None = None) -> F32:
+        """Logits f32[batch, sequence, vocabulary] of token ids i64[batch, sequence]."""
+        tokens = self._tokens(ids)
+        counts = self._pad(pad, tokens)
+        padding = None if counts is None else torch.from_numpy(counts).to(self.device)
+        frame = self._frame(torch.from_numpy(tokens).to(self.device), None, padding)
+        return _host(self._steps(frame, last=False))
+
+    def prefill(  # type: ignore[override]
+        self, ids: ArrayLike, pad: ArrayLike | None = None, capacity: int = 0
+    ) -> tuple[F32, DeviceCache]:
+        """Logits f32[batch, vocabulary] after the last id of each row, and a cache to go on with.
+
+        capacity: positions to make room for; decoding past them captures its graph anew.
+        """
+        tokens = self._tokens(ids)
+        batch, count = tokens.shape
+        cache = DeviceCache(batch, max(capacity, count), self._pad(pad, tokens), self.device)
+        frame = self._frame(torch.from_numpy(tokens).to(self.device), cache, cache.pad)
+        logits = self._steps(frame, last=True)
+        cache.advance(count)
+        return _host(logits[:, -1]), cache
+
+    def decode(self, ids: ArrayLike, cache: DeviceCache) -> F32:  # type: ignore[override]
+        """Logits f32[batch, vocabulary] after one more token i64[batch]; the cache grows by it."""
+        tokens = self._tokens(np.asarray(ids)[:, None], cache.length)
+        cache.reserve(cache.length + 1)
+        cache.ids.copy_(torch.from_numpy(tokens))
+        logits = self.decode_step(cache)
+        cache.advance(1)
+        return _host(logits[:, -1])
+
+    def decode_step(self, cache: DeviceCache) -> torch.Tensor:
+        """Logits [batch, 1, vocabulary] on the device of the token ids in `cache.ids`.
+
+        On a GPU the first step of a cache is captured, and the later ones replay it.
+        """
+        if self.device.type != "cuda" or self.on_step is not None:
+            return self._steps(self._frame(cache.ids, cache, cache.pad, decoding=True), last=True)
+        if cache.graph is None:
+            self._capture(cache)
+        assert cache.graph is not None
+        assert cache.logits is not None
+        cache.graph.replay()
+        return cache.logits
+
+    def _capture(self, cache: DeviceCache) -> None:
+        """Record a decode step. It is run once before, on a stream of its own as capturing asks,
+        so that weights, workspaces and kernels are there: a capture must not load or grow them.
+        """
+
+        def step() -> torch.Tensor:
+            return self._steps(self._frame(cache.ids, cache, cache.pad, decoding=True), last=True)
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            cache.logits = step()
+        cache.graph = graph
+
+    def _frame(
+        self,
+        ids: torch.Tensor,
+        cache: DeviceCache | None,
+        pad: torch.Tensor | None,
+        decoding: bool = False,
+    ) -> Frame:
+        weights: DeviceWeights = self._weights  # type: ignore[assignment]
+        return Frame(weights, cache, pad, decoding, {self._plan.input: ids})
+
+    @torch.no_grad()
+    def _steps(self, frame: Frame, last: bool) -> torch.Tensor:
+        """All steps; with `last` the final product is computed for the last position only."""
+        for step in self._plan.steps[:-1]:
+            self._step(frame, step)
+        final = self._plan.steps[-1]
+        if last and final.op in ("linear", "qlinear"):
+            frame.values[final.inputs[0]] = frame.input(final)[:, -1:]
+        self._step(frame, final)
+        return frame.values[self._plan.output]
+
+    def _step(self, frame: Frame, step: Step) -> None:  # type: ignore[override]
+        if self.on_step is None:
+            frame.run(step)
+            return
+        self._synchronize()
+        start = time.perf_counter()
+        frame.run(step)
+        self._synchronize()
+        self.on_step(step.op, time.perf_counter() - start)
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def _host(logits: torch.Tensor) -> F32:
+    return logits.float().cpu().numpy()

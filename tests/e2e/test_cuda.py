@@ -1,0 +1,110 @@
+"""`--target cuda` and `retarget` on a machine without a GPU."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from scalebits_compiler.reference_session import load_reference
+from scalebits_compiler.runtime.artifact import Artifact
+from scalebits_compiler.runtime.cuda.session import interpreted
+from scalebits_compiler.runtime.session import load
+
+pytest.importorskip("triton", reason="the cuda target's kernels need Triton")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+
+# Few widths, and one shape of matrices: few kernels to compile.
+BLOCKS = ("--bits", "*=2..3", "--block", "16x32", "--group", "32", "--avg-bits", "3.9")
+
+
+@dataclass(frozen=True)
+class Pair:
+    cpu: Path
+    cuda: Path
+
+
+@pytest.fixture(scope="module")
+def pair(tiny_llama, compile_small, cli, tmp_path_factory):
+    """One model with blocks of 2 and 3 bits for the CPU, and the same retargeted."""
+    folder = tmp_path_factory.mktemp("cuda")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SCALEBITS_CACHE", str(folder / "cache"))
+        made = Pair(folder / "cpu", folder / "as-cuda")
+        ran = compile_small(tiny_llama(), made.cpu, *BLOCKS)
+        assert ran.code == 0, ran.err
+        ran = cli("retarget", made.cpu, "--target", "cuda", "--arch", "sm_90", "-o", made.cuda)
+        assert ran.code == 0, ran.err
+        assert ran.out.startswith(f"wrote {made.cuda}  (target cuda, ")
+        yield made
+
+
+def test_compile_gives_what_retarget_gives(pair, tiny_llama, compile_small, tmp_path):
+    out = tmp_path / "direct"
+    ran = compile_small(tiny_llama(), out, *BLOCKS, "--target", "cuda", "--arch", "sm_90")
+    assert ran.code == 0, ran.err
+    assert same(out, pair.cuda)
+
+
+def same(a, b):
+    files = sorted(path.relative_to(a) for path in a.rglob("*") if path.is_file())
+    assert files == sorted(path.relative_to(b) for path in b.rglob("*") if path.is_file())
+    return all((a / name).read_bytes() == (b / name).read_bytes() for name in files)
+
+
+def test_there_and_back_is_the_same_artifact(pair, cli, tmp_path):
+    ran = cli("retarget", pair.cuda, "--target", "cpu", "-o", tmp_path / "back", "--json")
+    assert json.loads(ran.out)["target"] == "cpu"
+    assert same(tmp_path / "back", pair.cpu)
+
+
+def test_the_artifact_verifies_and_holds_binaries_and_source(pair, cli):
+    ran = cli("verify", pair.cuda)
+    assert ran.code == 0, ran.err
+    manifest = Artifact.open(pair.cuda).manifest
+    assert manifest.target == {"kind": "cuda", "arch": "sm_90", "dtype": "fp16"}
+    table = manifest.kernels.dispatch
+    assert manifest.kernels.library == "kernels/cuda.py" in manifest.files
+    for kernel in table["kernels"].values():
+        assert (pair.cuda / kernel["binaries"]["sm_90"]["file"]).read_bytes()[:4] == b"\x7fELF"
+
+
+def test_both_targets_give_the_same_logits(pair, triton_interpreter):
+    ids = np.random.default_rng(0).integers(0, 256, (1, 6))
+    expected = load_reference(pair.cpu).forward(ids)
+    assert np.array_equal(load_reference(pair.cuda).forward(ids), expected)
+    for session in (load(pair.cpu), interpreted(Artifact.open(pair.cuda), 1)):
+        assert np.abs(session.forward(ids) - expected).max() < 5e-3 * expected.std()
+
+
+def test_run_says_what_is_missing_and_what_would_work(pair, cli):
+    ran = cli("run", pair.cuda, "--prompt", "x")
+    assert ran.code == 1
+    assert "compiled for the target 'cuda'" in ran.err
+    assert f"scalebitsc retarget {pair.cuda} --target cpu -o NEW" in ran.err
+    assert "--target reference" in ran.err
+    ran = cli("run", pair.cuda, "--prompt", "x", "-n", "2", "--target", "reference")
+    assert ran.code == 0, ran.err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--target", "cuda", "--arch", "sm_75"), "'sm_75' is no architecture from sm_80 on"),
+        (("--target", "cuda", "--dtype", "fp8"), "the cuda target has no dtype 'fp8'"),
+        (("--target", "cpu", "--arch", "sm_90"), "the target 'cpu' has no option --arch"),
+        (("--target", "tpu"), "there is no target 'tpu'"),
+    ],
+)
+def test_wrong_targets_are_refused(options, message, pair, cli, tmp_path):
+    ran = cli("retarget", pair.cpu, *options, "-o", tmp_path / "out")
+    assert (ran.code, message in ran.err) == (2, True), ran.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_output_must_not_hold_the_input(pair, cli):
+    ran = cli("retarget", pair.cpu, "--target", "cuda", "-o", pair.cpu, "--force")
+    assert ran.code == 2
+    assert "holds the artifact" in ran.err

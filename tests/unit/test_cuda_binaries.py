@@ -1,0 +1,109 @@
+"""What the CUDA binaries are made of, read with the cuobjdump of the triton package; no GPU."""
+
+import re
+import subprocess
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from scalebits_compiler.codegen.triton import aot
+from scalebits_compiler.codegen.triton.aot import compile_specs
+from scalebits_compiler.codegen.triton.spec import KernelSpec
+from scalebits_compiler.errors import TargetError
+
+pytest.importorskip("triton", reason="the cuda target's kernels need Triton")
+
+DECODE = KernelSpec("matmul", "fp16", 128, 128, (2, 3), False, 16)
+PREFILL = KernelSpec("matmul", "bf16", 128, 128, (3, 4), False, 64)
+DENSE = KernelSpec("dequantize", "fp16", 128, 128, (3,), False)
+BUILT = [
+    (DECODE, "sm_80"), (DECODE, "sm_89"), (DECODE, "sm_90"),
+    (PREFILL, "sm_80"), (PREFILL, "sm_90"), (DENSE, "sm_90"),
+]  # fmt: skip
+# What a program may use of each architecture's shared memory, in bytes.
+SHARED = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10}
+
+
+@dataclass(frozen=True)
+class Listing:
+    registers: int
+    stack: int
+    opcodes: Counter
+
+
+def cuobjdump(path, option):
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    done = subprocess.run([tool, option, path], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def listing(image, path):
+    path.write_bytes(image)
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", cuobjdump(path, "-res-usage"))
+    lines = re.findall(
+        r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9]*)", cuobjdump(path, "-sass")
+    )
+    return Listing(int(usage[1]), int(usage[2]), Counter(lines))
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """(spec, arch) -> binary, compiled once for all tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SCALEBITS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        found = {}
+        for spec in (DECODE, PREFILL, DENSE):
+            archs = [arch for other, arch in BUILT if other == spec]
+            made = compile_specs([spec], archs)[spec.key]
+            found |= {(spec, arch): made[arch] for arch in archs}
+        yield found
+
+
+@pytest.mark.parametrize(("spec", "arch"), BUILT, ids=lambda item: getattr(item, "key", item))
+def test_nothing_spills_and_nothing_is_converted(spec, arch, built, tmp_path):
+    binary = built[spec, arch]
+    found = listing(binary.image, tmp_path / "kernel.cubin")
+    assert sum(found.opcodes.values()) > 200
+    assert (found.stack, found.opcodes["LDL"], found.opcodes["STL"]) == (0, 0, 0)
+    assert not [name for name in found.opcodes if name.startswith("I2F")]
+    assert found.registers < 255
+    assert binary.shared <= SHARED[arch]
+    if spec.kind == "matmul":
+        assert found.opcodes["HMMA"] + found.opcodes["HGMMA"] > 0
+        assert found.opcodes["LDGSTS"] > 0  # tiles are loaded ahead
+
+
+def test_a_conversion_would_be_seen(tmp_path, monkeypatch):
+    """The check above can fail: with a plain conversion in the source there are I2F."""
+    monkeypatch.setenv("SCALEBITS_CACHE", str(tmp_path / "cache"))
+    plain = aot.emit_module([DENSE]).replace(
+        "(byte.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True)", "byte.to(tl.float16)"
+    )
+    monkeypatch.setattr(aot, "emit_module", lambda specs: plain)
+    binary = compile_specs([DENSE], ["sm_80"])[DENSE.key]["sm_80"]
+    opcodes = listing(binary.image, tmp_path / "kernel.cubin").opcodes
+    assert [name for name in opcodes if name.startswith("I2F")]
+
+
+def test_the_cache_is_by_content(tmp_path, monkeypatch):
+    monkeypatch.setenv("SCALEBITS_CACHE", str(tmp_path))
+    calls = []
+    compiled = {"sm_90": aot.Binary(b"\x00binary\n\xff", 48, 2)}
+    monkeypatch.setattr(aot, "_compile", lambda spec, archs: calls.append(spec) or compiled)
+    for _ in range(2):
+        assert compile_specs([DENSE], ["sm_90"]) == {DENSE.key: compiled}
+    assert calls == [DENSE]
+    compile_specs([DECODE], ["sm_90"])
+    assert calls == [DENSE, DECODE]
+    assert len(list(tmp_path.glob("*.kernel"))) == len(list(tmp_path.iterdir())) == 2
+
+
+def test_what_triton_refuses_is_one_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("SCALEBITS_CACHE", str(tmp_path))
+    monkeypatch.setattr(aot, "emit_module", lambda specs: "import triton\n")
+    with pytest.raises(TargetError, match="could not compile the kernel dequantize_fp16"):
+        compile_specs([DENSE], ["sm_90"])

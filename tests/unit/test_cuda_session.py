@@ -1,0 +1,75 @@
+"""The cuda target's session on the CPU: kernels under Triton's interpreter, no captured graph."""
+
+import numpy as np
+import pytest
+
+from scalebits_compiler.codegen.repack import repack
+from scalebits_compiler.codegen.triton.aot import Binary
+from scalebits_compiler.codegen.triton.target import CudaTarget
+from scalebits_compiler.reference_session import load_reference
+from scalebits_compiler.runtime.artifact import Artifact
+from scalebits_compiler.runtime.cuda.ops import OPS
+from scalebits_compiler.runtime.cuda.session import interpreted
+from scalebits_compiler.runtime.manifest import STEP_RULES
+
+# Relative to the spread of the logits. Activations are rounded to 11 bits (fp16) or 8 (bf16) at
+# every op of two layers.
+TOLERANCE = {"fp16": 5e-3, "bf16": 4e-2}
+SMALL = {"layers": 1, "hidden": 56, "inner": 72, "heads": 2, "groups": 1}
+
+
+@pytest.fixture
+def sessions(build_module, write, monkeypatch, triton_interpreter):
+    """(cuda session, reference session) of one module."""
+
+    def open_both(shape, dtype="fp16", seed=0):
+        fake = {"sm_90": Binary(b"not run here", 0, 2)}
+        monkeypatch.setattr(
+            "scalebits_compiler.codegen.triton.aot.compile_specs",
+            lambda specs, archs: {spec.key: fake for spec in specs},
+        )
+        target = CudaTarget(dtype=dtype)
+        module = repack(build_module(shape, seed), target.order)
+        built = target.build(module, None)
+        path = write(module, kernels=built.kernels, files=built.files)
+        return interpreted(Artifact.open(path), multiprocessors=1), load_reference(path)
+
+    return open_both
+
+
+def close(found, expected, dtype="fp16"):
+    return np.abs(found - expected).max() < TOLERANCE[dtype] * expected.std()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_logits_are_those_of_the_reference(dtype, sessions, module_shape):
+    ours, reference = sessions(module_shape(**SMALL), dtype)
+    ids = np.random.default_rng(0).integers(0, 90, (2, 9))
+    assert close(ours.forward(ids), reference.forward(ids), dtype)
+
+
+def test_decoding_goes_on_where_prefill_ends(sessions, module_shape, monkeypatch):
+    ours, reference = sessions(module_shape(**SMALL, window=4, qk_norm=True, bias=True))
+    ids = np.random.default_rng(1).integers(0, 90, (2, 8))
+    pad = [0, 3]
+    whole = reference.forward(ids, pad)
+    monkeypatch.setattr("scalebits_compiler.runtime.cuda.cache.LEAST_ROOM", 7)
+    logits, cache = ours.prefill(ids[:, :6], pad)
+    assert cache.capacity == 7  # so that decoding has to grow the buffers
+    assert close(logits, whole[:, 5])
+    for position in range(6, 8):
+        logits = ours.decode(ids[:, position], cache)
+        assert close(logits, whole[:, position]), position
+    assert cache.length == 8 <= cache.capacity
+
+
+def test_generation_runs(sessions, module_shape):
+    ours, reference = sessions(module_shape(**SMALL))
+    prompts = [[5, 17, 3], [8, 2]]
+    found = ours.generate(prompts, 3)
+    expected = reference.generate(prompts, 3)
+    assert [row.tokens for row in found] == [row.tokens for row in expected]
+
+
+def test_every_step_has_a_rule():
+    assert OPS.keys() == STEP_RULES.keys()
