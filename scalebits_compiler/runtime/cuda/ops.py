@@ -34,7 +34,7 @@ class Frame:
     _tables: dict[tuple[str, str, float], tuple[torch.Tensor, torch.Tensor]] = field(
         default_factory=dict
     )
-    _masks: dict[tuple[int, int, bool], torch.Tensor | None] = field(default_factory=dict)
+    _masks: dict[tuple[int, int, bool], torch.Tensor] = field(default_factory=dict)
 
     def run(self, step: Step) -> None:
         """Execute one step and drop what no later step reads."""
@@ -62,8 +62,12 @@ class Frame:
             self._tables[key] = (cos, sin)
         return self._tables[key]
 
-    def mask(self, count: int, window: int, causal: bool) -> torch.Tensor | None:
-        """bool[batch or 1, 1, queries, keys], true where a query sees a key; None: sees the past.
+    def is_plain(self, window: int) -> bool:
+        """Whether a query sees all of the run, or all of its past: no mask is needed."""
+        return not (self.decoding or window or self.pad is not None)
+
+    def mask(self, count: int, window: int, causal: bool) -> torch.Tensor:
+        """bool[batch or 1, 1, queries, keys], true where a query sees a key.
 
         Keys are those of the run, or all that fit the cache when decoding.
         """
@@ -72,9 +76,7 @@ class Frame:
             self._masks[key] = self._make_mask(count, window, causal)
         return self._masks[key]
 
-    def _make_mask(self, count: int, window: int, causal: bool) -> torch.Tensor | None:
-        if not self.decoding and not window and self.pad is None:
-            return None
+    def _make_mask(self, count: int, window: int, causal: bool) -> torch.Tensor:
         total = self.cache.capacity if self.decoding and self.cache is not None else count
         query = self.slots(count)[:, None]
         keys = torch.arange(total, device=self.weights.device)[None, :]
@@ -119,6 +121,35 @@ def _rms_norm(frame: Frame, step: Step) -> torch.Tensor:
     return (wide * frame.weights.float32(step.weights[0])).to(x.dtype)
 
 
+def _layer_norm(frame: Frame, step: Step) -> torch.Tensor:
+    x, (gain, *bias) = frame.input(step), [frame.weights.float32(name) for name in step.weights]
+    return F.layer_norm(x.float(), gain.shape, gain, *bias, eps=step.attrs["eps"]).to(x.dtype)
+
+
+def _gelu(frame: Frame, step: Step) -> torch.Tensor:
+    return F.gelu(frame.input(step))
+
+
+def _gelu_tanh(frame: Frame, step: Step) -> torch.Tensor:
+    return F.gelu(frame.input(step), approximate="tanh")
+
+
+def _relu(frame: Frame, step: Step) -> torch.Tensor:
+    return F.relu(frame.input(step))
+
+
+def _tanh(frame: Frame, step: Step) -> torch.Tensor:
+    return torch.tanh(frame.input(step))
+
+
+def _scale(frame: Frame, step: Step) -> torch.Tensor:
+    return frame.input(step) * step.attrs["factor"]
+
+
+def _bias(frame: Frame, step: Step) -> torch.Tensor:
+    return frame.input(step) + frame.weights.dense(step.weights[0])
+
+
 def _silu(frame: Frame, step: Step) -> torch.Tensor:
     return F.silu(frame.input(step))
 
@@ -142,8 +173,11 @@ def _merge_heads(frame: Frame, step: Step) -> torch.Tensor:
 def _rope(frame: Frame, step: Step) -> torch.Tensor:
     x = frame.input(step)
     cos, sin = frame.rotation(step)
-    first, second = x.float().chunk(2, -1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
+    half = cos.shape[-1]
+    wide = x.float()
+    first, second, rest = wide[..., :half], wide[..., half : 2 * half], wide[..., 2 * half :]
+    turned = (first * cos - second * sin, second * cos + first * sin, rest)
+    return torch.cat(turned, -1).to(x.dtype)
 
 
 def _permute(frame: Frame, step: Step) -> torch.Tensor:
@@ -153,19 +187,38 @@ def _permute(frame: Frame, step: Step) -> torch.Tensor:
 
 def _attention(frame: Frame, step: Step) -> torch.Tensor:
     q, k, v = (frame.values[name] for name in step.inputs)
-    scale, window = step.attrs["scale"], int(step.attrs["window"])
-    mask = frame.mask(q.shape[2], window, causal=True)
+    count, window, causal = q.shape[2], int(step.attrs["window"]), bool(step.attrs["causal"])
     if frame.cache is not None:
-        held = frame.cache.store(int(step.attrs["cache"]), frame.slots(q.shape[2]), k, v)
+        held = frame.cache.store(int(step.attrs["cache"]), frame.slots(count), k, v)
         k, v = held if frame.decoding else (k, v)
-    if not frame.decoding:
+    scale, softcap = step.attrs["scale"], step.attrs["softcap"]
+    if not softcap and frame.is_plain(window):
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
+            q, k, v, is_causal=causal, scale=scale, enable_gqa=True
         )
-    # One query for each head: the heads that share keys are the queries of one product.
-    queries = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
-    y = F.scaled_dot_product_attention(queries, k, v, attn_mask=mask, scale=scale)
-    return y.reshape(q.shape[0], q.shape[1], 1, -1)
+    mask = frame.mask(count, window, causal)
+    if frame.decoding:
+        # One query for each head: the heads that share keys are the queries of one product.
+        queries = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
+        return attend(queries, k, v, mask, scale, softcap).reshape(*q.shape[:3], -1)
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    return attend(q, k, v, mask, scale, softcap)
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor,
+    scale: float,
+    softcap: float,
+) -> torch.Tensor:
+    """Attention of q [b, H, s, d] to keys and values of as many heads; `softcap` as in the op."""
+    if not softcap:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    scores = q.float() @ k.float().transpose(2, 3) * (scale / softcap)
+    scores = (torch.tanh(scores) * softcap).masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1).to(v.dtype) @ v
 
 
 OPS: dict[str, Callable[[Frame, Step], torch.Tensor]] = {
@@ -174,7 +227,14 @@ OPS: dict[str, Callable[[Frame, Step], torch.Tensor]] = {
     "linear": _linear,
     "qlinear": _qlinear,
     "rms_norm": _rms_norm,
+    "layer_norm": _layer_norm,
     "silu": _silu,
+    "gelu": _gelu,
+    "gelu_tanh": _gelu_tanh,
+    "relu": _relu,
+    "tanh": _tanh,
+    "scale": _scale,
+    "bias": _bias,
     "add": _add,
     "mul": _mul,
     "split_heads": _split_heads,
