@@ -49,7 +49,9 @@ def random_matrix(rows: int, cols: int, mix: Mapping[int, int], seed: int = 0) -
     bits = rng.permutation(np.resize(cycle, layout.grid[0] * layout.grid[1])).reshape(layout.grid)
     wide = bits.repeat(BLOCK, 0)[:rows].repeat(BLOCK, 1)[:, :cols]
     codes = rng.integers(0, 256, (rows, cols), dtype=np.uint8) >> (8 - wide)
-    step = np.ldexp(np.float32(4 / np.sqrt(cols)), -bits.astype(np.int32))
+    # Powers of two are among the scales that the format can hold.
+    unit = 2 ** round(np.log2(4 / np.sqrt(cols)))
+    step = np.ldexp(np.float32(unit), -bits.astype(np.int32))
     scales = step.repeat(BLOCK, 0)[:rows].astype(np.float16)
     zeros = np.full((rows, layout.groups), 128, np.uint8)
     return Packed(layout, layout.pack(codes, scales, zeros, bits), bits)

@@ -51,7 +51,7 @@ def interleave(
     core does not count; what neighbours do to caches and memory still does. On several threads they
     are seconds of the clock on the wall.
     """
-    clock = time.thread_time if threads == 1 else time.perf_counter
+    clock = time.process_time if threads == 1 else time.perf_counter
     counts = {case.name: _calls_per_round(case, clock) for case in cases}
     nth = dict.fromkeys(counts, 0)
     seconds: dict[str, list[float]] = {name: [] for name in counts}

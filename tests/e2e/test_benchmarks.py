@@ -12,6 +12,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 pytest.importorskip("tvm", reason="the kernel compiler needs apache-tvm")
+pytestmark = pytest.mark.skipif(
+    not hasattr(os, "sched_setaffinity"), reason="cores are pinned as on Linux"
+)
 
 
 def run(script: str, *options: object) -> str:
@@ -29,33 +32,34 @@ def run(script: str, *options: object) -> str:
     return done.stdout
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores are pinned as on Linux")
 def test_kernels(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
-    printed = run(
-        "cpu/kernels.py",
-        "--shapes",
-        "256x128",
-        "--batches",
-        1,
-        9,
-        "--rounds",
-        2,
-        "--few",
-        "--json",
-        out,
-    )
+    tiny = ("--shapes", "256x128", "--places", "cold", "--batches", 1, 9, "--rounds", 2, "--few")
+    printed = run("cpu/kernels.py", *tiny, "--json", out)
     assert "GGML_LIBRARIES names no folder" in printed
     records = json.loads(out.read_text())
-    assert [record["setting"] for record in records] == [
-        f"256x128, batch {batch}, {place}, 1 core(s)"
-        for batch in (1, 9)
-        for place in ("hot", "cold")
-    ]
+    settings = [record["setting"] for record in records]
+    assert settings == [f"256x128, batch {batch}, cold, 1 core(s)" for batch in (1, 9)]
     for record in records:
         rows = {row["name"]: row for row in record["rows"]}
         for mode in ("exact", "int8"):
             assert {f"uniform 3 {mode}", f"mixed 2,3,4 {mode}", f"mixed 1..8 {mode}"} <= set(rows)
             assert record["ratios"][mode]["torch float32 / mixed"] > 0
         assert all(len(row["seconds"]) == 2 and min(row["seconds"]) > 0 for row in rows.values())
-        assert ("share" in rows["uniform 2 exact"]) == ("batch 1, cold" in record["setting"])
+        assert ("share" in rows["uniform 2 exact"]) == ("batch 1," in record["setting"])
+
+
+def test_end_to_end(tmp_path: Path) -> None:
+    sizes = {"layers": 1, "hidden": 128, "inner": 128, "heads": 2, "groups": 1, "vocab": 64}
+    shape = [word for name, value in sizes.items() for word in (f"--{name}", value)]
+    counts = ("--prompt-tokens", 9, "--new-tokens", 3, "--rounds", 2)
+    out = tmp_path / "out.json"
+    options = ("--folder", tmp_path / "models", *shape, *counts, "--json", out)
+    printed = run("cpu/end_to_end.py", *options)
+    assert "llama.cpp is left out" in printed
+    rounds = json.loads(out.read_text())
+    assert list(rounds) == ["ours exact", "ours int8", "transformers bfloat16"]
+    for values in rounds.values():
+        assert len(values) == 2
+        assert min(min(pair) for pair in values) > 0
+    assert "| ours exact |" in printed
