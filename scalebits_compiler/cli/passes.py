@@ -52,6 +52,7 @@ def as_json(cls: type[Pass], origin: str) -> dict[str, Any]:
         "requires": sorted(cls.requires),
         "establishes": sorted(cls.establishes),
         "invalidates": sorted(cls.invalidates),
+        "refuses": sorted(cls.refuses),
         "origin": origin,
         "options": [
             {"name": o.name, "type": o.type, "default": o.default, "help": o.help}
@@ -65,8 +66,11 @@ def describe(cls: type[Pass], origin: str = OWN) -> str:
     line = (inspect.getdoc(cls) or "").split("\n")[0]
     lines = [f"{cls.name}: {line}"]
     for label, facts in (
-        ("needs", cls.requires), ("gives", cls.establishes), ("takes away", cls.invalidates)
-    ):  # fmt: skip
+        ("needs", cls.requires),
+        ("gives", cls.establishes),
+        ("takes away", cls.invalidates),
+        ("refuses", cls.refuses),
+    ):
         if facts:
             lines.append(f"  {label} {', '.join(sorted(facts))}")
     if origin != OWN:

@@ -25,6 +25,7 @@ class AnnotateSensitivity(Pass):
     name: ClassVar[str] = "annotate-sensitivity"
     requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
     establishes: ClassVar[frozenset[str]] = frozenset({"sensitivity"})
+    refuses: ClassVar[frozenset[str]] = frozenset({"packed"})
 
     bits: int = field(default=3, metadata={"help": "uniform width of the reference point"})
 

@@ -46,6 +46,7 @@ class AssignBits(Pass):
     requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
     establishes: ClassVar[frozenset[str]] = frozenset({"bits"})
     invalidates: ClassVar[frozenset[str]] = frozenset({"rounded", "tuned"})
+    refuses: ClassVar[frozenset[str]] = frozenset({"packed"})
 
     avg_bits: float = field(default=3.0, metadata={"help": "cap on effective bits per weight"})
     min_bits: int = field(default=1, metadata={"help": "smallest width of a block"})

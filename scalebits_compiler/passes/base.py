@@ -102,6 +102,7 @@ class Pass(ABC):
     requires: ClassVar[frozenset[str]] = frozenset()
     establishes: ClassVar[frozenset[str]] = frozenset()
     invalidates: ClassVar[frozenset[str]] = frozenset()
+    refuses: ClassVar[frozenset[str]] = frozenset()  # facts of a module that it cannot work on
 
     @abstractmethod
     def run(self, module: Module, ctx: PassContext) -> Module:

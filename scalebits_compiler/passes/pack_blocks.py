@@ -37,6 +37,7 @@ class PackBlocks(Pass):
     name: ClassVar[str] = "pack-blocks"
     requires: ClassVar[frozenset[str]] = frozenset({"bits", "rounded"})
     establishes: ClassVar[frozenset[str]] = frozenset({"packed"})
+    refuses: ClassVar[frozenset[str]] = frozenset({"packed"})
 
     def run(self, module: Module, ctx: PassContext) -> Module:
         """Replaces data, codes, scales and zeros of each matrix by its packed bytes."""

@@ -7,7 +7,7 @@ from dataclasses import MISSING, dataclass, fields, replace
 from difflib import get_close_matches
 from typing import Any, get_type_hints
 
-from scalebits_compiler.errors import PassError, ScalebitsError, UsageError
+from scalebits_compiler.errors import ParseError, PassError, ScalebitsError, UsageError
 from scalebits_compiler.ir.coerce import coerce, type_text
 from scalebits_compiler.ir.module import Module
 from scalebits_compiler.ir.parser import parse_pipeline
@@ -49,10 +49,14 @@ def pass_options(cls: type[Pass]) -> tuple[Option, ...]:
 def parse_passes(text: str, table: PassTable = PASSES) -> list[Pass]:
     """The passes of `a{x = 1},b`; a named pipeline stands for its text.
 
-    ParseError on syntax, UsageError on an unknown pass or option or a value of the wrong type.
+    UsageError on wrong syntax, an unknown pass or option, or a value of the wrong type.
     """
+    try:
+        steps = parse_pipeline(text)
+    except ParseError as error:
+        raise UsageError(error.message, error.help, error.notes) from None
     made: list[Pass] = []
-    for name, given in parse_pipeline(text):
+    for name, given in steps:
         if name in PIPELINES and name not in table:
             if given:
                 raise UsageError(
@@ -111,9 +115,17 @@ def _print_pass(item: Pass) -> str:
 def check_pipeline(
     passes: Sequence[Pass], facts: frozenset[str], table: PassTable = PASSES
 ) -> frozenset[str]:
-    """The facts after the pipeline; PassError at the first pass that lacks one it requires."""
+    """The facts after the pipeline; PassError at the first pass that they do not suit.
+
+    A pass states what it requires and what it refuses.
+    """
     lost: dict[str, str] = {}
     for item in passes:
+        for fact in sorted(item.refuses & facts):
+            raise PassError(
+                f"{item.name} does not work on a module with the fact `{fact}`",
+                help="go on from a dump of an earlier stage",
+            )
         for fact in sorted(item.requires - facts):
             notes = [f"{lost[fact]} before it takes `{fact}` away"] if fact in lost else []
             givers = [name for name in table if fact in find_pass(name, table).establishes]

@@ -33,6 +33,7 @@ class RoundWeights(Pass):
     requires: ClassVar[frozenset[str]] = frozenset({"bits"})
     establishes: ClassVar[frozenset[str]] = frozenset({"rounded"})
     invalidates: ClassVar[frozenset[str]] = frozenset({"tuned"})
+    refuses: ClassVar[frozenset[str]] = frozenset({"packed"})
 
     method: str = field(default="gptq", metadata={"help": "gptq (error feedback) or rtn (nearest)"})
     damping: float = field(default=0.01, metadata={"help": "share of the mean Hessian diagonal"})

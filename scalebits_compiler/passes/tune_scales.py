@@ -34,6 +34,7 @@ class TuneScales(Pass):
     name: ClassVar[str] = "tune-scales"
     requires: ClassVar[frozenset[str]] = frozenset({"rounded"})
     establishes: ClassVar[frozenset[str]] = frozenset({"tuned"})
+    refuses: ClassVar[frozenset[str]] = frozenset({"packed"})
 
     epochs: int = field(default=4, metadata={"help": "passes over the calibration windows"})
     scale_rate: float = field(default=0.01, metadata={"help": "step size of log scales"})

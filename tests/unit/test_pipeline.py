@@ -150,6 +150,7 @@ def test_text_to_passes_and_back() -> None:
         ('stretch{method = "odd"}', 'expected "fast" or "slow"', ""),
         ("needy", "needy needs the option 'budget'", "needy{budget = ...}"),
         ("default{a = 1}", "'default' is a named pipeline", PIPELINES["default"]),
+        ("stretch{", "the text ends too early", ""),
     ],
 )
 def test_wrong_pipelines_are_explained(text: str, message: str, remedy: str) -> None:
@@ -171,6 +172,23 @@ def test_facts_are_checked_before_anything_runs() -> None:
     assert ran == []
     assert caught.value.help == "run stretch before it"
     assert caught.value.notes == ["forget before it takes `canonical` away"]
+
+
+def test_a_pass_refuses_what_it_cannot_work_on() -> None:
+    @dataclass(frozen=True)
+    class Early(Forget):
+        refuses: ClassVar[frozenset[str]] = frozenset({"canonical"})
+
+    with pytest.raises(PassError, match="does not work on a module with the fact `canonical`"):
+        run_pipeline(tiny(), [Stretch(), Early()], PassContext(), table=TABLE)
+
+
+@pytest.mark.parametrize("name", ["assign-bits", "round-weights", "tune-scales", "pack-blocks"])
+def test_packed_modules_are_not_worked_on_again(name: str) -> None:
+    packed = replace(tiny(), facts=frozenset({"canonical", "bits", "rounded", "packed"}))
+    with pytest.raises(PassError, match=f"{name} does not work on .* `packed`") as caught:
+        run_pipeline(packed, parse_passes(name), PassContext())
+    assert caught.value.help == "go on from a dump of an earlier stage"
 
 
 def test_facts_follow_the_passes() -> None:
