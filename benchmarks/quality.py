@@ -29,10 +29,10 @@ from scalebits_compiler.frontend.calibration import load_tokenizer, read_windows
 from scalebits_compiler.frontend.hf import load_model
 from scalebits_compiler.ir.module import Module
 from scalebits_compiler.numerics.metrics import QualityMeter
-from scalebits_compiler.passes.assign_bits import block_costs
+from scalebits_compiler.passes.assign_bits import AssignBits, block_costs
 from scalebits_compiler.passes.base import PassContext
 from scalebits_compiler.passes.pipeline import parse_passes, run_pipeline
-from scalebits_compiler.passes.search import Costs
+from scalebits_compiler.passes.starts import Costs
 from scalebits_compiler.summary import summarize
 
 if TYPE_CHECKING:
@@ -195,7 +195,7 @@ class Subject:
         if not method.uniform:
             return self.stage(key, start.module, f"assign-bits{{avg-bits = {budget!r}}}")
         module = start.module
-        bits = evenly(block_costs(module, budget, (1, 8)))
+        bits = evenly(block_costs(module, AssignBits(avg_bits=budget)))
         grids, offset = {}, 0
         for weight in module.quantized():
             shape = weight.grid_shape()

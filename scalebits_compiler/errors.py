@@ -1,6 +1,6 @@
 """The error tree (layer L0). What a user can cause is a `ScalebitsError`; the rest are bugs.
 
-Only `cli/main.py` formats errors and exits: 2 for `UsageError`, 1 for the rest.
+Only `cli/main.py` formats errors and exits: 2 for `UsageError`, 130 for `Interrupted`, else 1.
 """
 
 from __future__ import annotations
@@ -25,6 +25,10 @@ class ScalebitsError(Exception):
 
 class UsageError(ScalebitsError):
     """The command line or an option value is wrong (exit code 2)."""
+
+
+class Interrupted(ScalebitsError):
+    """The user stopped the program (exit code 130)."""
 
 
 class FrontendError(ScalebitsError):

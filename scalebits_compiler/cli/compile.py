@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from scalebits_compiler.cli.progress import progress_for
 from scalebits_compiler.cli.targets import add_target, target_options
-from scalebits_compiler.errors import UsageError
+from scalebits_compiler.errors import Interrupted, UsageError
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
 
     from scalebits_compiler.codegen.target import Built
-    from scalebits_compiler.driver import CompileOptions, CompileReport
+    from scalebits_compiler.driver import CompileOptions, CompileReport, Frontier
     from scalebits_compiler.passes.pipeline import Observer
     from scalebits_compiler.plugins import Registry
 
@@ -29,7 +29,11 @@ def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
     add("model", metavar="MODEL", help="a Hugging Face folder, or a hub id in the local cache")
     add("-o", "--output", type=Path, required=True, metavar="OUT", help="the artifact's folder")
     add_target(add, default="cpu")
-    add("--avg-bits", type=float, default=3.0, metavar="B", help="cap on effective bits per weight")
+    size = parser.add_mutually_exclusive_group()
+    told = "cap on effective bits per weight (default 3); B,B,... writes OUT/B for each"
+    size.add_argument("--avg-bits", type=_budgets, default=[3.0], metavar="B", help=told)
+    told = "cap on the bytes of all files, e.g. 24MiB"
+    size.add_argument("--fit", type=_bytes, metavar="SIZE", help=told)
     add("--calib", type=Path, metavar="FILE", help="UTF-8 text; without it a bundled one is used")
     add("--accept", type=Path, metavar="FILE", help="accept steps on this text, not on --calib's")
     add("--seq-len", type=int, metavar="N", help="tokens per calibration window")
@@ -45,6 +49,7 @@ def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
     add("--embedding-bits", type=int, metavar="N", help="quantize the embedding at this width")
     add("--tune-scales", action="store_true", help="fit scales to the original's predictions")
     add("--seed", type=int, default=0, help="picks the calibration windows (default 0)")
+    add("--resume", action="store_true", help="go on with the search of a killed compile")
     add("--force", action="store_true", help="replace OUT if it exists")
     add("--from", dest="start", type=Path, metavar="FILE.sbir", help="go on from a dump")
     add("--dump-ir", type=Path, metavar="DIR", help="write the module after every pass")
@@ -56,6 +61,23 @@ def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.set_defaults(run=run)
 
 
+def _budgets(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no budget, e.g. 3 or 2.3,3,4") from None
+
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def _bytes(text: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B|)", text, re.IGNORECASE)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size, e.g. 24MiB, 900KB or 1000000")
+    return int(float(found[1]) * _UNITS[found[2].upper()])
+
+
 def _block(text: str) -> tuple[int, int]:
     found = re.fullmatch(r"(\d+)x(\d+)", text)
     if found is None:
@@ -65,8 +87,9 @@ def _block(text: str) -> tuple[int, int]:
 
 def run(args: argparse.Namespace) -> int:
     """Compile and print the summary."""
-    from scalebits_compiler.driver import Hooks, compile_model
+    from scalebits_compiler.driver import Hooks, compile_budgets, compile_model
     from scalebits_compiler.plugins import load_plugins
+    from scalebits_compiler.search_state import state_folder
 
     registry = load_plugins(args.plugin)
     hooks = Hooks(
@@ -75,7 +98,22 @@ def run(args: argparse.Namespace) -> int:
         registry=registry,
         on_kernels=lambda built: _dump_kernels(args.dump_ir, built),
     )
-    report = compile_model(args.model, args.output, _options(args), hooks, args.start)
+    options = _options(args)
+    folder = state_folder(args.output)
+    if args.resume and not folder.is_dir():
+        print(f"note: there is no {folder.name} to go on with, starting anew", file=sys.stderr)
+    try:
+        if len(args.avg_bits) > 1:
+            made = compile_budgets(
+                args.model, args.output, args.avg_bits, options, hooks, args.start
+            )
+            print(json.dumps(frontier_json(made), indent=2) if args.json else frontier_text(made))
+            return 0
+        report = compile_model(args.model, args.output, options, hooks, args.start)
+    except KeyboardInterrupt:
+        if folder.is_dir():
+            raise Interrupted("the search so far is kept, go on with --resume") from None
+        raise
     print(json.dumps(as_json(report), indent=2) if args.json else as_text(report))
     return 0
 
@@ -96,7 +134,8 @@ def _options(args: argparse.Namespace) -> CompileOptions:
     return CompileOptions(
         target=args.target,
         target_options=target_options(args),
-        avg_bits=args.avg_bits,
+        avg_bits=args.avg_bits[0],
+        fit=args.fit,
         block=args.block,
         group=args.group,
         pins=tuple(args.bits),
@@ -107,6 +146,7 @@ def _options(args: argparse.Namespace) -> CompileOptions:
         text=text,
         tune_scales=args.tune_scales,
         force=args.force,
+        resume=args.resume,
     )
 
 
@@ -135,6 +175,21 @@ def _dump_kernels(folder: Path | None, built: Built) -> None:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+
+
+def frontier_json(made: Frontier) -> dict[str, Any]:
+    """All budgets for programs; times are in seconds."""
+    artifacts = {name: as_json(report) for name, report in made.reports.items()}
+    told = {"output": str(made.out), "points": made.points, "artifacts": artifacts}
+    return {**told, "seconds": made.seconds}
+
+
+def frontier_text(made: Frontier) -> str:
+    """All budgets for people."""
+    from scalebits_compiler.frontier import table
+
+    total = sum(made.seconds.values())
+    return f"wrote {made.out}/BITS\n{table(made.points)}seconds {total:.1f}"
 
 
 def as_json(report: CompileReport) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from scalebits_compiler.cli import (
     compile,
     diff,
     evaluate,
+    explain,
     inspect,
     opt,
     passes,
@@ -20,9 +21,11 @@ from scalebits_compiler.cli import (
     run,
     verify,
 )
-from scalebits_compiler.errors import ScalebitsError, UsageError
+from scalebits_compiler.errors import Interrupted, ScalebitsError, UsageError
 
-COMMANDS = (compile, run, evaluate, bench, inspect, verify, retarget, diff, opt, passes)
+COMMANDS = (
+    compile, run, evaluate, bench, inspect, explain, verify, retarget, diff, opt, passes,
+)  # fmt: skip
 
 
 def parser() -> argparse.ArgumentParser:
@@ -50,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = args.run(args)
         sys.stdout.flush()
         return code
+    except Interrupted as error:
+        print(f"interrupted; {error}", file=sys.stderr)
+        return 130
     except ScalebitsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from scalebits_compiler.errors import UsageError
-from scalebits_compiler.runtime.manifest import MANIFEST
+from scalebits_compiler.runtime.manifest import FRONTIER, MANIFEST
 
 
 def check_output(out: Path, force: bool) -> None:
@@ -32,7 +32,7 @@ def check_output(out: Path, force: bool) -> None:
             f"the output folder {out} exists and is not empty",
             help="give another folder with -o, or replace this one with --force",
         )
-    if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).is_file():
+    if out.is_dir() and any(out.iterdir()) and not _ours(out):
         raise UsageError(
             f"the output folder {out} is not empty and holds no artifact, --force leaves it alone",
             help="give another folder with -o",
@@ -67,6 +67,10 @@ def output_folder(out: Path, force: bool) -> Iterator[Path]:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         os.close(handle)
+
+
+def _ours(out: Path) -> bool:
+    return any((out / name).is_file() for name in (MANIFEST, FRONTIER))
 
 
 def _partial(out: Path) -> Path:

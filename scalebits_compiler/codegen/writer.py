@@ -40,7 +40,15 @@ __all__ = ["WRITTEN_HERE", "check_output", "write_artifact"]
 PLAN_FILE = "plan.safetensors"
 WRITTEN_HERE = (MANIFEST, MODEL_FILE, PLAN_FILE, "module.sbir", "config.json")
 _ROUNDED = ("codes", "scales", "zeros")
-_SCORES = ("row_scores", "column_scores", "block_scores")
+_SCORES = ("row_scores", "column_scores", "move_scores")
+
+
+class TooLarge(TargetError):
+    """An artifact has more bytes than it may have."""
+
+    def __init__(self, found: int, most: int) -> None:
+        super().__init__(f"the artifact has {found:,} bytes, {most:,} are allowed")
+        self.excess = found - most
 
 
 def write_artifact(
@@ -55,13 +63,15 @@ def write_artifact(
     summary: Mapping[str, Any],
     provenance: Provenance,
     force: bool = False,
+    most_bytes: int | None = None,
 ) -> Manifest:
     """Write the artifact of a packed module to the folder `out`, which appears at once, complete.
 
     files: name inside the artifact -> contents or file to copy (tokenizer, generation_config.json,
     kernels/...). config: the model's Hugging Face config; `quantization_config` is added. Equal
     arguments give equal bytes. Raises `UsageError` for an output that cannot be written,
-    `TargetError` for a module that is not packed or names that clash.
+    `TargetError` for a module that is not packed or names that clash, `TooLarge` if its files,
+    the manifest included, take more than `most_bytes`.
     """
     if "packed" not in module.facts:
         raise TargetError(f"@{module.name} is not packed", help="run pack-blocks first")
@@ -84,6 +94,8 @@ def write_artifact(
             provenance=provenance,
         )
         check_plan(manifest)
+        if most_bytes is not None and manifest.file_bytes > most_bytes:
+            raise TooLarge(manifest.file_bytes, most_bytes)
         (folder / MANIFEST).write_text(manifest.to_json())
     return manifest
 

@@ -36,11 +36,12 @@ class Weight:
     block: (rows, columns) of a block; group: columns per scale; limits: (least, most) bits that a
     block may get; fixed_bits: one width for the whole matrix, which is then neither searched nor
     counted in the average (head, embedding); bits: width of every block, in the text or beside it
-    with `hist` = ((bits, blocks), ...); row_scores, column_scores: summed
-    sensitivity of each line, float32; block_scores: float32 [block rows, block columns, 2], the
-    predicted change of the loss for one bit more and one bit less; codes, scales, zeros: the
-    rounded matrix, uint8 [n, k], float16 [n, groups], uint8 [n, groups]; rounded_at: digest of the
-    widths that it was rounded at, so that widths edited later are noticed.
+    with `hist` = ((bits, blocks), ...); row_scores, column_scores: summed sensitivity of each line,
+    float32; block_scores: float32 [block rows, block columns, 2], the predicted change of the loss
+    for one bit more and one bit less at a reference width; move_scores: bfloat16 [block rows, block
+    columns, 4], the same two at the assigned widths, and their standard errors; codes, scales,
+    zeros: the rounded matrix, uint8 [n, k], float16 [n, groups], uint8 [n, groups]; rounded_at:
+    digest of the widths that it was rounded at, so that widths edited later are noticed.
     """
 
     symbol: str
@@ -56,6 +57,7 @@ class Weight:
     row_scores: Resource | None = None
     column_scores: Resource | None = None
     block_scores: Resource | None = None
+    move_scores: Resource | None = None
     codes: Resource | None = None
     scales: Resource | None = None
     zeros: Resource | None = None
@@ -171,7 +173,7 @@ class Module:
             else:
                 tensors[key] = torch.from_numpy(made.array())
                 changes = {"bits": Resource(key), "hist": made.histogram()}
-            stale = dict.fromkeys(("codes", "scales", "zeros", "rounded_at"))
+            stale = dict.fromkeys(("move_scores", "codes", "scales", "zeros", "rounded_at"))
             weights.append(replace(self.weights[symbol], **changes, **stale))
         changed = self.with_weights(weights)
         return replace(changed, resources=self.resources.with_(tensors))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
@@ -9,37 +10,43 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from scalebits_compiler.errors import PassError
+from scalebits_compiler.ir.attrs import Resource
 from scalebits_compiler.ir.module import Module
+from scalebits_compiler.ir.printer import print_module
 from scalebits_compiler.passes.base import Pass, PassContext
 from scalebits_compiler.passes.pack_blocks import layout_of
 from scalebits_compiler.passes.patterns import matching, parse_pin
 from scalebits_compiler.passes.search import (
+    Moves,
+    SearchSettings,
+    SearchState,
+    best_start,
+    swap_search,
+)
+from scalebits_compiler.passes.starts import (
     Costs,
     Ints,
-    Moves,
-    SearchResult,
-    SearchSettings,
     best_uniform,
-    greedy_start,
-    swap_search,
+    dual_bound,
+    greedy_raise,
+    moved_to_budget,
+    surrogate,
 )
 
 if TYPE_CHECKING:
-    import torch
-
-    from scalebits_compiler.passes.base import Evaluator
-    from scalebits_compiler.passes.statistics import Matrix
+    from scalebits_compiler.passes.search_problem import SearchProblem
 
 GRID_BITS = 8  # a block's entry in the stored bit table
 
 
 @dataclass(frozen=True)
 class AssignBits(Pass):
-    """Budgeted greedy widths: hull start, then swaps accepted on text the gradients never saw.
+    """Budgeted greedy widths: the best of some starts, then swaps that a held-out loss accepts.
 
     `avg-bits` caps the effective bits per weight: codes, scales, zero points, bit table and
     padding. The result is never worse on the acceptance split than the best uniform width that
-    fits; if the search is, the uniform assignment ships and the report says so.
+    fits: that is one of the starts, and the report says so if it ships. A search goes on where a
+    killed one has stopped if the context has a checkpoint.
     """
 
     name: ClassVar[str] = "assign-bits"
@@ -52,25 +59,62 @@ class AssignBits(Pass):
     min_bits: int = field(default=1, metadata={"help": "smallest width of a block"})
     max_bits: int = field(default=8, metadata={"help": "largest width of a block"})
     rounds: int = field(default=12, metadata={"help": "most rounds of swaps"})
-
     pins: tuple[str, ...] = field(
         default=(), metadata={"help": "widths by pattern, PATTERN=4..8; the last that fits counts"}
     )
+    warm: bool = field(
+        default=False, metadata={"help": "start also from the widths that the module has"}
+    )
+    z: float = field(
+        default=1.0, metadata={"help": "standard errors by which a move must beat the others"}
+    )
 
     def run(self, module: Module, ctx: PassContext) -> Module:
-        """Adds `bits` to every matrix that is quantized, `limits` to those that are pinned."""
+        """Adds `bits` and `move_scores` to every searched matrix, `limits` where they are pinned.
+
+        Matrices with a width of their own get `bits` only.
+        """
+        from scalebits_compiler.passes.search_problem import SearchProblem
+
         pinned, costs = self.problem(module)
-        problem = _Problem.load(pinned, costs, ctx)
-        start = problem.start()
-        settings = SearchSettings(rounds=self.rounds)
-        found = swap_search(start, costs, problem.score, problem.held, settings)
-        shipped = self._guard(found, costs, problem, ctx)
-        fixed = {
-            w.symbol: np.full(w.grid_shape(), w.fixed_bits, np.uint8)
-            for w in pinned.quantized()
-            if w.fixed_bits is not None
+        known = ctx.cache.get(self.name)
+        problem = SearchProblem.load(pinned, ctx, self.name)
+        width, uniform = best_uniform(costs)
+        saved = _Saved(self, module, ctx)
+        state = saved.load(costs) or best_start(self._starts(pinned, problem, costs), problem.held)
+        resumed = state.round
+        saved.save(state)
+        moves = swap_search(
+            state,
+            costs,
+            lambda bits: problem.score(bits, costs),
+            problem.held,
+            SearchSettings(self.rounds, self.z),
+            saved.save,
+        )
+        if moves is None:
+            moves, state.scored = problem.score(state.bits, costs), state.scored + 1
+        ctx.report[self.name] = {
+            **_report(state, costs, problem, fresh=problem is not known),
+            "uniform_bits": width,
+            "shipped": "uniform" if np.array_equal(state.bits, uniform) else "search",
+            "resumed_at_round": resumed,
         }
-        return pinned.with_bits({**problem.grids_numpy(shipped), **fixed})
+        return _with_widths(pinned, problem, state.bits, moves)
+
+    def _starts(self, module: Module, problem: SearchProblem, costs: Costs) -> dict[str, Ints]:
+        """Where the search may start; the first of equals is taken."""
+        curves, (_, uniform) = problem.curves, best_uniform(costs)
+        starts = {
+            "hull": greedy_raise(curves, costs, costs.low),
+            "uniform": uniform,
+            "uniform and the rest": greedy_raise(curves, costs, uniform),
+        }
+        if self.warm:
+            grids = [module.bits(weight).ravel() for weight in module.searched()]
+            here = np.concatenate(grids).astype(np.int64)
+            starts["neighbour"] = moved_to_budget(curves, costs, here)
+        return starts
 
     def problem(self, module: Module) -> tuple[Module, Costs]:
         """The module with the pins as limits, and the storage of its blocks.
@@ -83,12 +127,16 @@ class AssignBits(Pass):
                 f"widths {self.min_bits}..{self.max_bits} are not within 1..8",
                 help="give 1 <= min-bits <= max-bits <= 8",
             )
-        if self.rounds < 0:
-            raise PassError(f"{self.rounds} rounds of swaps", help="0 keeps the greedy start")
-        pinned = self._pinned(module)
-        return pinned, block_costs(pinned, self.avg_bits, (self.min_bits, self.max_bits))
+        if self.rounds < 0 or self.z < 0:
+            raise PassError(
+                f"{self.rounds} rounds of swaps at z = {self.z}",
+                help="give numbers of 0 or more; 0 rounds keep the best start",
+            )
+        pinned = self.pinned(module)
+        return pinned, block_costs(pinned, self)
 
-    def _pinned(self, module: Module) -> Module:
+    def pinned(self, module: Module) -> Module:
+        """The module with the pins as limits of the matrices."""
         searched = module.searched()
         limits: dict[str, tuple[int, int]] = {}
         for text in self.pins:
@@ -97,45 +145,36 @@ class AssignBits(Pass):
         changed = (replace(module.weights[s], limits=found) for s, found in limits.items())
         return module.with_weights(changed)
 
-    def _guard(
-        self, found: SearchResult, costs: Costs, problem: _Problem, ctx: PassContext
-    ) -> Ints:
-        """The searched widths, or the best uniform ones that fit if those are better."""
-        width, uniform = best_uniform(costs)
-        uniform_loss = problem.held(uniform)
-        kept = uniform if uniform_loss < found.loss else found.bits
-        ctx.report[self.name] = {
-            "held_loss": min(found.loss, uniform_loss),
-            "uniform_held_loss": uniform_loss,
-            "uniform_bits": width,
-            "shipped": "search" if kept is found.bits else "uniform",
-            "steps": [asdict(step) for step in found.steps],
-            "stored_bits": costs.total(kept),
-            "budget_bits": costs.budget,
-        }
-        return kept
 
-
-def block_costs(module: Module, avg_bits: float, limits: tuple[int, int]) -> Costs:
+def searched_costs(module: Module, search: AssignBits) -> Costs:
     """Storage of all searched blocks in the order of the module, and the widths they may have.
 
-    limits: of the matrices that have none of their own. PassError if the budget cannot be met.
+    PassError if there is none.
     """
     blocks: list[tuple[np.ndarray, ...]] = []
     weights = 0
     for weight in module.searched():
         bit, rest = layout_of(weight).block_cost()
-        low, high = (np.full(bit.size, width) for width in weight.limits or limits)
+        limits = weight.limits or (search.min_bits, search.max_bits)
+        low, high = (np.full(bit.size, width) for width in limits)
         blocks.append((bit.ravel(), rest.ravel() + GRID_BITS, low, high))
         rows, columns = weight.type.static_shape()
         weights += rows * columns
     if not blocks:
         raise PassError("the module has no matrix to quantize")
-    if not math.isfinite(avg_bits):
-        raise PassError(f"{avg_bits} effective bits per weight is no budget", help="give e.g. 3")
+    if not math.isfinite(search.avg_bits):
+        raise PassError(
+            f"{search.avg_bits} effective bits per weight is no budget", help="give e.g. 3"
+        )
     per_bit, fixed, low, high = (np.concatenate(part) for part in zip(*blocks, strict=True))
-    costs = Costs(per_bit, fixed, math.floor(avg_bits * weights), low, high)
-    least, most = costs.total(low) / weights, costs.total(high) / weights
+    return Costs(per_bit, fixed, math.floor(search.avg_bits * weights), low, high, weights)
+
+
+def block_costs(module: Module, search: AssignBits) -> Costs:
+    """The same; PassError if the budget cannot be met, or not be used."""
+    costs, avg_bits = searched_costs(module, search), search.avg_bits
+    least = costs.total(costs.low) / costs.weights
+    most = costs.total(costs.high) / costs.weights
     if avg_bits < least:
         raise PassError(
             f"{avg_bits} effective bits per weight cannot be met: the smallest feasible is"
@@ -144,79 +183,96 @@ def block_costs(module: Module, avg_bits: float, limits: tuple[int, int]) -> Cos
         )
     if avg_bits > math.ceil(most):
         raise PassError(
-            f"{avg_bits} effective bits per weight is more than {high.max()}-bit blocks can use"
-            f" ({most:.3f})",
+            f"{avg_bits} effective bits per weight is more than {costs.high.max()}-bit blocks can"
+            f" use ({most:.3f})",
             help=f"give at most {math.ceil(most)}",
         )
     return costs
 
 
-@dataclass
-class _Problem:
-    """The search's view of the model: flat widths in, losses and scores out."""
+def _report(
+    state: SearchState, costs: Costs, problem: SearchProblem, fresh: bool
+) -> dict[str, object]:
+    """What the search did, for `ctx.report`; losses in nats. fresh: the curves were made for it."""
+    curves = problem.curves
+    scored, held = state.scored + fresh, state.held + fresh
+    return {
+        "held_loss": state.loss,
+        "uniform_held_loss": state.starts["uniform"],
+        "starts": state.starts,
+        "steps": [asdict(step) for step in state.steps],
+        "stored_bits": costs.total(state.bits),
+        "budget_bits": costs.budget,
+        "full_precision_loss": problem.full_precision,
+        "predicted_excess": surrogate(curves, state.bits),
+        "predicted_excess_of_hull": surrogate(curves, greedy_raise(curves, costs, costs.low)),
+        "dual_bound": dual_bound(curves, costs),
+        "scorings": state.scored,
+        "held_evaluations": state.held,
+        "gradient_passes": problem.gradient_passes(scored, held),
+    }
 
-    evaluator: Evaluator
-    matrices: dict[str, Matrix]
-    calibration: torch.Tensor
-    acceptance: torch.Tensor
-    ctx: PassContext
-    costs: Costs
 
-    @staticmethod
-    def load(module: Module, costs: Costs, ctx: PassContext) -> _Problem:
-        """Fit the level tables."""
-        from scalebits_compiler.passes import statistics as st
+def _with_widths(module: Module, problem: SearchProblem, bits: Ints, moves: Moves) -> Module:
+    """The module with all widths, and the scores of the moves from them."""
+    import torch
 
-        text = ctx.windows(module, AssignBits.name)
-        return _Problem(
-            ctx.evaluator(module, AssignBits.name),
-            st.load_matrices(module, ctx),
-            text.calibration,
-            text.acceptance,
-            ctx,
-            costs,
-        )
+    fixed = {
+        w.symbol: np.full(w.grid_shape(), w.fixed_bits, np.uint8)
+        for w in module.quantized()
+        if w.fixed_bits is not None
+    }
+    grids = {symbol: grid.astype(np.uint8) for symbol, grid in problem.split(bits).items()}
+    scored = np.stack([moves.up, moves.down, moves.error_up, moves.error_down], -1)
+    tensors = {
+        f"{symbol}.move_scores": torch.from_numpy(part.copy()).bfloat16()
+        for symbol, part in problem.split(scored).items()
+    }
+    done = module.with_bits({**grids, **fixed})
+    weights = (
+        replace(done.weights[symbol], move_scores=Resource(f"{symbol}.move_scores"))
+        for symbol in grids
+    )
+    return replace(done.with_weights(weights), resources=done.resources.with_(tensors))
 
-    def start(self) -> Ints:
-        """The greedy start from curves at full precision."""
-        from scalebits_compiler.passes import statistics as st
 
-        curves = st.width_curves(self.evaluator, self.matrices, self.calibration, self.ctx)
-        flat = np.concatenate([c.flatten(1).numpy() for c in curves.values()], 1)
-        return greedy_start(flat, self.costs)
+class _Saved:
+    """The state of one search in the context's checkpoint, if it has one."""
 
-    def grids(self, bits: Ints) -> dict[str, torch.Tensor]:
-        """Flat widths as one int64 grid per matrix."""
-        import torch
+    def __init__(self, search: AssignBits, module: Module, ctx: PassContext) -> None:
+        from scalebits_compiler.passes.pipeline import print_passes
 
-        grids, offset = {}, 0
-        for symbol, matrix in self.matrices.items():
-            shape = matrix.weight.grid_shape()
-            count = shape[0] * shape[1]
-            part = bits[offset : offset + count].reshape(shape)
-            grids[symbol] = torch.from_numpy(np.ascontiguousarray(part))
-            offset += count
-        return grids
+        self.checkpoint = ctx.checkpoint
+        if self.checkpoint is None:
+            return
+        text = ctx.windows(module, search.name)
+        windows = b"".join(w.numpy().tobytes() for w in (text.calibration, text.acceptance))
+        pipeline = ",".join((*module.history, print_passes([search])))
+        # The n-th search of a pipeline, so that another budget is noticed and refused.
+        self.name = str(sum(done.startswith(search.name) for done in module.history))
+        self.identity = {
+            "model": module.source,
+            "text": hashlib.sha256(windows).hexdigest(),
+            "setting": f"{pipeline} with seed {ctx.seed}",
+            "module": hashlib.sha256(
+                print_module(replace(module, tensors=())).encode()
+            ).hexdigest(),
+        }
 
-    def grids_numpy(self, bits: Ints) -> dict[str, np.ndarray]:
-        """Flat widths as one uint8 array per matrix."""
-        return {s: grid.numpy().astype(np.uint8) for s, grid in self.grids(bits).items()}
+    def save(self, state: SearchState) -> None:
+        """Keep the state."""
+        if self.checkpoint is not None:
+            self.checkpoint.save(self.name, self.identity, state.as_json())
 
-    def score(self, bits: Ints) -> Moves:
-        """Scores of all moves at these widths."""
-        from scalebits_compiler.passes import statistics as st
-
-        scores = st.move_scores(
-            self.evaluator, self.matrices, self.grids(bits), self.calibration, self.ctx
-        )
-        up = np.concatenate([t.flatten().numpy() for t in scores.up.values()])
-        down = np.concatenate([t.flatten().numpy() for t in scores.down.values()])
-        low, high = self.costs.low, self.costs.high
-        return Moves(np.where(bits < high, up, np.inf), np.where(bits > low, down, np.inf))
-
-    def held(self, bits: Ints) -> float:
-        """Loss on the acceptance windows at these widths (nats)."""
-        from scalebits_compiler.passes import statistics as st
-
-        weights = st.rounded(self.matrices, self.grids(bits))
-        return st.held_loss(self.evaluator, weights, self.acceptance)
+    def load(self, costs: Costs) -> SearchState | None:
+        """The state that was kept, None if there is none; PassError if it cannot be one."""
+        found = None if self.checkpoint is None else self.checkpoint.load(self.name, self.identity)
+        if found is None:
+            return None
+        try:
+            state = SearchState.from_json(found)
+            if costs.total(state.bits) <= costs.budget:
+                return state
+        except (KeyError, TypeError, ValueError):
+            pass
+        raise PassError("the saved search state is damaged", help="start over: leave out --resume")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 from scalebits_compiler.errors import PassError
 
@@ -63,14 +63,34 @@ class TextSplit:
     acceptance: torch.Tensor
 
 
+class Checkpoint(Protocol):
+    """Keeps the state of a long search, so that a killed run can go on; the driver injects it."""
+
+    def load(self, name: str, identity: Mapping[str, str]) -> dict[str, Any] | None:
+        """What was last saved under a name, None if nothing was.
+
+        UsageError if it was saved for another identity: kind of difference -> what it is of.
+        """
+        ...
+
+    def save(self, name: str, identity: Mapping[str, str], state: Mapping[str, Any]) -> None:
+        """Keep a state of plain values; replaces the last one at once or not at all."""
+        ...
+
+
 @dataclass
 class PassContext:
-    """What the driver gives to passes; `report` collects what a pass wants to tell, by its name."""
+    """What the driver gives to passes; `report` collects what a pass wants to tell, by its name.
+
+    cache: what one pass may reuse when it runs again in the same compile.
+    """
 
     evaluate: Callable[[Module], Evaluator] | None = None
     text: TextSplit | None = None
     seed: int = 0
     progress: Progress = no_progress
+    checkpoint: Checkpoint | None = None
+    cache: dict[str, object] = field(default_factory=dict)
     report: dict[str, object] = field(default_factory=dict)
 
     def evaluator(self, module: Module, needed_by: str) -> Evaluator:

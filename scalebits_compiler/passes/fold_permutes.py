@@ -248,7 +248,7 @@ def _store(
             )
         if weight.type.orders:
             raise VerifyError(f"@{symbol} is already stored in {weight.type}, {kind} is wanted")
-        changes: dict[str, object] = {"type": kind, "block_scores": None}
+        changes: dict[str, object] = {"type": kind, "block_scores": None, "move_scores": None}
         for role, axes in (("data", None), ("row_scores", 0), ("column_scores", 1)):
             resource = getattr(weight, role)
             if isinstance(resource, Resource):

@@ -85,6 +85,25 @@ class Timing(Observer):
         return "\n".join([*rows, f"{total:9.3f} s  100.0%  total"])
 
 
+class Continued(Observer):
+    """Watches a pipeline that goes on with what another one has made, and has no start."""
+
+    def __init__(self, observer: Observer) -> None:
+        self.observer = observer
+
+    def before(self, item: Pass, module: Module) -> None:
+        """Hand on."""
+        self.observer.before(item, module)
+
+    def after(self, item: Pass, before: Module, after: Module) -> None:
+        """Hand on."""
+        self.observer.after(item, before, after)
+
+    def failed(self, item: Pass, before: Module, error: Exception) -> list[str]:
+        """Hand on."""
+        return self.observer.failed(item, before, error)
+
+
 class PrintBefore(Observer):
     """Prints the module before passes; `names` = None means before every pass."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
@@ -43,19 +44,23 @@ class PackBlocks(Pass):
         """Replaces data, codes, scales and zeros of each matrix by its packed bytes."""
         import torch
 
-        weights, tensors = [], {}
-        for weight in ctx.progress(module.quantized(), "packing"):
-            arena = _pack(module, weight)
-            key = f"{weight.symbol}.packed"
-            tensors[key] = torch.from_numpy(arena)
-            done = replace(weight, data=Resource(key), codes=None, scales=None, zeros=None)
-            weights.append(replace(done, type=replace(weight.type, dtype="packed")))
-        packed = {weight.symbol for weight in weights}
-        tensors |= _halved(module)
-        ops = tuple(_qlinear(op, packed) for op in module.function.ops)
-        function = replace(module.function, ops=ops)
-        changed = replace(module, function=function, resources=module.resources.with_(tensors))
-        return changed.with_weights(weights)
+        shown = ctx.progress(module.quantized(), "packing")
+        arenas = {w.symbol: torch.from_numpy(_pack(module, w)) for w in shown}
+        return as_packed(module, arenas)
+
+
+def as_packed(module: Module, arenas: Mapping[str, torch.Tensor]) -> Module:
+    """The module whose quantized matrices are the packed bytes uint8[n] given by symbol."""
+    weights, tensors = [], _halved(module)
+    for symbol, arena in arenas.items():
+        weight, key = module.weights[symbol], f"{symbol}.packed"
+        tensors[key] = arena
+        done = replace(weight, data=Resource(key), codes=None, scales=None, zeros=None)
+        weights.append(replace(done, type=replace(weight.type, dtype="packed")))
+    ops = tuple(_qlinear(op, set(arenas)) for op in module.function.ops)
+    function = replace(module.function, ops=ops)
+    changed = replace(module, function=function, resources=module.resources.with_(tensors))
+    return changed.with_weights(weights)
 
 
 def _halved(module: Module) -> dict[str, torch.Tensor]:

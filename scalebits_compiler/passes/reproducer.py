@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     import torch
 
 MODULE, PIPELINE, ERROR = "module.sbir", "pipeline.txt", "error.txt"
-_TENSOR_FIELDS = ("row_scores", "column_scores", "block_scores", "codes", "scales", "zeros")
+_SCORES = ("row_scores", "column_scores", "block_scores", "move_scores")
+_TENSOR_FIELDS = (*_SCORES, "codes", "scales", "zeros")
 
 
 class Reproducer(Observer):

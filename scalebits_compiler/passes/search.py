@@ -1,101 +1,46 @@
-"""The budgeted search for block widths: greedy start on the convex hull, then batched swaps.
+"""The budgeted search for block widths: the best of some starts, then batched swaps.
 
-All blocks of all matrices are one flat list here. Taking block i to width b costs
-`per_bit[i] * b + fixed[i]` bits of storage; the budget bounds the sum and is never exceeded.
+All blocks of all matrices are one flat list here; passes/starts.py gives the starts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Storage of every block in bits, int64 [blocks]; `budget` bounds the sum.
-
-    low, high: the widths that each block may have, int64 [blocks].
-    """
-
-    per_bit: Ints
-    fixed: Ints
-    budget: int
-    low: Ints
-    high: Ints
-
-    def total(self, bits: Ints) -> int:
-        """Stored bits of an assignment."""
-        return int((self.per_bit * bits + self.fixed).sum())
-
-
-def greedy_start(curves: Floats, costs: Costs) -> Ints:
-    """Widths [blocks] by falling gain per stored bit along each block's lower convex hull.
-
-    curves: predicted loss [8, blocks] at widths 1..8. Exact for the hull up to the last segment.
-    """
-    blocks = curves.shape[1]
-    level = costs.low
-    segments: list[tuple[Floats, Ints, Ints]] = []
-    index = np.arange(blocks)
-    while True:
-        here = curves[level - 1, index]
-        slopes = np.full((8, blocks), -np.inf)
-        for width in range(int(costs.low.min()) + 1, int(costs.high.max()) + 1):
-            step = (width - level) * costs.per_bit
-            open_ = (width > level) & (width <= costs.high)
-            gain = (here - curves[width - 1]) / np.where(open_, step, 1)
-            slopes[width - 1] = np.where(open_, gain, -np.inf)
-        best = slopes.argmax(0) + 1
-        slope = slopes[best - 1, index]
-        grows = slope > 0
-        if not grows.any():
-            break
-        segments.append((slope[grows], index[grows], best[grows]))
-        level = np.where(grows, best, level)
-    return _take_segments(segments, costs)
-
-
-def _take_segments(segments: list[tuple[Floats, Ints, Ints]], costs: Costs) -> Ints:
-    bits = costs.low.copy()
-    left = costs.budget - costs.total(bits)
-    if not segments:
-        return bits
-    slope = np.concatenate([s[0] for s in segments])
-    block = np.concatenate([s[1] for s in segments])
-    target = np.concatenate([s[2] for s in segments])
-    for item in np.argsort(-slope, kind="stable"):
-        chosen = block[item]
-        price = int((target[item] - bits[chosen]) * costs.per_bit[chosen])
-        if price <= left:  # what follows for a block that is left out costs more
-            bits[chosen] = target[item]
-            left -= price
-    return bits
+from scalebits_compiler.passes.starts import Costs, Floats, Ints
 
 
 @dataclass(frozen=True)
 class Moves:
-    """Predicted change of the loss per block, float64 [blocks]; inf where impossible."""
+    """Predicted change of the loss per block, float64 [blocks]; inf where impossible.
+
+    error_up, error_down: the standard errors of these predictions.
+    """
 
     up: Floats
     down: Floats
+    error_up: Floats
+    error_down: Floats
+
+    def cautious(self, z: float) -> Moves:
+        """The same, each promise worse by z standard errors."""
+        return replace(self, up=self.up + z * self.error_up, down=self.down + z * self.error_down)
 
 
-def propose(bits: Ints, moves: Moves, costs: Costs, count: int) -> tuple[Ints, float]:
+def propose(bits: Ints, moves: Moves, costs: Costs, count: int) -> Ints:
     """Up to `count` blocks one bit up, paid by slack and by other blocks one bit down.
 
-    Gives the new widths and the predicted change of the loss; the same widths if nothing helps.
+    Gives the new widths; the same ones if nothing helps.
     """
     raises = np.argsort(moves.up / costs.per_bit, kind="stable")[:count]
     raises = raises[moves.up[raises] < 0]
     lowers = np.argsort(moves.down / costs.per_bit, kind="stable")
     lowers = lowers[~np.isin(lowers, raises)][: 2 * count]
-    changed, predicted = bits.copy(), 0.0
+    changed = bits.copy()
     slack = costs.budget - costs.total(bits)
     cursor = 0
     for block in raises:
@@ -109,8 +54,13 @@ def propose(bits: Ints, moves: Moves, costs: Costs, count: int) -> tuple[Ints, f
             break
         changed[block] += 1
         changed[lowers[cursor:taken]] -= 1
-        slack, cursor, predicted = -needed, taken, predicted + gain
-    return changed, predicted
+        slack, cursor = -needed, taken
+    return changed
+
+
+def predicted_change(bits: Ints, changed: Ints, moves: Moves) -> float:
+    """What the scores promise for moves of one bit."""
+    return float(moves.up[changed > bits].sum() + moves.down[changed < bits].sum())
 
 
 @dataclass(frozen=True)
@@ -125,67 +75,109 @@ class Step:
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """How long and how boldly to search; shares are of the number of blocks."""
+    """How long and how boldly to search; shares are of the number of blocks.
+
+    z: by how many standard errors a move must beat the others.
+    """
 
     rounds: int
+    z: float = 0.0
     first_share: float = 0.12
     last_share: float = 0.004
     tolerance: float = 1e-5
 
 
 @dataclass
-class SearchResult:
-    """The widths found, their held loss (nats), and the steps that led there."""
+class SearchState:
+    """Where a search stands after a round: enough to go on as if it had not been stopped.
+
+    loss: held loss of `bits` (nats). count: blocks of the next batch (0: the most). scored, held:
+    gradient passes and evaluations of the held loss so far. starts: held loss of each start.
+    """
 
     bits: Ints
     loss: float
+    starts: dict[str, float]
+    round: int = 0
+    count: int = 0
+    scored: int = 0
+    held: int = 0
+    done: bool = False
     steps: list[Step] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        """The state in plain values; floats survive JSON exactly."""
+        plain = asdict(self)
+        return {**plain, "bits": "".join(map(str, self.bits.tolist()))}
+
+    @staticmethod
+    def from_json(plain: dict[str, Any]) -> SearchState:
+        """The inverse of `as_json`; KeyError, TypeError or ValueError for anything else."""
+        bits = np.array([int(width) for width in plain["bits"]], dtype=np.int64)
+        steps = [Step(**step) for step in plain["steps"]]
+        return SearchState(**{**plain, "bits": bits, "steps": steps})
+
+
+def best_start(starts: dict[str, Ints], held_loss: Callable[[Ints], float]) -> SearchState:
+    """The start with the least held loss; the first of equals."""
+    losses = {name: held_loss(bits) for name, bits in starts.items()}
+    name = min(losses, key=lambda name: losses[name])
+    return SearchState(starts[name].copy(), losses[name], losses, held=len(losses))
 
 
 def swap_search(
-    start: Ints,
+    state: SearchState,
     costs: Costs,
     score: Callable[[Ints], Moves],
     held_loss: Callable[[Ints], float],
     settings: SearchSettings,
-) -> SearchResult:
+    save: Callable[[SearchState], None],
+) -> Moves | None:
     """Rounds of {score all moves here, swap a batch, keep it if the held loss falls, else halve}.
 
     `held_loss` looks at text that no gradient of `score` has seen; it falls at every accepted
-    step.
+    step. Advances `state` and saves it after every round. Gives the scores at the final widths,
+    None if these were not scored.
     """
-    blocks = len(start)
-    most = max(1, int(settings.first_share * blocks))
-    least = max(1, int(settings.last_share * blocks))
-    result = SearchResult(start, held_loss(start))
-    count = most
-    for number in range(settings.rounds):
-        moves = score(result.bits)
-        halved = False
-        while True:
-            tried, predicted = propose(result.bits, moves, costs, count)
-            if np.array_equal(tried, result.bits):
-                return result
-            loss = held_loss(tried)
-            if loss < result.loss - settings.tolerance:
-                break
-            if count <= least:
-                return result
-            count, halved = max(least, count // 2), True
-        moved = int((tried != result.bits).sum())
-        result.steps.append(Step(number, moved, predicted, loss - result.loss))
-        result.bits, result.loss = tried, loss
-        count = count if halved else min(2 * count, most)
-    return result
+    moves = None
+    while not state.done and state.round < settings.rounds:
+        moves = score(state.bits)
+        state.scored += 1
+        if _round(state, costs, moves, held_loss, settings):
+            moves = None
+        else:
+            state.done = True
+        state.round += 1
+        save(state)
+    return moves
 
 
-def best_uniform(costs: Costs) -> tuple[int, Ints]:
-    """(width, widths) of the widest uniform assignment that fits, within the limits of blocks.
-
-    With limits that differ it is uniform only as far as they allow; the least widths always fit.
-    """
-    for width in range(int(costs.high.max()), int(costs.low.min()), -1):
-        bits = np.clip(width, costs.low, costs.high)
-        if costs.total(bits) <= costs.budget:
-            return width, bits
-    return int(costs.low.min()), costs.low
+def _round(
+    state: SearchState,
+    costs: Costs,
+    moves: Moves,
+    held_loss: Callable[[Ints], float],
+    settings: SearchSettings,
+) -> bool:
+    """Whether a batch was found that lowers the held loss; it is in the state then."""
+    most = max(1, int(settings.first_share * len(state.bits)))
+    least = max(1, int(settings.last_share * len(state.bits)))
+    state.count = state.count or most
+    halved = False
+    while True:
+        tried = propose(state.bits, moves.cautious(settings.z), costs, state.count)
+        if np.array_equal(tried, state.bits):
+            return False
+        loss = held_loss(tried)
+        state.held += 1
+        if loss < state.loss - settings.tolerance:
+            break
+        if state.count <= least:
+            return False
+        state.count, halved = max(least, state.count // 2), True
+    predicted = predicted_change(state.bits, tried, moves)
+    moved = int((tried != state.bits).sum())
+    state.steps.append(Step(state.round, moved, predicted, loss - state.loss))
+    state.bits, state.loss = tried, loss
+    state.count = state.count if halved else min(2 * state.count, most)
+    return True

@@ -18,6 +18,7 @@ from scalebits_compiler.numerics.layout import BlockLayout
 from scalebits_compiler.numerics.tiles import LAYOUTS
 from scalebits_compiler.runtime.manifest import (
     COMPILE_AGAIN,
+    FRONTIER,
     MANIFEST,
     MODEL_FILE,
     FileRecord,
@@ -166,6 +167,11 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not folder.is_dir():
         raise ArtifactError(f"{folder} is no folder", help="give the folder of an artifact")
+    if (folder / FRONTIER).is_file():
+        inside = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir()))
+        raise ArtifactError(
+            f"{folder} holds several artifacts", help=f"give one of its folders: {inside}"
+        )
     if not path.is_file():
         raise ArtifactError(
             f"{folder} is no scalebits artifact: it has no {MANIFEST}",

@@ -18,6 +18,8 @@ from scalebits_compiler.errors import ArtifactError
 
 MANIFEST = "manifest.json"
 MODEL_FILE = "model.safetensors"
+# A folder of several artifacts has this file, and one folder for each.
+FRONTIER = "frontier.json"
 FORMAT = "scalebits"
 VERSION = 1
 COMPILE_AGAIN = "the artifact is damaged or was edited; compile the model again"

@@ -127,11 +127,17 @@ def killed_at(stage: str, argv: list[str], sign: signal.Signals) -> subprocess.P
     return process
 
 
-def test_killed_compile_leaves_nothing(compiled: Any, text: Path, tmp_path: Path) -> None:
+def test_killed_compile_leaves_the_search_and_goes_on(
+    compiled: Any, text: Path, tmp_path: Path, compile_small: Any
+) -> None:
     out = tmp_path / "out"
     process = killed_at("kernels", command(compiled.model, out, text), signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["out.search"]
+    ran = compile_small(compiled.model, out, "--resume")
+    assert ran.code == 0, ran.err
+    same_bytes(compiled.path, out)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("stage", ["sensitivity at full precision", "kernels", "write"])
@@ -154,8 +160,11 @@ def test_interrupted_compile_says_so(
         "--target=reference",
     )
     ran = cli("compile", compiled.model, "-o", tmp_path / "out", "--calib", text, *small)
-    assert (ran.code, ran.err) == (130, "interrupted; nothing was written\n")
-    assert list(tmp_path.iterdir()) == []
+    searched = stage in ("kernels", "write")
+    told = "the search so far is kept, go on with --resume" if searched else "nothing was written"
+    assert (ran.code, ran.err) == (130, f"interrupted; {told}\n")
+    left = [path.name for path in tmp_path.iterdir()]
+    assert left == (["out.search"] if searched else [])
 
 
 # Runs in a process of its own, which it kills at a chosen step of writing.
@@ -195,4 +204,5 @@ def test_killed_while_writing(
     ran = compile_small(compiled.model, old)
     assert ran.code == 2
     same_bytes(compiled.path, old)
-    assert [path.name for path in old.parent.iterdir()] == [old.name]
+    left = sorted(path.name for path in old.parent.iterdir())
+    assert left == [old.name, f"{old.name}.search"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,14 +17,23 @@ from hypothesis import strategies as st
 
 from scalebits_compiler.errors import PassError
 from scalebits_compiler.passes.search import (
-    Costs,
-    Ints,
     Moves,
     SearchSettings,
-    best_uniform,
-    greedy_start,
+    SearchState,
+    best_start,
+    predicted_change,
     propose,
     swap_search,
+)
+from scalebits_compiler.passes.starts import (
+    Costs,
+    Floats,
+    Ints,
+    best_uniform,
+    dual_bound,
+    greedy_raise,
+    moved_to_budget,
+    surrogate,
 )
 
 seeds = st.integers(0, 2**32)
@@ -32,7 +42,7 @@ quick = settings(max_examples=60, deadline=None, derandomize=True)
 
 def costs_for(per_bit: Any, fixed: Any, budget: float, low: int = 1, high: int = 8) -> Costs:
     limits = (np.full(len(per_bit), width) for width in (low, high))
-    return Costs(np.array(per_bit, np.int64), np.array(fixed, np.int64), int(budget), *limits)
+    return Costs(np.array(per_bit, np.int64), np.array(fixed, np.int64), int(budget), *limits, 1)
 
 
 def convex_curves(rng: np.random.Generator, blocks: int) -> np.ndarray:
@@ -52,8 +62,23 @@ def best_of_all(curves: np.ndarray, costs: Costs, low: int, high: int) -> float:
     return least
 
 
-def loss_of(curves: np.ndarray, bits: Ints) -> float:
-    return float(curves[bits - 1, np.arange(len(bits))].sum())
+loss_of = surrogate
+
+
+def greedy_start(curves: Floats, costs: Costs) -> Ints:
+    return greedy_raise(curves, costs, costs.low)
+
+
+def moves_of(up: Any, down: Any) -> Moves:
+    """Moves whose scores have no error."""
+    up, down = np.array(up, float), np.array(down, float)
+    return Moves(up, down, np.zeros_like(up), np.zeros_like(down))
+
+
+def search(fake: Fake, start: Ints, held: Callable[[Ints], float], rounds: int) -> SearchState:
+    state = best_start({"given": start}, held)
+    swap_search(state, fake.costs, fake.score, held, SearchSettings(rounds), lambda _: None)
+    return state
 
 
 class TestGreedyStart:
@@ -106,7 +131,9 @@ class TestPropose:
         costs = replace(costs, budget=costs.total(bits) + int(rng.integers(0, 60)))
         up = np.where(bits >= 8, np.inf, rng.normal(0, 1, blocks))
         down = np.where(bits <= 1, np.inf, rng.normal(0.3, 1, blocks))
-        changed, predicted = propose(bits, Moves(up, down), costs, count)
+        moves = moves_of(up, down)
+        changed = propose(bits, moves, costs, count)
+        predicted = predicted_change(bits, changed, moves)
         assert costs.total(changed) <= costs.budget
         assert changed.min() >= 1
         assert changed.max() <= 8
@@ -118,18 +145,24 @@ class TestPropose:
 
     def test_nothing_to_gain(self) -> None:
         bits = np.array([3, 3])
-        moves = Moves(np.array([1.0, 2.0]), np.array([1.0, 2.0]))
-        changed, predicted = propose(bits, moves, costs_for([1, 1], [0, 0], 9), 2)
+        moves = moves_of([1.0, 2.0], [1.0, 2.0])
+        changed = propose(bits, moves, costs_for([1, 1], [0, 0], 9), 2)
         assert changed.tolist() == [3, 3]
-        assert predicted == 0
+        assert predicted_change(bits, changed, moves) == 0
 
     def test_one_up_paid_by_one_down(self) -> None:
-        moves = Moves(np.array([-5.0, -1.0, 9.0]), np.array([9.0, 8.0, 0.5]))
-        changed, predicted = propose(
-            np.array([3, 3, 3]), moves, costs_for([4, 4, 4], [0, 0, 0], 36), 3
-        )
+        moves = moves_of([-5.0, -1.0, 9.0], [9.0, 8.0, 0.5])
+        bits = np.array([3, 3, 3])
+        changed = propose(bits, moves, costs_for([4, 4, 4], [0, 0, 0], 36), 3)
         assert changed.tolist() == [4, 3, 2]
-        assert predicted == -4.5
+        assert predicted_change(bits, changed, moves) == -4.5
+
+    def test_a_cautious_search_prefers_what_it_is_sure_of(self) -> None:
+        up, down = np.array([-5.0, -4.0, 9.0]), np.array([9.0, 9.0, 0.5])
+        moves = Moves(up, down, np.array([8.0, 0.1, 0]), np.zeros(3))
+        bits, costs = np.array([3, 3, 3]), costs_for([4, 4, 4], [0, 0, 0], 36)
+        assert propose(bits, moves, costs, 1).tolist() == [4, 3, 2]
+        assert propose(bits, moves.cautious(1.0), costs, 1).tolist() == [3, 4, 2]
 
 
 @dataclass
@@ -155,7 +188,7 @@ class Fake:
         here = self.curves[bits - 1, index]
         up = self.curves[np.minimum(bits, 7), index] - here
         down = self.curves[np.maximum(bits - 2, 0), index] - here
-        return Moves(np.where(bits >= 8, np.inf, up), np.where(bits <= 1, np.inf, down))
+        return moves_of(np.where(bits >= 8, np.inf, up), np.where(bits <= 1, np.inf, down))
 
     def held(self, bits: Ints) -> float:
         loss = loss_of(self.held_curves, bits)
@@ -169,7 +202,7 @@ class TestSwapSearch:
     def test_held_loss_falls_and_budget_holds(self, seed: int) -> None:
         fake = Fake.make(seed)
         start = np.full(24, 3)
-        found = swap_search(start, fake.costs, fake.score, fake.held, SearchSettings(rounds=10))
+        found = search(fake, start, fake.held, 10)
         losses = [fake.held(start), *(0.0 for _ in found.steps)]
         for index, step in enumerate(found.steps):
             assert step.measured < 0
@@ -183,15 +216,14 @@ class TestSwapSearch:
         fake = Fake.make(11, noise=0)
         ideal = loss_of(fake.curves, greedy_start(fake.curves, fake.costs))
         start = np.full(24, 3)
-        found = swap_search(start, fake.costs, fake.score, fake.held, SearchSettings(rounds=60))
+        found = search(fake, start, fake.held, 60)
         first = loss_of(fake.curves, start)
         assert found.loss - ideal < 0.1 * (first - ideal)
 
     def test_same_input_same_result(self) -> None:
         def once() -> Any:
             fake = Fake.make(5)
-            settings_ = SearchSettings(rounds=8)
-            return swap_search(np.full(24, 3), fake.costs, fake.score, fake.held, settings_)
+            return search(fake, np.full(24, 3), fake.held, 8)
 
         one, other = once(), once()
         assert one.bits.tolist() == other.bits.tolist()
@@ -209,8 +241,7 @@ class TestSwapSearch:
             tried.append(moved)
             return 1.0 if moved == 0 else (0.5 if moved <= 2 else 2.0)
 
-        settings_ = SearchSettings(rounds=1)
-        found = swap_search(start, fake.costs, fake.score, held, settings_)
+        found = search(fake, start, held, 1)
         assert found.loss == 0.5
         assert tried[0] == 0
         assert tried[1] > 2
@@ -220,8 +251,7 @@ class TestSwapSearch:
     def test_nothing_is_accepted_that_does_not_help(self) -> None:
         fake = Fake.make(3)
         start = np.full(24, 3)
-        settings_ = SearchSettings(rounds=5)
-        found = swap_search(start, fake.costs, fake.score, lambda bits: 1.0, settings_)
+        found = search(fake, start, lambda bits: 1.0, 5)
         assert found.bits.tolist() == start.tolist()
         assert found.steps == []
         assert found.loss == 1.0
@@ -229,8 +259,91 @@ class TestSwapSearch:
     def test_no_rounds(self) -> None:
         fake = Fake.make(3)
         start = np.full(24, 3)
-        found = swap_search(start, fake.costs, fake.score, fake.held, SearchSettings(rounds=0))
+        found = search(fake, start, fake.held, 0)
         assert found.bits.tolist() == start.tolist()
+
+
+class TestGoingOn:
+    @pytest.mark.parametrize("rounds", [0, 1, 3])
+    def test_a_search_goes_on_from_any_round(self, rounds: int) -> None:
+        """What was saved, through JSON, leads to the same end as a search that was not stopped."""
+        fake, settings_ = Fake.make(7), SearchSettings(12)
+        whole = search(fake, np.full(24, 3), fake.held, 12)
+        state = best_start({"given": np.full(24, 3)}, fake.held)
+        saved = [json.dumps(state.as_json())]
+        keep = saved.append
+        swap_search(
+            state, fake.costs, fake.score, fake.held, settings_,
+            lambda now: keep(json.dumps(now.as_json())),
+        )  # fmt: skip
+        assert len(saved) > rounds
+        again = SearchState.from_json(json.loads(saved[rounds]))
+        swap_search(again, fake.costs, fake.score, fake.held, settings_, lambda _: None)
+        assert again.as_json() == whole.as_json()
+
+    def test_work_is_bounded(self) -> None:
+        """Whatever the held loss says: halving ends, and a default search stays below 40."""
+        from scalebits_compiler.passes.assign_bits import AssignBits
+
+        fake, losses = Fake.make(3, blocks=2000), iter(np.linspace(1, 0, 10_000))
+        calls: list[int] = []
+
+        def held(bits: Ints) -> float:
+            calls.append(1)
+            return 9.0 if len(calls) % 6 else float(next(losses))
+
+        state = best_start({"given": np.full(2000, 3)}, held)
+        settings_ = SearchSettings(AssignBits().rounds)
+        swap_search(state, fake.costs, fake.score, held, settings_, lambda _: None)
+        assert state.held == len(calls)
+        # Acceptance windows are half as many as those of gradients, a forward pass is a quarter.
+        assert 1 + state.scored + state.held / 8 < 40
+
+
+class TestStarts:
+    def test_uniform_wins_where_the_surrogate_is_wrong(self) -> None:
+        """Curves that have nothing to do with the held loss: what ships is no worse."""
+        wins = 0
+        for seed in range(20):
+            fake = Fake.make(seed)
+            fake.curves = convex_curves(np.random.default_rng(seed + 100), 24)
+            _, uniform = best_uniform(fake.costs)
+            starts = {"hull": greedy_start(fake.curves, fake.costs), "uniform": uniform}
+            state = best_start(starts, fake.held)
+            settings_ = SearchSettings(12)
+            swap_search(state, fake.costs, fake.score, fake.held, settings_, lambda _: None)
+            assert state.loss <= fake.held(uniform)
+            wins += state.starts["uniform"] < state.starts["hull"]
+        assert wins > 3
+
+    @quick
+    @given(seed=seeds, share=st.floats(0, 1.1), before=st.integers(1, 8))
+    def test_another_budget(self, seed: int, share: float, before: int) -> None:
+        """From any widths into any feasible budget, ragged costs and limits kept."""
+        rng = np.random.default_rng(seed)
+        curves = convex_curves(rng, 30)
+        costs = costs_for(rng.integers(1, 40, 30), rng.integers(0, 9, 30), 0)
+        low = np.where(rng.random(30) < 0.2, 4, 1)
+        costs = replace(costs, low=low, high=np.where(rng.random(30) < 0.2, 5, 8))
+        least, most = costs.total(costs.low), costs.total(costs.high)
+        costs = replace(costs, budget=int(least + share * (most - least)))
+        found = moved_to_budget(curves, costs, np.full(30, before))
+        assert costs.total(found) <= costs.budget
+        assert ((found >= costs.low) & (found <= costs.high)).all()
+
+    @quick
+    @given(seed=seeds, share=st.floats(0, 1.1))
+    def test_the_dual_bound_bounds(self, seed: int, share: float) -> None:
+        rng = np.random.default_rng(seed)
+        curves = np.cumsum(rng.normal(0.2, 1, (8, 4)), 0)[::-1]
+        costs = costs_for(rng.integers(1, 40, 4), rng.integers(0, 9, 4), 0, 2, 6)
+        least, most = costs.total(costs.low), costs.total(costs.high)
+        costs = replace(costs, budget=int(least + share * (most - least)))
+        best = best_of_all(curves, costs, 2, 6)
+        bound = dual_bound(curves, costs)
+        assert bound <= best + 1e-9
+        window = curves[1:6]
+        assert bound >= best - float((window.max(0) - window.min(0)).max()) - 1e-6
 
 
 class TestBestUniform:
@@ -319,23 +432,52 @@ class TestAssignBits:
             with pytest.raises(PassError, match="smallest feasible is"):
                 AssignBits(avg_bits=least - 0.002, min_bits=low).run(module, ctx)
 
-    def test_never_ships_what_is_worse_than_uniform(
-        self, module: Any, ctx: Any, monkeypatch: Any
-    ) -> None:
-        """A search that comes back with a bad assignment: the guard ships the uniform one."""
-        import scalebits_compiler.passes.assign_bits as assign
-        from scalebits_compiler.passes.search import SearchResult
+    def test_uniform_ships_where_it_wins(self, module: Any, ctx: Any) -> None:
+        """A budget that two bits fit exactly, where the mixed start is worse on held text."""
+        from scalebits_compiler.passes.assign_bits import AssignBits, searched_costs
 
-        def bad(start: Ints, *_: Any, **__: Any) -> SearchResult:
-            return SearchResult(np.ones_like(start), 1e9)
-
-        monkeypatch.setattr(assign, "swap_search", bad)
-        done = assign.AssignBits(avg_bits=4.0).run(module, ctx)
+        costs = searched_costs(module, AssignBits())
+        exact = (costs.total(np.full(len(costs.fixed), 2)) + 0.5) / costs.weights
+        done = AssignBits(avg_bits=exact, rounds=0).run(module, ctx)
         report = ctx.report["assign-bits"]
+        assert report["starts"]["uniform"] < report["starts"]["hull"]
         assert report["shipped"] == "uniform"
-        widths = {int(b) for w in done.quantized() for b in done.bits(w).ravel()}
-        assert widths == {report["uniform_bits"]} == {3}
-        assert report["held_loss"] == report["uniform_held_loss"] < 1e9
+        assert report["uniform_bits"] == 2
+        assert {int(b) for w in done.quantized() for b in done.bits(w).ravel()} == {2}
+        assert report["held_loss"] == report["uniform_held_loss"]
+        searched = AssignBits(avg_bits=exact).run(module, ctx)
+        assert ctx.report["assign-bits"]["held_loss"] <= report["uniform_held_loss"]
+        assert self.effective(searched) <= exact
+
+    def test_scores_are_those_of_the_final_widths(self, module: Any, ctx: Any) -> None:
+        """move_scores: scored again, independently, at the widths that came out."""
+        import torch
+
+        from scalebits_compiler.passes import statistics
+        from scalebits_compiler.passes.assign_bits import AssignBits
+
+        done = AssignBits(avg_bits=3.0, rounds=2).run(module, ctx)
+        matrices = statistics.load_matrices(done, ctx)
+        grids = {w.symbol: torch.from_numpy(done.bits(w)).long() for w in done.searched()}
+        evaluator = ctx.evaluator(done, "test")
+        scores = statistics.move_scores(evaluator, matrices, grids, ctx.text.calibration, ctx)
+        for weight in done.searched():
+            found = done.resources.torch(weight.move_scores.key)
+            wanted = [scores.up, scores.down, scores.error_up, scores.error_down]
+            stacked = torch.stack([table[weight.symbol] for table in wanted], -1)
+            torch.testing.assert_close(found, stacked.bfloat16())
+
+    def test_a_neighbours_widths_are_a_start(self, module: Any, ctx: Any) -> None:
+        from scalebits_compiler.passes.assign_bits import AssignBits
+
+        wide = AssignBits(avg_bits=4.0, rounds=2).run(module, ctx)
+        fitted = ctx.cache["assign-bits"]
+        done = AssignBits(avg_bits=3.0, rounds=1, warm=True).run(wide, ctx)
+        assert ctx.cache["assign-bits"] is fitted
+        report = ctx.report["assign-bits"]
+        assert "neighbour" in report["starts"]
+        assert report["held_loss"] <= report["starts"]["neighbour"]
+        assert self.effective(done) <= 3.0
 
     def test_held_loss_is_that_of_what_is_shipped(self, module: Any, ctx: Any) -> None:
         """Measured again, independently, on the acceptance windows."""

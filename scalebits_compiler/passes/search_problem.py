@@ -1,0 +1,113 @@
+"""The search's view of a model: flat widths in, losses and scores out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from scalebits_compiler.ir.module import Module, Weight
+from scalebits_compiler.passes import statistics as st
+from scalebits_compiler.passes.search import Moves
+from scalebits_compiler.passes.starts import Costs, Floats, Ints
+
+if TYPE_CHECKING:
+    import torch
+
+    from scalebits_compiler.passes.base import Evaluator, PassContext, TextSplit
+
+# Of the work of a gradient pass: a forward pass alone, per token (2 of 8 products per weight).
+FORWARD_SHARE = 0.25
+
+
+@dataclass
+class SearchProblem:
+    """All searched matrices with their level tables; blocks in the order of the module.
+
+    curves: float64 [8, blocks], predicted loss (nats) of each block at widths 1..8, at full
+    precision. full_precision: held loss (nats) there.
+    """
+
+    evaluator: Evaluator
+    matrices: Mapping[str, st.Matrix]
+    curves: Floats
+    full_precision: float
+    text: TextSplit
+    ctx: PassContext
+
+    @staticmethod
+    def load(module: Module, ctx: PassContext, needed_by: str) -> SearchProblem:
+        """Fit the level tables and measure the curves; what an earlier run made is reused."""
+        text = ctx.windows(module, needed_by)
+        cached = ctx.cache.get(needed_by)
+        if isinstance(cached, SearchProblem) and cached._is_of(module, text):
+            return cached
+        evaluator = ctx.evaluator(module, needed_by)
+        matrices = st.load_matrices(module, ctx)
+        curves = st.width_curves(evaluator, matrices, text.calibration, ctx)
+        flat = np.concatenate([curve.flatten(1).numpy() for curve in curves.values()], 1)
+        exact = st.held_loss(evaluator, {}, text.acceptance)
+        made = SearchProblem(evaluator, matrices, flat, exact, text, ctx)
+        ctx.cache[needed_by] = made
+        return made
+
+    def _is_of(self, module: Module, text: TextSplit) -> bool:
+        """Whether it was made for these very matrices and windows."""
+        import torch
+
+        def shape(weight: Weight) -> tuple[object, ...]:
+            return weight.symbol, weight.type, weight.block, weight.group, weight.data
+
+        known = [matrix.weight for matrix in self.matrices.values()]
+        if list(map(shape, known)) != list(map(shape, module.searched())):
+            return False
+        now = [text.calibration, text.acceptance]
+        now += [module.resources.torch(w.data.key).float() for w in known if w.data]
+        then = [self.text.calibration, self.text.acceptance]
+        then += [matrix.dense for matrix in self.matrices.values()]
+        return all(torch.equal(one, other) for one, other in zip(now, then, strict=True))
+
+    def gradient_passes(self, scored: int, held: int) -> float:
+        """The work of so many scorings and held losses, in gradient passes."""
+        share = FORWARD_SHARE * self.text.acceptance.numel() / self.text.calibration.numel()
+        return scored + held * share
+
+    def grids(self, bits: Ints) -> dict[str, torch.Tensor]:
+        """Flat widths as one int64 grid per matrix."""
+        import torch
+
+        return {s: torch.from_numpy(part.copy()) for s, part in self.split(bits).items()}
+
+    def split(self, values: np.ndarray) -> dict[str, np.ndarray]:
+        """A flat array [blocks, ...] as one array [block rows, block columns, ...] per matrix."""
+        parts, offset = {}, 0
+        for symbol, matrix in self.matrices.items():
+            shape = matrix.weight.grid_shape()
+            count = shape[0] * shape[1]
+            part = values[offset : offset + count]
+            parts[symbol] = part.reshape(*shape, *values.shape[1:])
+            offset += count
+        return parts
+
+    def score(self, bits: Ints, costs: Costs) -> Moves:
+        """Scores of all moves at these widths; inf where a limit forbids one."""
+        scores = st.move_scores(
+            self.evaluator, self.matrices, self.grids(bits), self.text.calibration, self.ctx
+        )
+        up, down, error_up, error_down = (
+            np.concatenate([tensor.flatten().numpy() for tensor in table.values()])
+            for table in (scores.up, scores.down, scores.error_up, scores.error_down)
+        )
+        return Moves(
+            np.where(bits < costs.high, up, np.inf),
+            np.where(bits > costs.low, down, np.inf),
+            error_up,
+            error_down,
+        )
+
+    def held(self, bits: Ints) -> float:
+        """Loss on the acceptance windows at these widths (nats)."""
+        weights = st.rounded(self.matrices, self.grids(bits))
+        return st.held_loss(self.evaluator, weights, self.text.acceptance)

@@ -1,0 +1,99 @@
+"""The state of a search in a folder beside the output, so that a killed compile can go on (L3)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from scalebits_compiler import __version__
+from scalebits_compiler.errors import UsageError
+from scalebits_compiler.ir.save import replacing
+
+_FORMAT = "scalebits-search"
+_START_OVER = "go on with the options it was made with, or start over with --force"
+# In this order: the first difference is the one to name.
+_DIFFERENCES = {
+    "version": "by another version, {was}, of this program",
+    "model": "of another model",
+    "text": "with other calibration windows",
+    "setting": "for another setting, {was}",
+    "module": "from a module that was edited since",
+}
+
+
+def state_folder(out: Path) -> Path:
+    """`OUT.search`, beside the output."""
+    out = out.resolve()
+    return out.with_name(f"{out.name}.search")
+
+
+class SearchFolder:
+    """A `passes.base.Checkpoint`: one JSON file per search of the pipeline, replaced atomically."""
+
+    def __init__(self, folder: Path, resume: bool) -> None:
+        self.folder, self.resume = folder, resume
+
+    def check(self, force: bool) -> None:
+        """UsageError if there is a state that would be lost: neither --resume nor --force."""
+        if self.resume or not self._files():
+            return
+        if not force:
+            raise UsageError(
+                f"{self.folder} holds the state of a search that was cut short",
+                help="go on with --resume, or start over with --force",
+            )
+        self.remove()
+
+    def load(self, name: str, identity: Mapping[str, str]) -> dict[str, Any] | None:
+        """The last state of a search; None if there is none or none is wanted.
+
+        UsageError for a file that is damaged, or of another identity or version.
+        """
+        path = self._path(name)
+        if not self.resume or not path.is_file():
+            return None
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if found["format"] != _FORMAT:
+                raise ValueError("another format")
+            was, state = found["identity"], found["state"]
+            is_ = self._identified(identity)
+            differing = [key for key in _DIFFERENCES if was[key] != is_[key]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UsageError(
+                f"{path} is no search state: {error}", help="start over with --force"
+            ) from None
+        if differing:
+            told = _DIFFERENCES[differing[0]].format(was=was[differing[0]])
+            raise UsageError(f"the search in {path} was made {told}", help=_START_OVER)
+        return state
+
+    def save(self, name: str, identity: Mapping[str, str], state: Mapping[str, Any]) -> None:
+        """Replace the state of a search. UsageError where it cannot be written."""
+        body = {"format": _FORMAT, "identity": self._identified(identity), "state": state}
+        try:
+            self.folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"cannot write {self.folder}: {error.strerror}") from error
+        with replacing(self._path(name)) as file:
+            file.write(json.dumps(body).encode())
+
+    def remove(self) -> None:
+        """Remove the states, and the folder if it holds nothing else."""
+        for path in self._files():
+            path.unlink(missing_ok=True)
+        with suppress(OSError):
+            self.folder.rmdir()
+
+    def _files(self) -> list[Path]:
+        return sorted(self.folder.glob("search-*.json"))
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"search-{name}.json"
+
+    @staticmethod
+    def _identified(identity: Mapping[str, str]) -> dict[str, str]:
+        return {**identity, "version": __version__}
