@@ -44,7 +44,9 @@ def describe(artifact: Artifact) -> dict[str, Any]:
         "model": manifest.provenance.model,
     }
     if manifest.kernels is not None:
-        found["kernels"] = _kernels(manifest.kernels.dispatch.get("variants", ()))
+        dispatch = manifest.kernels.dispatch
+        on_gpu = found["target"] == "cuda"
+        found["kernels"] = _binaries(dispatch) if on_gpu else _kernels(dispatch.get("variants", ()))
     return found
 
 
@@ -62,6 +64,12 @@ def _kernels(variants: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     offered = [name for name in ACTIVATIONS if name == EXACT or name in chosen["modes"]]
     activations = {name: choose_mode(chosen, name) for name in offered}
     return {"variants": named, "chosen": chosen["name"], "activations": activations}
+
+
+def _binaries(dispatch: Mapping[str, Any]) -> dict[str, Any]:
+    """The architectures that every CUDA kernel was compiled for, and the activations' type."""
+    archs = [set(kernel["binaries"]) for kernel in dispatch["kernels"].values()]
+    return {"arch": sorted(set.intersection(*archs)), "dtype": dispatch["dtype"]}
 
 
 def as_text(found: dict[str, Any]) -> str:
@@ -87,6 +95,9 @@ def as_text(found: dict[str, Any]) -> str:
 
 
 def _kernel_lines(kernels: Mapping[str, Any]) -> Iterator[str]:
+    if "arch" in kernels:
+        yield f"kernels         {', '.join(kernels['arch'])}; {kernels['dtype']} activations"
+        return
     for variant in kernels["variants"]:
         chosen = ": runs on this machine" if variant["name"] == kernels["chosen"] else ""
         modes = ", ".join(variant["modes"])

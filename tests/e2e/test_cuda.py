@@ -63,6 +63,9 @@ def test_there_and_back_is_the_same_artifact(pair, cli, tmp_path):
 def test_the_artifact_verifies_and_holds_binaries_and_source(pair, cli):
     ran = cli("verify", pair.cuda)
     assert ran.code == 0, ran.err
+    told = json.loads(cli("inspect", pair.cuda, "--json").out)
+    assert told["kernels"] == {"arch": ["sm_90"], "dtype": "fp16"}
+    assert "kernels         sm_90; fp16 activations\n" in cli("inspect", pair.cuda).out
     manifest = Artifact.open(pair.cuda).manifest
     assert manifest.target == {"kind": "cuda", "arch": "sm_90", "dtype": "fp16"}
     table = manifest.kernels.dispatch

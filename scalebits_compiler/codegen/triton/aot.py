@@ -80,9 +80,11 @@ def job_of(spec: KernelSpec, archs: Sequence[str], folder: Path) -> dict[str, An
     """The job of `worker` for a spec; `folder` holds kernels.py and gets the binaries."""
     names = PARAMETERS[spec.kind].split(", ")
     signature = {name: POINTERS.get(name, "i32").format(dtype=spec.dtype) for name in names}
-    aligned = [name for name in names if name in POINTERS]
+    # Torch aligns what it allocates. x may be a row inside of that, which is aligned too where rows
+    # are a multiple of the group, and that of 32.
+    aligned = [name for name in names if name in POINTERS and not (spec.ragged and name == "x")]
     if not spec.ragged:
-        aligned.append("cols")  # a multiple of the group, and that of 32
+        aligned.append("cols")
     return {
         "module": str(folder / "kernels.py"),
         "kernel": spec.key,

@@ -40,7 +40,7 @@ def load_cuda(artifact: Artifact, tell: Tell = say) -> CudaSession:
     sources = source_launcher(artifact)
     launcher = BinaryLauncher(artifact.path, table["kernels"], sources, tell)
     count = torch.cuda.get_device_properties(device).multi_processor_count
-    return CudaSession(artifact, Kernels(table, launcher, device, count))
+    return CudaSession(artifact, DeviceWeights(artifact, Kernels(table, launcher, device, count)))
 
 
 def missing_gpu() -> str:
@@ -71,16 +71,16 @@ def interpreted(artifact: Artifact, multiprocessors: int = 2) -> CudaSession:
     """
     device = torch.device("cpu")
     kernels = Kernels(_kernel_table(artifact), source_launcher(artifact), device, multiprocessors)
-    return CudaSession(artifact, kernels)
+    return CudaSession(artifact, DeviceWeights(artifact, kernels))
 
 
 class CudaSession(Session):
     """Session whose activations, weights and cache stay on a device."""
 
-    def __init__(self, artifact: Artifact, kernels: Kernels) -> None:
+    def __init__(self, artifact: Artifact, weights: DeviceWeights) -> None:
         self.artifact = artifact
         self.variant = "cuda"
-        self.device = kernels.device
+        self.device = weights.device
         self.on_step = None
         self._plan = runnable(artifact)
         for step in self._plan.steps:
@@ -89,7 +89,7 @@ class CudaSession(Session):
                     f"{artifact.path}: the cuda target has no op {step.op}",
                     help="run it with --target reference",
                 )
-        self._weights = DeviceWeights(artifact, kernels)  # type: ignore[assignment]
+        self._weights = weights  # type: ignore[assignment]
         self.vocabulary = self._vocabulary()
         self.limit = artifact.config.get("max_position_embeddings")
 
