@@ -17,7 +17,7 @@ from scalebits_compiler.codegen.writer import write_artifact
 from scalebits_compiler.errors import PassError, ScalebitsError, UsageError
 from scalebits_compiler.inputs import TextOptions, input_module, load_source, source_digest
 from scalebits_compiler.ir.module import Module
-from scalebits_compiler.ir.parser import read_module
+from scalebits_compiler.ir.parser import Source, read_module
 from scalebits_compiler.passes.assign_bits import AssignBits
 from scalebits_compiler.passes.base import Pass, PassContext, Progress, no_progress
 from scalebits_compiler.passes.observers import Continued, RoundTrip, Timing, VerifyEach
@@ -116,12 +116,13 @@ class Compilation:
         self.stages = _Stages(hooks.progress)
         self.source = self.stages.run("load", lambda: load_source(model))
         passes = pipeline_for(options, hooks.registry.passes)
+        self.text: Source | None = None
         if start is None:
             module = self.stages.run(
                 "trace", lambda: input_module(self.source, options.text, options.seed)
             )
         else:
-            module, _ = read_module(start, hooks.registry.ops)
+            module, self.text = read_module(start, hooks.registry.ops)
             passes = remaining(passes, module)
             _check_start(start, module, self.source, passes, options)
         self.module: Module = module
@@ -155,7 +156,13 @@ class Compilation:
         registry.install_rules()
         searches = [*searches, *(item for item in passes if isinstance(item, AssignBits))]
         early = _EarlyChecks(self.target, searches)
-        watch = [early, *self.hooks.observers, RoundTrip(registry.ops), VerifyEach(), timing]
+        watch = [
+            early,
+            *self.hooks.observers,
+            RoundTrip(registry.ops),
+            VerifyEach(self.text),
+            timing,
+        ]
         if self._started:
             watch = [Continued(observer) for observer in watch]
         self._started = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -152,11 +153,16 @@ def _options(args: argparse.Namespace) -> CompileOptions:
 
 def _observers(args: argparse.Namespace, registry: Registry) -> list[Observer]:
     from scalebits_compiler.passes.observers import DumpIR, PrintAfter
+    from scalebits_compiler.passes.reproducer import REPRODUCER, Reproducer
     from scalebits_compiler.passes.table import PIPELINES, find_pass
 
+    flags = f" --seed {args.seed}" if args.seed else ""
+    flags += "".join(f" --plugin {shlex.quote(str(path))}" for path in args.plugin)
     watch: list[Observer] = []
     if args.dump_ir is not None:
-        watch.append(DumpIR(args.dump_ir, args.start))
+        watch.append(DumpIR(args.dump_ir, args.start, flags))
+    folder = args.dump_ir / "reproducer" if args.dump_ir else REPRODUCER
+    watch.append(Reproducer(folder, always=args.dump_ir is not None, flags=flags))
     if args.print_ir_after_all:
         watch.append(PrintAfter(sys.stderr.write))
     elif args.print_ir_after is not None:

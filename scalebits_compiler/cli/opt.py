@@ -26,14 +26,11 @@ from scalebits_compiler.passes.observers import (
     VerifyEach,
 )
 from scalebits_compiler.passes.pipeline import Observer, parse_passes, run_pipeline
-from scalebits_compiler.passes.reproducer import MODULE, Reproducer, read_pipeline
+from scalebits_compiler.passes.reproducer import MODULE, REPRODUCER, Reproducer, read_pipeline
 from scalebits_compiler.plugins import Registry, load_plugins
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
-
-# Where a failing pass leaves its bundle when no dump folder is given.
-REPRODUCER = Path("scalebits-reproducer")
 
 
 def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -13,6 +13,10 @@ from typing import Any
 
 import pytest
 
+from scalebits_compiler.ir.module import Module
+from scalebits_compiler.passes.base import PassContext
+from scalebits_compiler.passes.pack_blocks import PackBlocks
+
 
 def content(folder: Path) -> dict[str, bytes]:
     """File name inside the folder -> its bytes."""
@@ -206,3 +210,24 @@ def test_killed_while_writing(
     same_bytes(compiled.path, old)
     left = sorted(path.name for path in old.parent.iterdir())
     assert left == [old.name, f"{old.name}.search"]
+
+
+def test_a_pass_that_crashes_leaves_a_bundle(
+    cli: Any, compiled: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """compile leaves what `opt --reproduce` replays, as opt does itself."""
+
+    def crash(self: PackBlocks, module: Module, ctx: PassContext) -> Module:
+        raise RuntimeError("out of luck")
+
+    monkeypatch.chdir(tmp_path)
+    start = ("--from", compiled.dump / "06-round-weights.sbir", "--target", "reference", "-q")
+    with monkeypatch.context() as patch:
+        patch.setattr(PackBlocks, "run", crash)
+        ran = cli("compile", compiled.model, "-o", tmp_path / "out", *start)
+    assert ran.code == 1
+    assert "out of luck" in ran.err
+    assert "scalebitsc opt --reproduce scalebits-reproducer" in ran.err
+    again = cli("opt", "--reproduce", tmp_path / "scalebits-reproducer")
+    assert again.code == 0, again.err
+    assert "qlinear" in again.out
