@@ -1,13 +1,11 @@
-"""Compiled CPU kernels: loading, choice by processor, the packed linear layer (layer L1)."""
+"""Compiled CPU kernels: loading, running programs, the packed linear layer (layer L1)."""
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from numpy.typing import NDArray
 from scalebits_compiler.errors import ArtifactError, TargetError
 from scalebits_compiler.numerics.layout import FORMAT_VERSION, BlockLayout
 from scalebits_compiler.runtime.cpu_features import cpu_features
+from scalebits_compiler.runtime.program import COUNTER_STRIDE, Argument, Program
 from scalebits_compiler.runtime.variants import EXACT, choose_mode, choose_variant
 
 THREAD_WORK = 1 << 23
@@ -25,7 +24,6 @@ THREAD_WORK = 1 << 23
 
 F32 = NDArray[np.float32]
 _PLANES = {"int16": (2, np.int8), "int8": (1, np.int8), "float32": (1, np.float32)}
-Function = Callable[..., None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,31 +41,32 @@ class QuantizedInput:
     values: NDArray[np.int8] | F32
     scales: F32
 
-    @cached_property
-    def arguments(self) -> tuple[Any, Any]:
-        """Both arrays as kernel arguments."""
-        return _view(self.values), _view(self.scales)
-
 
 class KernelLibrary:
     """The kernels of an artifact that this processor can run; made by `open`.
 
     variant: name of the chosen variant. mode: its arithmetic, as `variants` explains it.
-    threads: how many threads large products are split over. gemv_tokens: up to so many tokens use
-    the gemv kernel; beyond, gemm works on multiples of tile_tokens, chunk_tokens at a time.
+    threads: how many threads large programs are split over, 1 unless threads_meet. gemv_tokens: up
+    to so many tokens use the gemv kernel; beyond, gemm works on multiples of tile_tokens,
+    chunk_tokens at a time.
     """
 
-    def __init__(self, module: Any, variant: dict[str, Any], mode: str) -> None:
+    def __init__(self, run: Any, variant: dict[str, Any], mode: str) -> None:
         self.variant: str = variant["name"]
         self.mode = mode
         self.gemv_tokens: int = variant["gemv_tokens"]
         self.tile_tokens: int = variant["tile_tokens"]
         self.chunk_tokens: int = variant["chunk_tokens"]
         self.threads = 1
-        self._module = module
-        self._kernels = {
-            (kernel["kind"], kernel["group"], kernel["panel"], kernel["block_cols"]): kernel
-            for kernel in variant["kernels"]
+        self.threads_meet: bool = variant["threads"]
+        self._run = run
+        self._scratch: dict[tuple[str, int, int], NDArray[np.uint8]] = {}
+        self._kernels: dict[tuple[Any, ...], tuple[int, frozenset[int]]] = {
+            (kernel["kind"], kernel["group"], kernel["panel"], kernel["block_cols"]): (
+                number,
+                frozenset(kernel["bits"]),
+            )
+            for number, kernel in enumerate(variant["kernels"])
             if kernel["mode"] == mode
         }
 
@@ -98,36 +97,54 @@ class KernelLibrary:
         if not path.is_file():
             raise ArtifactError(f"kernel file {path} is missing", help="compile the model again")
         try:
-            module = tvm_ffi.load_module(str(path))
-        except (RuntimeError, OSError) as error:
+            run = tvm_ffi.load_module(str(path)).get_function(variant["run"])
+        except (RuntimeError, OSError, AttributeError) as error:
             raise ArtifactError(
                 f"kernel file {path} cannot be loaded: {error}", help="compile the model again"
             ) from None
-        return cls(module, variant, mode)
+        return cls(run, variant, mode)
 
-    def function(
+    def number(
         self,
         kind: str,
         group: int,
         panel: int = 0,
         block_cols: int = 0,
         bits: frozenset[int] = frozenset(),
-    ) -> Function:
-        """The kernel of these properties that knows the widths `bits`, or `ArtifactError`."""
-        kernel = self._kernels.get((kind, group, panel, block_cols))
-        if kernel is None or not bits <= set(kernel["bits"]):
+    ) -> int:
+        """The number in programs of the kernel that knows the widths `bits`, or `ArtifactError`."""
+        number, known = self._kernels.get((kind, group, panel, block_cols), (-1, frozenset()))
+        if number < 0 or not bits <= known:
             raise ArtifactError(
                 f"the artifact has no {self.variant} {kind} kernel for group {group},"
                 f" panel {panel}, block columns {block_cols} and widths {sorted(bits)}",
                 help="compile the model again; its kernels and its weights do not belong together",
             )
-        try:
-            return self._module.get_function(kernel["symbol"])
-        except AttributeError:
-            raise ArtifactError(
-                f"the kernel file has no function {kernel['symbol']}",
-                help="compile the model again; its kernels and its manifest do not belong together",
-            ) from None
+        return number
+
+    def scratch(self, name: str, size: int) -> NDArray[np.uint8]:
+        """`size` bytes for each thread, shared by all steps that ask for the same."""
+        key = (name, size, self.threads)
+        if key not in self._scratch:
+            self._scratch[key] = np.empty(size * self.threads, np.uint8)
+        return self._scratch[key]
+
+    def add_quantize(self, program: Program, x: F32, group: int) -> QuantizedInput:
+        """Add the step that quantises x f32[tokens, K], whose rows may lie apart, to a program."""
+        tokens, cols = x.shape
+        groups, tile = -(-cols // group), self.tile_tokens
+        padded = tokens if tokens <= self.gemv_tokens else -(-tokens // tile) * tile
+        planes, dtype = _PLANES[self.mode]
+        # Padding tokens are computed and thrown away; zeros keep slow denormals out of them.
+        make = np.empty if padded == tokens else np.zeros
+        values: NDArray[Any] = make((groups, padded, planes, group), dtype)
+        scales: F32 = make((groups, padded, 2), np.float32)
+        arguments: Mapping[str, Argument] = {
+            "x": x, "x_stride": x.strides[0] // x.itemsize, "cols": cols, "groups": groups,
+            "values": values, "scales": scales, "tokens": padded,
+        }  # fmt: skip
+        program.add(self.number("quantize", group), "quantize", tokens * groups, arguments)
+        return QuantizedInput(tokens, cols, group, self.mode, values, scales)
 
     def quantize(self, x: F32, group: int) -> QuantizedInput:
         """Quantise x f32[tokens, K] once for all matrices that read it in groups of `group`."""
@@ -135,48 +152,31 @@ class KernelLibrary:
             raise TargetError(
                 f"activations must be float32[tokens, K], found {x.dtype}{list(x.shape)}"
             )
-        tokens, cols = x.shape
-        groups, tile = -(-cols // group), self.tile_tokens
-        padded = tokens if tokens <= self.gemv_tokens else -(-tokens // tile) * tile
-        if cols % group:
-            source = np.zeros((tokens, groups * group), np.float32)
-            source[:, :cols] = x
-        else:
-            source = np.ascontiguousarray(x)
-        planes, dtype = _PLANES[self.mode]
-        # Padding tokens are computed and thrown away; zeros keep slow denormals out of them.
-        make = np.empty if padded == tokens else np.zeros
-        values: NDArray[Any] = make((groups, padded, planes, group), dtype)
-        scales: F32 = make((groups, padded, 2), np.float32)
-        result = QuantizedInput(tokens, cols, group, self.mode, values, scales)
-        self._quantizer(group)(_view(source), *result.arguments)
+        program = Program()
+        result = self.add_quantize(program, np.ascontiguousarray(x), group)
+        self.run(program)
         return result
 
-    def _quantizer(self, group: int) -> Function:
-        found = self._quantizers.get(group)
-        if found is None:
-            found = self._quantizers[group] = self.function("quantize", group)
-        return found
-
-    @cached_property
-    def _quantizers(self) -> dict[int, Function]:
-        return {}
-
-    def each_range(self, panels: int, work: int, run: Callable[[int, int], None]) -> None:
-        """Cover 0..panels by run(lo, hi), on threads if `work` multiply-adds are worth it."""
-        parts = max(1, min(self.threads, panels, work // THREAD_WORK))
-        bounds = [panels * part // parts for part in range(parts + 1)]
-        if parts == 1:
-            run(0, panels)
-            return
-        futures = [self._pool.submit(run, lo, hi) for lo, hi in pairwise(bounds[1:])]
-        run(*bounds[:2])
+    def run(self, program: Program, first: int = 0, last: int | None = None) -> None:
+        """Execute the steps first..last of a program, on threads if its work is worth it."""
+        table = program.table
+        last = len(table) if last is None else last
+        threads = self.threads if program.work >= THREAD_WORK else 1
+        counters = np.zeros((threads, COUNTER_STRIDE), np.int64)
+        table, counters = (tvm_ffi.from_dlpack(array) for array in (table, counters))
+        futures = [
+            self._pool.submit(self._run, table, first, last, thread, threads, counters)
+            for thread in range(1, threads)
+        ]
+        self._run(table, first, last, 0, threads, counters)
         for future in futures:
             future.result()
 
     @cached_property
     def _pool(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(thread_name_prefix="scalebits")
+        # As many workers as a run needs at once: a thread that waits for its turn would be waited
+        # for at the first barrier for ever.
+        return ThreadPoolExecutor(self.threads, thread_name_prefix="scalebits")
 
 
 class PackedLinear:
@@ -203,10 +203,13 @@ class PackedLinear:
         self.layout = layout
         widths = frozenset(np.unique(bits).tolist())
         shape = (layout.group, layout.panel, layout.block_cols, widths)
-        self._gemv = library.function("gemv", *shape)
-        self._gemm = library.function("gemm", *shape)
-        self._arrays = (np.ascontiguousarray(arena), *layout.metadata(bits))
-        self._tables = (*(_view(array) for array in self._arrays), layout.cols)
+        self._numbers = {kind: library.number(kind, *shape) for kind in ("gemv", "gemm")}
+        tables = layout.metadata(bits)
+        self._tables: Mapping[str, Argument] = {
+            "arena": np.ascontiguousarray(arena), "offsets": tables.offsets,
+            "starts": tables.starts, "columns": tables.columns,
+            "blocks": tables.columns.shape[1], "cols": layout.cols,
+        }  # fmt: skip
 
     def __call__(self, x: F32 | QuantizedInput) -> F32:
         """f32[tokens, N] for x f32[tokens, K], given as such or quantised by this library."""
@@ -219,32 +222,24 @@ class PackedLinear:
                 f" a matrix of {layout.cols} columns, groups of {layout.group}, mode {library.mode}"
             )
         y = np.empty((x.tokens, layout.rows), np.float32)
-        run = self._gemv_range if x.tokens <= library.gemv_tokens else self._gemm_range
-        work = layout.rows * layout.cols * x.tokens
-        library.each_range(layout.panels, work, run(x, _view(y)))
+        program = Program()
+        self.add_product(program, x, y)
+        library.run(program)
         return y
 
-    def _gemv_range(self, x: QuantizedInput, y: Any) -> Callable[[int, int], None]:
-        arguments = (*self._tables, *x.arguments, y)
-        return lambda lo, hi: self._gemv(*arguments, lo, hi)
-
-    def _gemm_range(self, x: QuantizedInput, y: Any) -> Callable[[int, int], None]:
-        panel, group = self.layout.panel, self.layout.group
-        dtype = np.float32 if x.mode == "float32" else np.uint8
-
-        def run(lo: int, hi: int) -> None:
-            codes = np.empty(panel * group, dtype)
-            total = np.empty((self.library.chunk_tokens, panel), np.float32)
-            scratch = (_view(codes), _view(total))
-            self._gemm(*self._tables, *x.arguments, y, *scratch, lo, hi)
-
-        return run
-
-
-def _view(array: NDArray[Any]) -> Any:
-    """The array as a kernel argument, without a copy. The caller keeps the array alive."""
-    if not array.flags.writeable:
-        # DLPack has no read-only views in older numpy; the kernels only read what is read-only.
-        raw: Any = (ctypes.c_uint8 * array.nbytes).from_address(array.ctypes.data)
-        array = np.frombuffer(raw, array.dtype).reshape(array.shape)
-    return tvm_ffi.from_dlpack(array)
+    def add_product(self, program: Program, x: QuantizedInput, y: F32) -> None:
+        """Add the step y[tokens, N] = x W^T to a program. Both kernels give the same bits."""
+        layout, library = self.layout, self.library
+        arguments: dict[str, Argument] = {
+            **self._tables, "values": x.values, "scales": x.scales, "tokens": x.values.shape[1],
+            "y": y, "y_tokens": x.tokens, "y_rows": layout.rows,
+        }  # fmt: skip
+        kind = "gemv" if x.tokens <= library.gemv_tokens else "gemm"
+        if kind == "gemm":
+            code_bytes = 4 if x.mode == "float32" else 1
+            size = layout.panel * layout.group * code_bytes
+            arguments["codes"] = library.scratch("codes", size)
+            total = library.chunk_tokens * layout.panel * 4
+            arguments["total"] = library.scratch("total", total)
+        work = layout.rows * layout.cols * x.tokens
+        program.add(self._numbers[kind], kind, layout.panels, arguments, work)

@@ -54,7 +54,7 @@ def load(
         return _open_cuda(artifact, activations)
     library = _open_kernels(artifact, activations, features)
     if library is not None:
-        library.threads = threads
+        library.threads = threads if library.threads_meet else 1
     return Session(artifact, library)
 
 

@@ -19,12 +19,18 @@ from scalebits_compiler.runtime.kernels import KernelLibrary, PackedLinear
 
 pytest.importorskip("tvm", reason="the kernel compiler needs apache-tvm")
 from scalebits_compiler.codegen.tvm.build import (
-    build_function,
+    build_functions,
     build_module,
     compile_kernels,
     find_linker,
 )
-from scalebits_compiler.codegen.tvm.spec import VNNI, KernelSpec, host_variants, select_specs
+from scalebits_compiler.codegen.tvm.spec import (
+    VNNI,
+    KernelSpec,
+    host_variants,
+    run_symbol,
+    select_specs,
+)
 
 TOLERANCE = {"int16": 5e-5, "int8": 2e-2, "float32": 1e-5}
 ALL = tuple(range(1, 9))
@@ -71,7 +77,8 @@ def compiled(tmp_path_factory):
     grids = [(layout, np.array([widths], np.uint8)) for layout, widths in CASES.values()]
     specs, dispatch = select_specs(grids)
     sources = compile_kernels(specs, path)
-    assert set(sources) == {spec.key for group in specs.values() for spec in group}
+    kernels = {spec.key for group in specs.values() for spec in group}
+    assert set(sources) == kernels | {run_symbol(name) for name in specs}
     assert all("T.prim_func" in source for source in sources.values())
     return path, dispatch
 
@@ -121,6 +128,19 @@ def test_uniform_width(library, width, tokens):
         matrix = make_matrix(layout, (width,), seed=width)
         assert width in widths
         check(library, matrix, tokens)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_token_gives_the_same_bits_alone_and_among_others(library, case):
+    """Whatever the kernel, and wherever the token stands in its tile and chunk."""
+    matrix = make_matrix(*CASES[case])
+    linear = PackedLinear(library, matrix.layout, matrix.arena, matrix.bits)
+    x = np.random.default_rng(6).normal(size=(70, matrix.layout.cols)).astype(np.float32)
+    together = linear(x)
+    for count in (1, 3, 13):
+        for first in (0, 5, 57):
+            part = linear(x[first : first + count])
+            np.testing.assert_array_equal(part, together[first : first + count])
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
@@ -272,8 +292,8 @@ def test_same_specs_same_bytes(tmp_path):
 @pytest.mark.skipif(not X86, reason="x86 assembly")
 def test_instructions():
     assembly = {}
-    for name, (spec,) in small_specs().items():
-        module = build_module(name, {spec.key: build_function(spec)})
+    for name, specs in small_specs().items():
+        module = build_module(name, build_functions(name, specs))
         assembly[name] = module.inspect_source("asm")
     assert "vpdpbusd" in assembly["vnni"]
     assert "vfmadd" in assembly["plain"]

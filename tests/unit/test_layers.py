@@ -23,7 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runtime": {"errors", "numerics.layout", "numerics.tiles", "runtime"},
     "frontend": {*LOW, "frontend"},
     "passes": {*LOW, "passes"},
-    "codegen": {*LOW, "codegen", "runtime.manifest"},
+    "codegen": {*LOW, "codegen", "runtime.manifest", "runtime.program"},
     **dict.fromkeys(DRIVERS, BELOW_CLI),
     "cli": {*BELOW_CLI, "cli"},
 }

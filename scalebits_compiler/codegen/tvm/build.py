@@ -10,11 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import tvm
+from tvm.ir import GlobalVar
 
+from scalebits_compiler.codegen.tvm.entry import build_run
 from scalebits_compiler.codegen.tvm.gemm import build_gemm
 from scalebits_compiler.codegen.tvm.gemv import build_gemv
 from scalebits_compiler.codegen.tvm.quantize import build_quantize
-from scalebits_compiler.codegen.tvm.spec import KernelSpec, host_variants
+from scalebits_compiler.codegen.tvm.spec import (
+    KernelSpec,
+    host_variants,
+    run_symbol,
+    threads_meet,
+)
 from scalebits_compiler.errors import TargetError
 
 BUILDERS = {"gemv": build_gemv, "gemm": build_gemm, "quantize": build_quantize}
@@ -41,10 +48,10 @@ def compile_kernels(
     with tempfile.TemporaryDirectory(prefix="scalebits-") as folder:
         objects = []
         for name, specs in specs_by_variant.items():
-            functions = {spec.key: build_function(spec) for spec in specs}
-            sources |= {key: function.script() for key, function in functions.items()}
+            functions = build_functions(name, specs)
+            sources |= {key.name_hint: function.script() for key, function in functions.items()}
             objects.append(Path(folder) / f"{name}.o")
-            write_object(name, functions, objects[-1])
+            build_module(name, functions).write_to_file(str(objects[-1]), "o")
         _link(linker, objects, out_path)
     _check_standalone(out_path)
     return sources
@@ -59,13 +66,16 @@ def _check_standalone(library: Path) -> None:
         )
 
 
-def build_function(spec: KernelSpec) -> Any:
-    """The TVM function of a spec."""
-    return BUILDERS[spec.kind](spec)
+def build_functions(variant: str, specs: Sequence[KernelSpec]) -> dict[GlobalVar, Any]:
+    """The TVM functions of specs, and of `run`, which calls them by their number."""
+    functions = {GlobalVar(spec.key): BUILDERS[spec.kind](spec) for spec in specs}
+    symbol = run_symbol(variant)
+    run = build_run(symbol, list(functions), threads_meet(variant))
+    return functions | {GlobalVar(symbol): run}
 
 
-def build_module(variant: str, functions: Mapping[str, Any]) -> Any:
-    """Functions, by symbol, lowered for a variant; LLVM runs when the result is used.
+def build_module(variant: str, functions: Mapping[GlobalVar, Any]) -> Any:
+    """Functions lowered for a variant; LLVM runs when the result is used.
 
     Raises `TargetError` for a variant that this machine cannot compile: LLVM aborts the process
     when it meets an instruction that its target lacks, so nothing else may reach it.
@@ -78,11 +88,6 @@ def build_module(variant: str, functions: Mapping[str, Any]) -> Any:
         )
     target = tvm.target.Target(variants[variant].target())
     return tvm.compile(tvm.IRModule(dict(functions)), target=target).mod
-
-
-def write_object(variant: str, functions: Mapping[str, Any], path: Path) -> None:
-    """Compile functions, by symbol, to an object file."""
-    build_module(variant, functions).write_to_file(str(path), "o")
 
 
 def find_linker() -> tuple[str, ...]:

@@ -1,8 +1,8 @@
 """The vocabulary the kernel writers share: vectors, formed codes, footers, the walk over a panel.
 
-Everything here runs inside an open IRBuilder and emits TVM IR; Python loops are unrolled code. All
-indices are int64. Buffers are declared with the alignment of their element: TVM would otherwise
-assume 64 bytes and emit aligned moves, which fault on the pointers of numpy or of a mapped file.
+Everything here runs inside an open kernel (`step.py`) and emits TVM IR; Python loops are unrolled
+code. A product that is added to something is always written as `fma`: left to itself, LLVM would
+contract some and not others, and a token's result would depend on the kernel that computes it.
 """
 
 from __future__ import annotations
@@ -10,13 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
-
-from tvm.script.ir_builder import IRBuilder
-from tvm.tirx import Var
-from tvm.tirx.script import builder
 
 from scalebits_compiler.codegen.tvm.spec import KernelSpec
+from scalebits_compiler.codegen.tvm.step import MANY, Arguments, Expr, T
 from scalebits_compiler.numerics.layout import (
     FOOTER_BYTES,
     LANES,
@@ -27,21 +23,6 @@ from scalebits_compiler.numerics.layout import (
     UNIT_CODES,
     VECTOR_BYTES,
 )
-
-# TVM annotates its builder more narrowly than it behaves: it takes Python numbers for expressions.
-T: Any = builder
-Expr = Any
-ELEMENT_BYTES = {"uint8": 1, "int8": 1, "int32": 4, "int64": 8, "float32": 4}
-
-
-def buffer_arg(name: str, shape: tuple[Expr, ...], dtype: str) -> Expr:
-    """A buffer argument of the kernel under construction."""
-    return T.arg(name, T.buffer(shape, dtype, align=ELEMENT_BYTES[dtype]))
-
-
-def size_arg(name: str) -> Expr:
-    """A size that a call's buffers bring along; its name keeps the printed source the same."""
-    return Var(name, "int64")
 
 
 def i64(value: int) -> Expr:
@@ -67,6 +48,11 @@ def vstore(buffer: Expr, value: Expr, indices: list[Expr], lanes: int = LANES) -
 def splat(value: Expr, lanes: int = LANES) -> Expr:
     """A scalar in every lane."""
     return T.broadcast(value, lanes)
+
+
+def fma(a: Expr, b: Expr, c: Expr) -> Expr:
+    """a * b + c, rounded once."""
+    return T.fma(a, b, c)
 
 
 def to_f32(value: Expr) -> Expr:
@@ -193,7 +179,7 @@ class Footer:
 
 @dataclass(frozen=True)
 class Tables:
-    """The arguments every matrix kernel begins with: arena, `layout.KernelTables`, K."""
+    """The arguments of every matrix kernel: arena, `layout.KernelTables`, K."""
 
     spec: KernelSpec
     arena: Expr
@@ -203,16 +189,15 @@ class Tables:
     cols: Expr
 
     @classmethod
-    def declare(cls, spec: KernelSpec) -> Tables:
+    def declare(cls, spec: KernelSpec, args: Arguments) -> Tables:
         """Declare the four buffers and `cols`."""
-        nbytes, panels, blocks = (size_arg(name) for name in ("nbytes", "panels", "blocks"))
         return cls(
             spec,
-            buffer_arg("arena", (nbytes,), "uint8"),
-            buffer_arg("offsets", (panels,), "int64"),
-            buffer_arg("starts", (panels, i64(MAX_BITS + 1)), "int32"),
-            buffer_arg("columns", (panels, blocks), "int32"),
-            T.arg("cols", T.int64()),
+            args.buffer("arena", (MANY,), "uint8"),
+            args.buffer("offsets", (MANY,), "int64"),
+            args.buffer("starts", (MANY, i64(MAX_BITS + 1)), "int32"),
+            args.buffer("columns", (MANY, args.int("blocks")), "int32"),
+            args.int("cols"),
         )
 
     def start(self, panel: Expr, width: int) -> Expr:
@@ -246,22 +231,22 @@ class Input:
 
     values: Expr
     scales: Expr
+    tokens: Expr  # padding included
 
     @classmethod
-    def declare(cls, spec: KernelSpec) -> Input:
+    def declare(cls, spec: KernelSpec, args: Arguments) -> Input:
         """Declare the two buffers; values are int8, in mode float32 float32."""
-        groups, tokens = size_arg("groups"), size_arg("tokens")
+        tokens = args.int("tokens")
         dtype = "float32" if spec.mode == "float32" else "int8"
-        shape = (groups, tokens, i64(spec.planes), i64(spec.group))
+        values = (MANY, tokens, i64(spec.planes), i64(spec.group))
+        scales = (MANY, tokens, i64(2))
         return cls(
-            buffer_arg("values", shape, dtype),
-            buffer_arg("scales", (groups, tokens, i64(2)), "float32"),
+            args.buffer("values", values, dtype), args.buffer("scales", scales, "float32"), tokens
         )
 
-    @property
-    def tokens(self) -> Expr:
-        """Tokens, padding included."""
-        return self.values.shape[1]
+    def step_and_sum(self, group: Expr, token: Expr) -> tuple[Expr, Expr]:
+        """The step of the values of a group, and their sum."""
+        return self.scales[group, token, 0], self.scales[group, token, 1]
 
     def dword(self, group: Expr, token: Expr, plane: int, col: Expr) -> Expr:
         """Four int8 values from `col` on, in every lane (int8x64)."""
@@ -276,11 +261,20 @@ def dot(acc: Expr, codes: Expr, values: Expr) -> Expr:
     return T.call_llvm_pure_intrin("int32x16", name, acc, unsigned, values)
 
 
+def add_group(total: Expr, scale: Expr, zero: Expr, sums: Expr, offset: Expr) -> Expr:
+    """total + scale * (sums - zero * offset) for 16 rows of one token and group (float32x16).
+
+    sums: of code * x. offset: the sum of x in units of a zero point, as a scalar. The one place
+    where a group enters a result, so that gemv and gemm give the same bits.
+    """
+    return fma(scale, fma(zero, splat(-offset), sums), total)
+
+
 def join_planes(planes: list[Expr]) -> Expr:
     """One float32x16 from the int32x16 sums of the planes, high byte first."""
     joined = to_f32(planes[0])
     for low in planes[1:]:
-        joined = joined * splat(T.float32(256)) + to_f32(low)
+        joined = fma(joined, splat(T.float32(256)), to_f32(low))
     return joined
 
 
@@ -294,12 +288,3 @@ def store_rows(y: Expr, token: Expr, row: Expr, value: Expr, spill: Slots) -> No
             spill[0] = value
             with T.serial(0, rows - row) as lane:
                 T.buffer_store(y, spill.buffer[lane], [token, row + lane])
-
-
-@contextmanager
-def prim_func(name: str) -> Iterator[IRBuilder]:
-    """An IRBuilder with one open function called `name`."""
-    with IRBuilder() as builder, T.prim_func(s_tir=True):
-        T.func_name(name)
-        T.func_attr({"global_symbol": name, "tirx.noalias": True})
-        yield builder

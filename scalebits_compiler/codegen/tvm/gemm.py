@@ -16,44 +16,43 @@ from scalebits_compiler.codegen.tvm.emit import (
     Slots,
     T,
     Tables,
-    buffer_arg,
+    add_group,
     ceildiv,
     code_column,
     dot,
+    fma,
     form_code,
     i64,
     join_planes,
     load_words,
     local,
     loop,
-    prim_func,
-    size_arg,
     splat,
     store_rows,
     vload,
     vstore,
 )
 from scalebits_compiler.codegen.tvm.spec import CHUNK_TOKENS, TILE_TOKENS, KernelSpec
+from scalebits_compiler.codegen.tvm.step import kernel
 from scalebits_compiler.numerics.layout import LANES, MAX_BITS, PIECES, STEP, SUBS, VECTOR_BYTES
 
 
 def build_gemm(spec: KernelSpec) -> Any:
-    """The TVM function of a `gemm` spec.
+    """The kernel of a `gemm` spec: y f32[tokens, N] from `Tables` and `Input`; items are panels.
 
-    Arguments: `Tables`, `Input` (tokens a multiple of TILE_TOKENS), y f32[tokens, N], scratch for
-    the unpacked group (u8[panel * group], in mode float32 float32) and for the outputs
-    f32[CHUNK_TOKENS, panel], panel range lo..hi (int64).
+    The padded tokens of the input are a multiple of TILE_TOKENS. Each thread has scratch for the
+    codes of a group (u8[panel * group], in mode float32 float32) and for the outputs of a chunk
+    (f32[CHUNK_TOKENS, panel]).
     """
-    with prim_func(spec.key) as builder:
-        tables, x = Tables.declare(spec), Input.declare(spec)
-        y = buffer_arg("y", (size_arg("y_tokens"), size_arg("y_rows")), "float32")
+    with kernel(spec.key, "gemm") as (builder, args):
+        tables, x = Tables.declare(spec, args), Input.declare(spec, args)
+        y = args.buffer("y", (args.int("y_tokens"), args.int("y_rows")), "float32")
         dtype = "float32" if spec.mode == "float32" else "uint8"
-        codes = buffer_arg("codes", (i64(spec.panel * spec.group),), dtype)
-        total = buffer_arg("total", (i64(CHUNK_TOKENS), i64(spec.panel)), "float32")
-        lo, hi = T.arg("lo", T.int64()), T.arg("hi", T.int64())
+        codes = args.scratch("codes", (spec.panel * spec.group,), dtype)
+        total = args.scratch("total", (CHUNK_TOKENS, spec.panel), "float32")
         tile = (_FloatTile if spec.mode == "float32" else _IntegerTile)(tables, x, codes, total)
         at, spill = Scalar(), Slots.alloc(1, "float32")
-        with loop(lo, hi) as panel, T.serial(0, ceildiv(x.tokens, CHUNK_TOKENS)) as chunk:
+        with loop(args.lo, args.hi) as panel, T.serial(0, ceildiv(x.tokens, CHUNK_TOKENS)) as chunk:
             first = T.bind(chunk * CHUNK_TOKENS)
             count = T.bind(T.min(x.tokens - first, i64(CHUNK_TOKENS)))
             _clear(total, count)
@@ -148,12 +147,14 @@ class _IntegerTile:
             with T.serial(0, units * (SUBS // self.spec.row_groups)) as step:
                 self._step(place, base, step)
             for row in range(self.width):
-                scale = T.bind(footer.scale(base + row))
-                zero = T.bind(footer.zero(base + row) * splat(offset))
+                scale, zero = T.bind(footer.scale(base + row)), T.bind(footer.zero(base + row))
                 for lane in range(TILE_TOKENS):
-                    centred = self._centred(place, row, lane, zero)
+                    value = join_planes([lanes[lane][row] for lanes in self.sums])
+                    step, total_x = self.x.step_and_sum(place.group, place.token + lane)
                     at = [place.slot + lane, (base + row) * LANES]
-                    vstore(self.total, vload(self.total, at, "float32x16") + scale * centred, at)
+                    total = vload(self.total, at, "float32x16")
+                    sums = value * splat(step)
+                    vstore(self.total, add_group(total, scale, zero, sums, total_x * offset), at)
 
     def _step(self, place: _Place, base: Expr, step: Expr) -> None:
         """Multiply four columns."""
@@ -168,28 +169,17 @@ class _IntegerTile:
                 for row, code in enumerate(codes):
                     sums[row] = dot(sums[row], code, value)
 
-    def _centred(self, place: _Place, row: int, lane: int, zero: Expr) -> Expr:
-        """Sum of code * x less zero * sum of x, for 16 rows of one token."""
-        value = join_planes([lanes[lane][row] for lanes in self.sums])
-        step, total_x = (self.x.scales[place.group, place.token + lane, part] for part in range(2))
-        return value * splat(step) - zero * splat(total_x)
-
 
 class _FloatTile:
-    """TILE_TOKENS tokens x 16 rows with multiply-add; weights are f32[column][panel row]."""
+    """TILE_TOKENS tokens x 16 rows with multiply-add; codes are f32[column][panel row]."""
 
-    def __init__(self, tables: Tables, x: Input, weights: Expr, total: Expr) -> None:
+    def __init__(self, tables: Tables, x: Input, codes: Expr, total: Expr) -> None:
         self.tables, self.spec, self.x = tables, tables.spec, x
-        self.weights, self.total = weights, total
+        self.codes, self.total = codes, total
         self.sums = Slots.alloc(TILE_TOKENS, "float32")
 
     def unpack(self, bits: int, start: Expr, units: Expr) -> None:
-        """Dequantise the group that starts at byte `start`."""
-        footer = self.tables.footer(T.bind(start + units * (bits * VECTOR_BYTES)))
-        groups = range(self.spec.row_groups)
-        scales = [T.bind(footer.scale(row_group)) for row_group in groups]
-        step = splat(T.float32(2.0**bits / 256))
-        zeros = [T.bind(footer.zero(row_group) * step) for row_group in groups]
+        """Unpack the codes of a group that starts at byte `start`."""
         with T.serial(0, units) as unit:
             words = load_words(self.tables.arena, start + unit * (bits * VECTOR_BYTES), bits)
             for sub in range(SUBS):
@@ -197,20 +187,23 @@ class _FloatTile:
                 formed = T.bind(form_code(words, bits, sub))
                 for column in range(STEP):
                     code = code_column(formed, bits, PIECES[bits][sub].shift, column)
-                    weight = scales[row_group] * (code - zeros[row_group])
                     col = unit * self.tables.unit_cols + step_number * STEP + column
-                    vstore(self.weights, weight, [col * self.spec.panel + row_group * LANES])
+                    vstore(self.codes, code, [col * self.spec.panel + row_group * LANES])
 
     def run(self, place: _Place, units: Expr, footer: Footer, offset: Expr) -> None:
-        """Add one group to the outputs of TILE_TOKENS tokens. The weights are complete."""
+        """Add one group to the outputs of TILE_TOKENS tokens."""
         with T.serial(0, self.spec.row_groups) as row_group:
             row = T.bind(row_group * LANES)
-            for lane in range(TILE_TOKENS):
-                self.sums[lane] = vload(self.total, [place.slot + lane, row], "float32x16")
+            self.sums.clear()
             with T.serial(0, units * self.tables.unit_cols) as col:
-                weight = T.bind(vload(self.weights, [col * self.spec.panel + row], "float32x16"))
+                code = T.bind(vload(self.codes, [col * self.spec.panel + row], "float32x16"))
                 for lane in range(TILE_TOKENS):
                     x = splat(self.x.values[place.group, place.token + lane, 0, col])
-                    self.sums[lane] = self.sums[lane] + weight * x
+                    self.sums[lane] = fma(code, x, self.sums[lane])
+            scale, zero = T.bind(footer.scale(row_group)), T.bind(footer.zero(row_group))
             for lane in range(TILE_TOKENS):
-                vstore(self.total, self.sums[lane], [place.slot + lane, row])
+                _, total_x = self.x.step_and_sum(place.group, place.token + lane)
+                at = [place.slot + lane, row]
+                total = vload(self.total, at, "float32x16")
+                added = add_group(total, scale, zero, self.sums[lane], total_x * offset)
+                vstore(self.total, added, at)

@@ -9,41 +9,36 @@ from typing import Any
 
 from scalebits_compiler.codegen.tvm.emit import (
     Expr,
-    Footer,
     Input,
     Scalar,
     Slots,
     T,
     Tables,
-    buffer_arg,
+    add_group,
     code_column,
     dot,
+    fma,
     form_code,
     join_planes,
     load_words,
     loop,
-    prim_func,
-    size_arg,
     splat,
     store_rows,
 )
 from scalebits_compiler.codegen.tvm.spec import KernelSpec
+from scalebits_compiler.codegen.tvm.step import kernel
 from scalebits_compiler.numerics.layout import LANES, PIECES, STEP, SUBS, VECTOR_BYTES
 
 
 def build_gemv(spec: KernelSpec) -> Any:
-    """The TVM function of a `gemv` spec.
-
-    Arguments: `Tables`, `Input`, y f32[tokens, N], panel range lo..hi (int64).
-    """
-    with prim_func(spec.key) as builder:
-        tables, x = Tables.declare(spec), Input.declare(spec)
-        y = buffer_arg("y", (size_arg("y_tokens"), size_arg("y_rows")), "float32")
-        lo, hi = T.arg("lo", T.int64()), T.arg("hi", T.int64())
+    """The kernel of a `gemv` spec: y f32[tokens, N] from `Tables` and `Input`; items are panels."""
+    with kernel(spec.key, "gemv") as (builder, args):
+        tables, x = Tables.declare(spec, args), Input.declare(spec, args)
+        y = args.buffer("y", (args.int("y_tokens"), args.int("y_rows")), "float32")
         inner = (_FloatSum if spec.mode == "float32" else _IntegerSum)(spec, tables, x)
         at, total = Scalar(), Slots.alloc(spec.row_groups, "float32")
         spill = Slots.alloc(1, "float32")
-        with loop(lo, hi) as panel, T.serial(0, y.shape[0]) as token:
+        with loop(args.lo, args.hi) as panel, T.serial(0, y.shape[0]) as token:
             total.clear()
             at.set(tables.offsets[panel])
             for bits in spec.bits:
@@ -67,16 +62,11 @@ def _group_body(
         offset = T.bind(inner.x.scales[group, token, 1] * T.float32(2.0**bits / 256))
         for row_group in range(inner.spec.row_groups):
             value = inner.result(bits, group, token, row_group)
-            _accumulate(total, row_group, footer, offset, value)
+            scale, zero = footer.scale(row_group), footer.zero(row_group)
+            total[row_group] = add_group(total[row_group], scale, zero, value, offset)
         at.set(footer.end)
 
     return body
-
-
-def _accumulate(total: Slots, row_group: int, footer: Footer, offset: Expr, value: Expr) -> None:
-    """total += scale * (value - zero * offset)."""
-    centred = value - footer.zero(row_group) * splat(offset)
-    total[row_group] = total[row_group] + footer.scale(row_group) * centred
 
 
 class _IntegerSum:
@@ -139,7 +129,7 @@ class _FloatSum:
                 for column in range(STEP):
                     col = unit * self.tables.unit_cols + step * STEP + column
                     x = splat(self.x.values[group, token, 0, col])
-                    value = value + code_column(formed, bits, shift, column) * x
+                    value = fma(code_column(formed, bits, shift, column), x, value)
                 self.sums[row_group] = value
 
     def result(self, bits: int, group: Expr, token: Expr, row_group: int) -> Expr:

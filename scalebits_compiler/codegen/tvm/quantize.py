@@ -15,15 +15,14 @@ from scalebits_compiler.codegen.tvm.emit import (
     Input,
     Slots,
     T,
-    buffer_arg,
     i64,
-    prim_func,
-    size_arg,
+    loop,
     splat,
-    vload,
     vstore,
 )
 from scalebits_compiler.codegen.tvm.spec import KernelSpec
+from scalebits_compiler.codegen.tvm.step import MANY, kernel
+from scalebits_compiler.codegen.tvm.vectors import each_vector, reduce_lanes
 from scalebits_compiler.numerics.layout import LANES
 
 LEVELS = {"int16": 127 * 256 + 127, "int8": 127}
@@ -33,44 +32,47 @@ SMALLEST = 1e-30
 
 
 def build_quantize(spec: KernelSpec) -> Any:
-    """The TVM function of a `quantize` spec.
+    """The kernel of a `quantize` spec: `Input` from x f32[tokens, x_stride] with `cols` columns.
 
-    Arguments: x f32[tokens, groups * group] (zero beyond K), `Input`. Tokens of the output beyond
-    those of x are left alone. In mode float32 the values are x itself.
+    Items are groups of tokens, all groups of a token in turn. Values beyond the columns are zero.
+    Tokens of the output beyond those of x are left alone. In mode float32 the values are x itself.
     """
-    with prim_func(spec.key) as builder:
-        x = buffer_arg("x", (size_arg("x_tokens"), size_arg("x_cols")), "float32")
-        out = Input.declare(spec)
-        writer = (
-            _CopyGroup(spec, x, out) if spec.mode == "float32" else _QuantizeGroup(spec, x, out)
-        )
-        with T.serial(0, x.shape[0]) as token, T.serial(0, out.values.shape[0]) as group:
-            writer.run(token, group)
+    with kernel(spec.key, "quantize") as (builder, args):
+        x = args.buffer("x", (MANY, args.int("x_stride")), "float32")
+        groups, out = args.int("groups"), Input.declare(spec, args)
+        made = _CopyGroup if spec.mode == "float32" else _QuantizeGroup
+        writer = made(spec, x, args.int("cols"), out)
+        with loop(args.lo, args.hi) as item:
+            token = T.bind(T.floordiv(item, groups))
+            writer.run(token, T.bind(item - token * groups))
     return builder.get()
 
 
 class _Group:
-    """Reads 16 values of a group at a time and reduces a register over its lanes."""
+    """Reads 16 values of a group at a time."""
 
-    def __init__(self, spec: KernelSpec, x: Expr, out: Input) -> None:
-        self.spec, self.x, self.out = spec, x, out
-        self.vectors = i64(spec.group // LANES)
+    def __init__(self, spec: KernelSpec, x: Expr, cols: Expr, out: Input) -> None:
+        self.spec, self.x, self.cols, self.out = spec, x, cols, out
+        self.spill = Slots.alloc(1, "float32")
 
-    def load(self, token: Expr, group: Expr, vector: Expr) -> Expr:
-        """Values 16 * vector.. of the group (float32x16)."""
-        return vload(self.x, [token, group * self.spec.group + vector * LANES], "float32x16")
+    def each(self, token: Expr, group: Expr, body: Callable[[Expr, Expr], None]) -> None:
+        """Call body(values float32x16, first column in the group) for what x has of the group."""
+        first = T.bind(group * self.spec.group)
+        count = T.min(self.cols - first, i64(self.spec.group))
+        each_vector(
+            T.bind(count),
+            self.spill,
+            lambda lanes, col: body(lanes.load(self.x, [token, first + col]), col),
+        )
 
-    @staticmethod
-    def reduce(slots: Slots, combine: Callable[[Expr, Expr], Expr]) -> Expr:
-        """Combine the 16 lanes of slot 0 (overwritten) to a scalar."""
-        element, lanes = slots.dtype.partition("x")[0], LANES
-        while lanes > 2:
-            lanes //= 2
-            low, high = (
-                vload(slots.buffer, [half * lanes], f"{element}x{lanes}") for half in (0, 1)
-            )
-            vstore(slots.buffer, combine(low, high), [0], lanes)
-        return combine(slots.buffer[0], slots.buffer[1])
+    def clear_rest(self, token: Expr, group: Expr) -> None:
+        """Set the last vector that x has a part of, and those behind it, to zero."""
+        dtype = self.out.values.dtype
+        whole = T.floordiv(T.min(self.cols - group * self.spec.group, i64(self.spec.group)), LANES)
+        with loop(T.bind(whole), i64(self.spec.group // LANES)) as vector:
+            for plane in range(self.spec.planes):
+                zero = splat(T.Cast(dtype, 0))
+                vstore(self.out.values, zero, [group, token, i64(plane), vector * LANES])
 
 
 class _CopyGroup(_Group):
@@ -80,12 +82,15 @@ class _CopyGroup(_Group):
         """Emit the code for one group."""
         total = Slots.alloc(1, "float32")
         total.clear()
-        with T.serial(0, self.vectors) as vector:
-            value = T.bind(self.load(token, group, vector))
-            vstore(self.out.values, value, [group, token, i64(0), vector * LANES])
+        self.clear_rest(token, group)
+
+        def body(value: Expr, col: Expr) -> None:
+            vstore(self.out.values, value, [group, token, i64(0), col])
             total[0] = total[0] + value
+
+        self.each(token, group, body)
         T.buffer_store(self.out.scales, T.float32(1), [group, token, 0])
-        T.buffer_store(self.out.scales, self.reduce(total, add), [group, token, 1])
+        T.buffer_store(self.out.scales, reduce_lanes(total, add), [group, token, 1])
 
 
 class _QuantizeGroup(_Group):
@@ -95,26 +100,33 @@ class _QuantizeGroup(_Group):
         """Emit the code for one group."""
         largest, total = Slots.alloc(1, "int32"), Slots.alloc(1, "int32")
         largest.clear()
-        with T.serial(0, self.vectors) as vector:
+
+        def measure(value: Expr, _: Expr) -> None:
             # Bit patterns order like magnitudes, and unlike a float maximum they keep a NaN.
-            pattern = T.reinterpret(f"int32x{LANES}", self.load(token, group, vector))
+            pattern = T.reinterpret(f"int32x{LANES}", value)
             magnitude = T.bitwise_and(pattern, splat(T.int32(0x7FFFFFFF)))
             largest[0] = T.max(largest[0], magnitude)
-        top = T.bind(T.reinterpret("float32", self.reduce(largest, T.max)))
+
+        self.each(token, group, measure)
+        top = T.bind(T.reinterpret("float32", reduce_lanes(largest, T.max)))
         levels = T.float32(LEVELS[self.spec.mode])
         inverse = T.bind(T.Select(top > T.float32(SMALLEST), levels / top, T.float32(0)))
         total.clear()
-        with T.serial(0, self.vectors) as vector:
-            rounded = T.nearbyint(self.load(token, group, vector) * splat(inverse))
+        self.clear_rest(token, group)
+
+        def store(value: Expr, col: Expr) -> None:
+            rounded = T.nearbyint(value * splat(inverse))
             value = T.bind(T.cast(rounded, f"int32x{LANES}"))
             total[0] = total[0] + value
-            self._store(value, [group, token], vector)
+            self._store(value, [group, token], col)
+
+        self.each(token, group, store)
         step = T.bind(top / levels)
         T.buffer_store(self.out.scales, step, [group, token, 0])
-        summed = T.cast(self.reduce(total, add), "float32")
+        summed = T.cast(reduce_lanes(total, add), "float32")
         T.buffer_store(self.out.scales, step * summed, [group, token, 1])
 
-    def _store(self, value: Expr, at: list[Expr], vector: Expr) -> None:
+    def _store(self, value: Expr, at: list[Expr], col: Expr) -> None:
         """Split int32x16 into planes: value = 256 * high + low with low in -128..127."""
         planes = [value]
         if self.spec.planes == 2:
@@ -122,4 +134,4 @@ class _QuantizeGroup(_Group):
             planes = [high, value - high * splat(T.int32(256))]
         for plane, part in enumerate(planes):
             narrow = T.cast(part, f"int8x{LANES}")
-            vstore(self.out.values, narrow, [*at, i64(plane), vector * LANES])
+            vstore(self.out.values, narrow, [*at, i64(plane), col])

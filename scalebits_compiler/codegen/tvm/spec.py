@@ -67,6 +67,16 @@ def host_variants() -> dict[str, Variant]:
     return {"plain": Variant("plain", machine, "", (), (), ("float32",), 2)}
 
 
+def run_symbol(variant: str) -> str:
+    """The function that runs programs of a variant's kernels."""
+    return f"scalebits_{variant}_run"
+
+
+def threads_meet(variant: str) -> bool:
+    """Whether programs run on several threads; the barrier is written for x86 only."""
+    return host_variants()[variant].arch == "x86_64"
+
+
 @dataclass(frozen=True)
 class KernelSpec:
     """One kernel. N, K and tokens are run-time symbols; everything here is compiled in.
@@ -146,6 +156,8 @@ def _dispatch(specs: dict[str, list[KernelSpec]]) -> dict[str, Any]:
                 "gemv_tokens": variant.gemv_tokens,
                 "tile_tokens": TILE_TOKENS,
                 "chunk_tokens": CHUNK_TOKENS,
+                "run": run_symbol(name),
+                "threads": threads_meet(name),
                 "kernels": kernels,
             }
         )
