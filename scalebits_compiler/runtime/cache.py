@@ -5,8 +5,66 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from scalebits_compiler.runtime.program import (
+    CAPACITY,
+    KEY_BLOCK,
+    PADS,
+    SCORE_ROWS,
+    SCORES,
+    VALUE_PAD,
+)
+
 F32 = NDArray[np.float32]
 _LEAST_ROOM = 64
+
+
+class NativeCache:
+    """Keys and values as the native kernels read them; `codegen/tvm/attention.py` has the layout.
+
+    A row holds its own text from position 0, without padding. shapes: of every layer the key-value
+    heads, the channels of a key and of a value. length: positions held, padding included. state:
+    what a program needs to know, see `program.PADS`.
+    """
+
+    def __init__(
+        self,
+        shapes: list[tuple[int, int, int]],
+        batch: int,
+        pad: NDArray[np.int64] | None,
+        capacity: int,
+        threads: int,
+    ) -> None:
+        self.length = 0
+        self.pad = pad
+        self.state = np.zeros(PADS + batch + 2 * len(shapes), np.int64)
+        if pad is not None:
+            self.state[PADS : PADS + batch] = pad
+        self._shapes, self._batch, self._threads = shapes, batch, threads
+        self._capacity = 0
+        self._arrays: list[F32] = []
+        self.reserve(max(capacity, 1))
+
+    def reserve(self, end: int) -> None:
+        """Make room for `end` positions, at least twice as many as before if there is not."""
+        if end <= self._capacity:
+            return
+        room = max(end, 2 * self._capacity, _LEAST_ROOM)
+        room = self._capacity = -(-room // KEY_BLOCK) * KEY_BLOCK
+        grown: list[F32] = []
+        for groups, d, e in self._shapes:
+            blocks, channels = room // KEY_BLOCK, -(-e // VALUE_PAD) * VALUE_PAD
+            grown.append(np.zeros((self._batch, groups, blocks, d, KEY_BLOCK), np.float32))
+            grown.append(np.zeros((self._batch, groups, room, channels), np.float32))
+        for array, old in zip(grown, self._arrays, strict=False):
+            array[:, :, : old.shape[2]] = old
+        self._arrays = grown
+        self._scores = np.zeros((self._threads, SCORE_ROWS, room), np.float32)
+        self.state[CAPACITY], self.state[SCORES] = room, self._scores.ctypes.data
+        self.state[PADS + self._batch :] = [array.ctypes.data for array in grown]
+
+    def advance(self, count: int) -> None:
+        """All layers have stored `count` more positions."""
+        self.length += count
 
 
 class KVCache:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 from scalebits_compiler.errors import ArtifactError, TargetError
 from scalebits_compiler.numerics.layout import FORMAT_VERSION, BlockLayout
 from scalebits_compiler.runtime.cpu_features import cpu_features
-from scalebits_compiler.runtime.program import COUNTER_STRIDE, Argument, Program
+from scalebits_compiler.runtime.program import COUNTER_STRIDE, Argument, Program, Rows
 from scalebits_compiler.runtime.variants import EXACT, choose_mode, choose_variant
 
 THREAD_WORK = 1 << 23
 """Multiply-adds below which a thread is not worth its ~25 us of hand-over."""
 
 F32 = NDArray[np.float32]
-_PLANES = {"int16": (2, np.int8), "int8": (1, np.int8), "float32": (1, np.float32)}
+_PLANES = {"int16": (2, "int8"), "int8": (1, "int8"), "float32": (1, "float32")}
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +67,12 @@ class KernelLibrary:
                 frozenset(kernel["bits"]),
             )
             for number, kernel in enumerate(variant["kernels"])
-            if kernel["mode"] == mode
+            if kernel.get("mode") == mode
+        }
+        self._ops: dict[tuple[str, str], int] = {
+            (kernel["kind"], kernel["dtype"]): number
+            for number, kernel in enumerate(variant["kernels"])
+            if "mode" not in kernel
         }
 
     @classmethod
@@ -129,18 +134,31 @@ class KernelLibrary:
             self._scratch[key] = np.empty(size * self.threads, np.uint8)
         return self._scratch[key]
 
-    def add_quantize(self, program: Program, x: F32, group: int) -> QuantizedInput:
-        """Add the step that quantises x f32[tokens, K], whose rows may lie apart, to a program."""
-        tokens, cols = x.shape
+    def op_number(self, kind: str, dtype: str) -> int:
+        """The number in programs of the kernel of an op, or `ArtifactError`."""
+        if (kind, dtype) not in self._ops:
+            raise ArtifactError(
+                f"the artifact has no {self.variant} kernel for {kind} {dtype}".rstrip(),
+                help="compile the model again; its kernels and its plan do not belong together",
+            )
+        return self._ops[kind, dtype]
+
+    def add_quantize(
+        self, program: Program, x: Rows, group: int, new: Callable[..., NDArray[Any]] = np.zeros
+    ) -> QuantizedInput:
+        """Add the step that quantises rows of a f32 matrix to a program.
+
+        new(shape, dtype) makes the arrays of the result.
+        """
+        tokens, cols = x.count, x.data.shape[1]
         groups, tile = -(-cols // group), self.tile_tokens
         padded = tokens if tokens <= self.gemv_tokens else -(-tokens // tile) * tile
         planes, dtype = _PLANES[self.mode]
         # Padding tokens are computed and thrown away; zeros keep slow denormals out of them.
-        make = np.empty if padded == tokens else np.zeros
-        values: NDArray[Any] = make((groups, padded, planes, group), dtype)
-        scales: F32 = make((groups, padded, 2), np.float32)
+        values = new((groups, padded, planes, group), dtype)
+        scales = new((groups, padded, 2), "float32")
         arguments: Mapping[str, Argument] = {
-            "x": x, "x_stride": x.strides[0] // x.itemsize, "cols": cols, "groups": groups,
+            "x": x.start, "x_stride": x.stride, "cols": cols, "groups": groups,
             "values": values, "scales": scales, "tokens": padded,
         }  # fmt: skip
         program.add(self.number("quantize", group), "quantize", tokens * groups, arguments)
@@ -153,7 +171,7 @@ class KernelLibrary:
                 f"activations must be float32[tokens, K], found {x.dtype}{list(x.shape)}"
             )
         program = Program()
-        result = self.add_quantize(program, np.ascontiguousarray(x), group)
+        result = self.add_quantize(program, Rows(np.ascontiguousarray(x), 0, 1, len(x)), group)
         self.run(program)
         return result
 

@@ -11,19 +11,61 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array: TypeAlias = NDArray[Any]
-Argument: TypeAlias = Array | int | float
+
+
+class View(NamedTuple):
+    """The part of an array that starts `offset` bytes behind its first element."""
+
+    array: Array
+    offset: int
+
+
+Argument: TypeAlias = Array | View | int | float
+
+
+class Rows(NamedTuple):
+    """Rows first, first + step, ... of a matrix [rows, cols], `count` of them."""
+
+    data: Array
+    first: int
+    step: int
+    count: int
+
+    @property
+    def start(self) -> View:
+        """The first row."""
+        return View(self.data, self.first * self.data.strides[0])
+
+    @property
+    def stride(self) -> int:
+        """Elements from one row to the next."""
+        return self.step * self.data.shape[1]
+
 
 _MATRIX = "arena offsets starts columns blocks cols values scales tokens y! y_tokens y_rows"
 _FIELDS = {
     "quantize": "x x_stride cols groups values! scales! tokens",
     "gemv": _MATRIX,
     "gemm": f"{_MATRIX} codes total",
+    "dense": "x x_stride x_rows w cols y! y_cols",
+    "bias": "y! bias cols",
+    "embedding": "ids table cols y!",
+    "rms_norm": "x cols gain eps y!",
+    "silu": "x y! size",
+    "add": "x z y! size",
+    "mul": "x z y! size",
+    "silu_mul": "x z y! size",
+    "positions": "state count y!",
+    "rope": "x positions table heads d half y!",
+    "store_keys": "state count x groups d keys!",
+    "store_values": "state count x groups d values!",
+    "attention": "state count q heads groups d e keys values scale window softcap y!",
 }
 """Kind of kernel -> its arguments in order; it writes those with an exclamation mark."""
 
@@ -37,6 +79,19 @@ WRITTEN: dict[str, frozenset[str]] = {
 CODE, ITEMS, SYNC, HEAD = 0, 1, 2, 3
 """Columns of a row: kernel number, work items, wait for all threads first; then the arguments."""
 WIDTH = HEAD + max(map(len, FIELDS.values()))
+DENSE_TYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+"""The types of dense matrices that kernels read, as safetensors and as the kernels name them."""
+ELEMENTS = 1024
+"""Numbers that one item of an elementwise kernel covers."""
+DENSE_ROWS = 8
+"""Rows of the matrix that one item of the dense kernel covers."""
+KEY_BLOCK, VALUE_PAD, SCORE_ROWS = 32, 32, 4
+"""The cache: positions of a block of keys, what the channels of values are padded to a multiple of,
+queries that an item of attention covers. `codegen/tvm/attention.py` has the layout."""
+PAST, CAPACITY, SCORES, PADS = 0, 1, 2, 3
+"""The state of a cache, int64: positions held, padding included; room for positions; the address of
+the scores f32[threads, SCORE_ROWS, capacity]; then the padding of each row of the batch, and the
+addresses of the arrays of keys and of values of each layer."""
 COUNTER_STRIDE = 8
 """int64 between the counters of two threads: a cache line each."""
 
@@ -61,11 +116,16 @@ class Program:
 
         An array stands for its address, a float for its float32 bits. The step waits for the other
         threads if it touches an array that a step since the last wait has written, or writes one
-        that such a step has read; arrays are told apart by their first element.
+        that such a step has read; arrays are told apart by their first elements.
         """
         if arguments.keys() != set(FIELDS[kind]):
             raise ValueError(f"{kind} takes {FIELDS[kind]}, not {tuple(arguments)}")
-        arrays = {name: _address(x) for name, x in arguments.items() if isinstance(x, np.ndarray)}
+        touched = {
+            name: value.array if isinstance(value, View) else value
+            for name, value in arguments.items()
+            if isinstance(value, (np.ndarray, View))
+        }
+        arrays = {name: _address(array) for name, array in touched.items()}
         writes = {arrays[name] for name in WRITTEN[kind]}
         reads = set(arrays.values()) - writes
         sync = bool(writes & (self._read | self._written) or reads & self._written)
@@ -73,11 +133,15 @@ class Program:
             self._read, self._written = set(), set()
         self._read |= reads
         self._written |= writes
-        self._kept += [x for x in arguments.values() if isinstance(x, np.ndarray)]
+        self._kept += touched.values()
         values = [_encode(arguments[name]) for name in FIELDS[kind]]
         padding = [0] * (WIDTH - HEAD - len(values))
         self._rows.append([code, items, int(sync), *values, *padding])
         self.work += work
+
+    def __len__(self) -> int:
+        """Steps so far."""
+        return len(self._rows)
 
     @cached_property
     def table(self) -> NDArray[np.int64]:
@@ -92,6 +156,8 @@ def _address(array: Array) -> int:
 def _encode(value: Argument) -> int:
     if isinstance(value, np.ndarray):
         return _address(value)
+    if isinstance(value, View):
+        return _address(value.array) + value.offset
     if isinstance(value, float):
         return struct.unpack("<i", struct.pack("<f", value))[0]
     return int(value)

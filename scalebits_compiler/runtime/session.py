@@ -6,14 +6,14 @@ import time
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from scalebits_compiler.errors import ArtifactError, UsageError
 from scalebits_compiler.runtime.artifact import Artifact
-from scalebits_compiler.runtime.cache import KVCache
+from scalebits_compiler.runtime.cache import KVCache, NativeCache
 from scalebits_compiler.runtime.manifest import COMPILE_AGAIN, Plan, Step
 from scalebits_compiler.runtime.ops import Frame
 from scalebits_compiler.runtime.variants import ACTIVATIONS, EXACT
@@ -24,9 +24,11 @@ if TYPE_CHECKING:
 
     from scalebits_compiler.runtime.generate import Generation, Prompts
     from scalebits_compiler.runtime.kernels import KernelLibrary
+    from scalebits_compiler.runtime.native import NativeModel
 
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
+Cache: TypeAlias = KVCache | NativeCache
 
 
 def load(
@@ -96,6 +98,7 @@ class Session:
     """Runs one artifact. Made by `load`; safe to use for several caches in turn.
 
     variant: which compiled kernels run ("reference": none, packed matrices are dequantized).
+    execution: "native" (a step is one call of compiled code), or "step by step" in numpy and why.
     vocabulary: number of token ids. limit: longest sequence that the model knows, None if unknown.
     on_step: if set, called after every op with its name and the seconds it took.
     """
@@ -108,6 +111,7 @@ class Session:
         for step in self._plan.steps:
             if step.op == "qlinear" and library is not None:
                 self._weights.packed(step.weights[0])
+        self._native, self.execution = _native(self._plan, self._weights)
         self.vocabulary = self._vocabulary()
         self.limit: int | None = artifact.config.get("max_position_embeddings")
         self.on_step: Callable[[str, float], None] | None = None
@@ -119,20 +123,28 @@ class Session:
         ids that do not fit the model.
         """
         tokens = self._tokens(ids)
-        return self._run(tokens, None, self._pad(pad, tokens), last=False)
+        padded = self._pad(pad, tokens)
+        if self._native is not None:
+            cache = self._native.new_cache(len(tokens), padded, tokens.shape[1])
+            return self._native.run(tokens, cache, last=False)
+        return self._run(tokens, None, padded, last=False)
 
     def prefill(
         self, ids: ArrayLike, pad: ArrayLike | None = None, capacity: int = 0
-    ) -> tuple[F32, KVCache]:
+    ) -> tuple[F32, Cache]:
         """Logits f32[batch, vocabulary] after the last id of each row, and a cache to go on with.
 
         pad as in `forward`; capacity: positions to make room for.
         """
         tokens = self._tokens(ids)
-        cache = KVCache(self._pad(pad, tokens), capacity)
+        padded, room = self._pad(pad, tokens), max(capacity, tokens.shape[1])
+        if self._native is not None:
+            cache: Cache = self._native.new_cache(len(tokens), padded, room)
+        else:
+            cache = KVCache(padded, room)
         return self._extend(tokens, cache), cache
 
-    def decode(self, ids: ArrayLike, cache: KVCache) -> F32:
+    def decode(self, ids: ArrayLike, cache: Cache) -> F32:
         """Logits f32[batch, vocabulary] after one more token i64[batch]; the cache grows by it."""
         return self._extend(self._tokens(np.asarray(ids)[:, None], cache.length), cache)
 
@@ -179,8 +191,13 @@ class Session:
                 return frozenset([found] if isinstance(found, int) else found)
         return frozenset()
 
-    def _extend(self, tokens: I64, cache: KVCache) -> F32:
-        logits = self._run(tokens, cache, cache.pad, last=True)
+    def _extend(self, tokens: I64, cache: Cache) -> F32:
+        if self._native is not None and isinstance(cache, NativeCache):
+            logits = self._native.run(tokens, cache, last=True)
+        elif isinstance(cache, KVCache):
+            logits = self._run(tokens, cache, cache.pad, last=True)
+        else:
+            raise UsageError("the cache is of another session")
         cache.advance(tokens.shape[1])
         return logits[:, -1]
 
@@ -245,6 +262,19 @@ class Session:
             if step.op == "embedding" and step.inputs[0] == self._plan.input:
                 return self.artifact.manifest.weights[step.weights[0]].shape[0]
         raise ArtifactError(f"{self.artifact.path}: the plan has no embedding", help=COMPILE_AGAIN)
+
+
+def _native(plan: Plan, weights: Weights) -> tuple[NativeModel | None, str]:
+    """The plan on native kernels, or None where an op has none, and how it runs."""
+    if weights.library is None:
+        return None, "step by step"
+    from scalebits_compiler.runtime.native import NativeModel
+    from scalebits_compiler.runtime.native_ops import NotNative
+
+    try:
+        return NativeModel(plan, weights, weights.library), "native"
+    except NotNative as reason:
+        return None, f"step by step: no native kernel for {reason}"
 
 
 def runnable(artifact: Artifact) -> Plan:

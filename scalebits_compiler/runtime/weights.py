@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from scalebits_compiler.runtime.artifact import Artifact, PackedMatrix
+from scalebits_compiler.runtime.artifact import Artifact, PackedMatrix, StoredTensor
 
 if TYPE_CHECKING:
     from scalebits_compiler.runtime.kernels import KernelLibrary, PackedLinear
@@ -82,9 +82,20 @@ class Weights:
         """A dense weight as stored."""
         return self._artifact.tensors[symbol].data
 
+    def stored(self, symbol: str) -> StoredTensor:
+        """A dense weight as it is mapped, and its type."""
+        return self._artifact.tensors[symbol]
+
     def group(self, symbol: str) -> int:
         """Columns per scale of a packed matrix."""
         return self._artifact.manifest.weights[symbol].group or 0
+
+    def compiled(self, symbol: str) -> PackedLinear:
+        """A packed matrix that kernels are there for."""
+        matrix = self.packed(symbol)
+        if isinstance(matrix, DequantizedLinear):
+            raise TypeError(f"{symbol} has no kernels")
+        return matrix
 
     def packed(self, symbol: str) -> PackedLinear | DequantizedLinear:
         """A packed matrix, ready to be applied."""

@@ -142,6 +142,60 @@ def _qlinear(b, name, x, rows, cols, bias=False):
     return b.op(f"qlinear {x}, @{name}{extra}", f"f32[?, ?, {rows}]")
 
 
+class Float64:
+    """The same model in float64, written from the formulas, one row at a time without a cache."""
+
+    def __init__(self, module, shape):
+        self.module, self.shape = module, shape
+
+    def weight(self, name):
+        weight = self.module.weight(name)
+        data = self.module.resources.torch(weight.data.key)
+        if weight.type.dtype != "packed":
+            return data.double().numpy()
+        layout = BlockLayout(*weight.type.static_shape(), *weight.block, weight.group)
+        return layout.dequantize(data.numpy(), self.module.bits(weight)).astype(np.float64)
+
+    def norm(self, x, name):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + self.shape.eps) * self.weight(name)
+
+    def heads(self, y, name, part, count):
+        out = y @ self.weight(f"{name}.{part}").T
+        if self.shape.bias:
+            out = out + self.weight(f"{name}.{part}.bias")
+        out = out.reshape(len(y), count, -1).transpose(1, 0, 2)
+        if part == "v":
+            return out
+        if self.shape.qk_norm:
+            out = self.norm(out, f"{name}.{part}norm")
+        angle = np.arange(len(y))[:, None] * self.weight("frequency")
+        turned = np.exp(1j * angle) * (out[..., : angle.shape[1]] + 1j * out[..., angle.shape[1] :])
+        return np.concatenate([turned.real, turned.imag], -1)
+
+    def attention(self, y, name):
+        s, length = self.shape, len(y)
+        q = self.heads(y, name, "q", s.heads)
+        k, v = (
+            np.repeat(self.heads(y, name, part, s.groups), s.heads // s.groups, 0) for part in "kv"
+        )
+        score = q @ k.transpose(0, 2, 1) * s.head_dim**-0.5
+        back = np.arange(length)[:, None] - np.arange(length)
+        score = np.where((back >= 0) & ((back < s.window) | (s.window == 0)), score, -np.inf)
+        weight = np.exp(score - score.max(-1, keepdims=True))
+        mixed = weight / weight.sum(-1, keepdims=True) @ v
+        return mixed.transpose(1, 0, 2).reshape(length, -1) @ self.weight(f"{name}.o").T
+
+    def __call__(self, row):
+        x = self.weight("embed")[row]
+        for layer in range(self.shape.layers):
+            name = f"layers.{layer}"
+            x = x + self.attention(self.norm(x, f"{name}.norm1"), name)
+            y = self.norm(x, f"{name}.norm2")
+            gate, up = (y @ self.weight(f"{name}.{part}").T for part in ("gate", "up"))
+            x = x + (gate / (1 + np.exp(-gate)) * up) @ self.weight(f"{name}.down").T
+        return self.norm(x, "norm") @ self.weight("head").T
+
+
 def provenance():
     return Provenance("pack-blocks", 0, "0.1.0", "tiny", {"model.safetensors": "0" * 64}, {})
 
@@ -177,3 +231,8 @@ def write(tmp_path):
         return out
 
     return _write
+
+
+@pytest.fixture(scope="session")
+def float64():
+    return Float64

@@ -5,26 +5,57 @@ from __future__ import annotations
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tvm
 from tvm.ir import GlobalVar
 
+from scalebits_compiler.codegen.tvm.attention import (
+    build_attention,
+    build_positions,
+    build_store_keys,
+    build_store_values,
+)
+from scalebits_compiler.codegen.tvm.dense import build_dense
 from scalebits_compiler.codegen.tvm.entry import build_run
 from scalebits_compiler.codegen.tvm.gemm import build_gemm
 from scalebits_compiler.codegen.tvm.gemv import build_gemv
 from scalebits_compiler.codegen.tvm.quantize import build_quantize
+from scalebits_compiler.codegen.tvm.rows import (
+    ELEMENTWISE,
+    build_bias,
+    build_elementwise,
+    build_embedding,
+    build_rms_norm,
+    build_rope,
+)
 from scalebits_compiler.codegen.tvm.spec import (
     KernelSpec,
+    OpSpec,
     host_variants,
     run_symbol,
     threads_meet,
 )
 from scalebits_compiler.errors import TargetError
 
-BUILDERS = {"gemv": build_gemv, "gemm": build_gemm, "quantize": build_quantize}
+BUILDERS: dict[str, Callable[[Any], Any]] = {
+    "quantize": build_quantize,
+    "gemv": build_gemv,
+    "gemm": build_gemm,
+    "dense": build_dense,
+    "embedding": build_embedding,
+    "bias": build_bias,
+    "rms_norm": build_rms_norm,
+    "rope": build_rope,
+    "positions": build_positions,
+    "store_keys": build_store_keys,
+    "store_values": build_store_values,
+    "attention": build_attention,
+    **dict.fromkeys(ELEMENTWISE, build_elementwise),
+}
+"""Kind of kernel -> the function that writes it. `runtime/program.py` has their arguments."""
 LINKERS: dict[str, tuple[str, ...]] = {
     "ld": (),
     "ld.lld": (),
@@ -36,7 +67,7 @@ LINKERS: dict[str, tuple[str, ...]] = {
 
 
 def compile_kernels(
-    specs_by_variant: Mapping[str, Sequence[KernelSpec]], out_path: Path
+    specs_by_variant: Mapping[str, Sequence[KernelSpec | OpSpec]], out_path: Path
 ) -> dict[str, str]:
     """Compile all specs to the shared object `out_path`; return the TVM script of each by key.
 
@@ -66,7 +97,7 @@ def _check_standalone(library: Path) -> None:
         )
 
 
-def build_functions(variant: str, specs: Sequence[KernelSpec]) -> dict[GlobalVar, Any]:
+def build_functions(variant: str, specs: Sequence[KernelSpec | OpSpec]) -> dict[GlobalVar, Any]:
     """The TVM functions of specs, and of `run`, which calls them by their number."""
     functions = {GlobalVar(spec.key): BUILDERS[spec.kind](spec) for spec in specs}
     symbol = run_symbol(variant)

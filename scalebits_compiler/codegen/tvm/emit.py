@@ -116,6 +116,13 @@ class Scalar:
         T.buffer_store(self.buffer, value, [0])
 
 
+def opaque(value: Expr) -> Expr:
+    """An int64 that TVM's simplifier does not look into: chains of quotients take it minutes."""
+    variable = Scalar()
+    variable.set(value)
+    return T.bind(variable.get())
+
+
 def load_words(arena: Expr, at: Expr, bits: int) -> list[Expr]:
     """The vectors of a unit at byte `at`, as uint32x16."""
     dtype = f"uint8x{VECTOR_BYTES}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -112,14 +112,47 @@ class KernelSpec:
         return 2 if self.mode == "int16" else 1
 
 
-def select_specs(
-    matrices: Sequence[tuple[BlockLayout, NDArray[np.uint8]]],
-) -> tuple[dict[str, list[KernelSpec]], dict[str, Any]]:
-    """The kernels for packed matrices, each given as its layout and u8 bit grid.
+@dataclass(frozen=True)
+class OpSpec:
+    """A kernel of any other op. `dtype` is that of the dense weight it reads, if any."""
 
-    Returns the specs by variant, and the JSON-able dispatch table for the manifest. Matrices of the
-    same panel height, group and block columns share kernels, which then know the widths of all of
-    them. Raises `TargetError` if there are no matrices.
+    variant: str
+    kind: str
+    dtype: str = ""
+
+    @property
+    def key(self) -> str:
+        """Symbol, file and cache name."""
+        return f"scalebits_{self.variant}_{self.kind}{f'_{self.dtype}' if self.dtype else ''}"
+
+    @property
+    def wide(self) -> bool:
+        """Whether there are 32 registers of 512 bits, else 16 of 256 are assumed."""
+        return "avx512f" in host_variants()[self.variant].features
+
+
+OPS = (
+    *("positions", "rms_norm", "rope", "store_keys", "store_values", "attention"),
+    *("bias", "silu", "add", "mul", "silu_mul"),
+)
+TABLE_OPS = ("embedding", "dense")
+
+
+def op_specs(variant: str, dtypes: Iterable[str]) -> list[OpSpec]:
+    """The kernels of every op that is not a packed matrix; of dense ones for some dtypes."""
+    tables = [OpSpec(variant, kind, dtype) for kind in TABLE_OPS for dtype in sorted(dtypes)]
+    return [*(OpSpec(variant, kind) for kind in OPS), *tables]
+
+
+def select_specs(
+    matrices: Sequence[tuple[BlockLayout, NDArray[np.uint8]]], dtypes: Iterable[str] = ()
+) -> tuple[dict[str, list[KernelSpec | OpSpec]], dict[str, Any]]:
+    """The kernels for packed matrices, each given as its layout and u8 bit grid, and all other ops.
+
+    dtypes: of the dense matrices, "float32", "bfloat16", "float16". Returns the specs by variant,
+    and the JSON-able dispatch table for the manifest. Matrices of the same panel height, group and
+    block columns share kernels, which then know the widths of all of them. Raises `TargetError` if
+    there are no matrices.
     """
     if not matrices:
         raise TargetError("the model has no packed matrix, so there is no kernel to generate")
@@ -128,7 +161,7 @@ def select_specs(
         shape = (layout.group, layout.panel, layout.block_cols)
         shapes.setdefault(shape, set()).update(np.unique(bits).tolist())
     groups = sorted({group for group, _, _ in shapes})
-    specs: dict[str, list[KernelSpec]] = {}
+    specs: dict[str, list[KernelSpec | OpSpec]] = {}
     for name, variant in host_variants().items():
         kernels = specs.setdefault(name, [])
         for mode in variant.modes:
@@ -137,16 +170,18 @@ def select_specs(
                 bits = tuple(sorted(widths))
                 kernels.append(KernelSpec(name, "gemv", mode, group, panel, cols, bits))
                 kernels.append(KernelSpec(name, "gemm", mode, group, panel, cols, bits))
+        kernels += op_specs(name, dtypes)
     return specs, _dispatch(specs)
 
 
-def _dispatch(specs: dict[str, list[KernelSpec]]) -> dict[str, Any]:
+def _dispatch(specs: dict[str, list[KernelSpec | OpSpec]]) -> dict[str, Any]:
     variants = []
     for name, variant in host_variants().items():
         kernels = [asdict(spec) | {"symbol": spec.key} for spec in specs[name]]
         for kernel in kernels:
             del kernel["variant"]
-            kernel["bits"] = list(kernel["bits"])
+            if "bits" in kernel:
+                kernel["bits"] = list(kernel["bits"])
         variants.append(
             {
                 "name": name,

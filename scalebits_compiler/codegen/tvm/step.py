@@ -51,6 +51,10 @@ class Arguments:
     def _raw(self, name: str) -> Expr:
         return self._row[HEAD + self._fields.index(name)]
 
+    def has(self, name: str) -> bool:
+        """Whether the kernel has this argument."""
+        return name in self._fields
+
     def int(self, name: str) -> Expr:
         """An integer."""
         return T.bind(self._raw(name), var=Var(name, "int64"))

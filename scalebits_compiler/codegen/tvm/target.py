@@ -12,6 +12,7 @@ from scalebits_compiler.codegen.target import Built, Target
 from scalebits_compiler.errors import TargetError
 from scalebits_compiler.numerics.layout import BlockLayout
 from scalebits_compiler.runtime.manifest import Kernels
+from scalebits_compiler.runtime.program import DENSE_TYPES
 
 if TYPE_CHECKING:
     from scalebits_compiler.ir.module import Module
@@ -53,8 +54,16 @@ class CpuTarget(Target):
             rows, columns = weight.type.static_shape()
             layout = BlockLayout(rows, columns, *weight.block, weight.group)
             matrices.append((layout, module.bits(weight)))
-        specs, dispatch = select_specs(matrices)
+        specs, dispatch = select_specs(matrices, _dense_types(module))
         library = folder / "cpu.so"
         sources = compile_kernels(specs, library)
         texts = {f"kernels/{key}.py": text.encode() for key, text in sources.items()}
         return Built(plan, Kernels(LIBRARY, dispatch), {LIBRARY: library}, texts)
+
+
+def _dense_types(module: Module) -> set[str]:
+    """The types of the dense matrices as they are stored, of those that kernels read."""
+    ops = [op for op in module.function.ops if op.name in ("embedding", "linear")]
+    matrices = [module.weight(next(iter(op.symbols()))) for op in ops]
+    found = {module.resources.dtype(weight.data.key) for weight in matrices if weight.data}
+    return {DENSE_TYPES[dtype] for dtype in found & DENSE_TYPES.keys()}

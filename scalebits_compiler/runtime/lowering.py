@@ -1,0 +1,100 @@
+"""One program of a plan: its steps for a given number of tokens, and the arrays they work on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scalebits_compiler.runtime.kernels import QuantizedInput
+from scalebits_compiler.runtime.manifest import Plan
+from scalebits_compiler.runtime.native_ops import RULES, Value, fuse
+from scalebits_compiler.runtime.program import PADS, Argument, Program, Rows
+
+if TYPE_CHECKING:
+    from scalebits_compiler.runtime.native import NativeModel
+
+F32 = NDArray[np.float32]
+I64 = NDArray[np.int64]
+
+
+class Lowering:
+    """The program of `model`'s plan for `batch` x `count` new tokens.
+
+    With `last` the final product is computed for the last position of each row only. Before a run,
+    `ids` i64[tokens, 1] and `state` (that of the cache) are filled in; then `output` holds the
+    logits. steps: the step of the plan, by number, that each row of the program comes from.
+    """
+
+    def __init__(self, model: NativeModel, batch: int, count: int, last: bool) -> None:
+        plan = model.plan
+        self.model, self.batch, self.count = model, batch, count
+        self.program = Program()
+        self.values: dict[str, Value] = {}
+        self.steps: list[int] = []
+        self._last_of = plan.steps[-1].inputs[0] if last and _is_product(plan) else None
+        self._quantized: dict[tuple[str, int], QuantizedInput] = {}
+        self._pool: dict[tuple[tuple[int, ...], str], list[NDArray[Any]]] = {}
+        layers = sum(step.op == "attention" for step in plan.steps)
+        self.ids: I64 = np.zeros((self.tokens, 1), np.int64)
+        self.state: I64 = np.zeros(PADS + batch + 2 * layers, np.int64)
+        self._lower(plan)
+        self.output: F32 = self.values[plan.output].data
+        if last and self._last_of is None:
+            self.output = self.output.reshape(batch, count, -1)[:, -1]
+
+    @property
+    def tokens(self) -> int:
+        """New tokens of the whole batch, padding included."""
+        return self.batch * self.count
+
+    def _lower(self, plan: Plan) -> None:
+        self.values[plan.input] = Value(self.ids)
+        for index, step in enumerate(fuse(plan.steps)):
+            self.values[step.out] = RULES[step.op](self, step)
+            self.steps += [index] * (len(self.program) - len(self.steps))
+            for name in step.free:
+                self._drop(name)
+
+    def add(
+        self, kind: str, items: int, dtype: str = "", work: int = 0, **fields: Argument
+    ) -> None:
+        """Add a step of an op's kernel. work: its multiply-adds, where they are many."""
+        number = self.model.library.op_number(kind, dtype)
+        self.program.add(number, kind, items, fields, work)
+
+    def new(self, shape: tuple[int, ...], dtype: str = "float32") -> NDArray[Any]:
+        """An array that no live value uses."""
+        free = self._pool.get((shape, dtype))
+        return free.pop() if free else np.zeros(shape, dtype)
+
+    def rows(self, name: str) -> Rows:
+        """The rows of a value that its reader needs: all, or those of the last positions."""
+        data = self.values[name].data
+        if name == self._last_of:
+            return Rows(data, self.count - 1, self.count, self.batch)
+        return Rows(data, 0, 1, len(data))
+
+    def quantized(self, name: str, group: int) -> QuantizedInput:
+        """A value quantised once for all matrices that read it."""
+        key = (name, group)
+        if key not in self._quantized:
+            library, rows = self.model.library, self.rows(name)
+            self._quantized[key] = library.add_quantize(self.program, rows, group, self.new)
+        return self._quantized[key]
+
+    def _drop(self, name: str) -> None:
+        """The arrays of a value may be used again, unless another value has the same ones."""
+        value = self.values.pop(name)
+        shared = [self.ids, *(other.data for other in self.values.values())]
+        arrays = [] if any(value.data is data for data in shared) else [value.data]
+        for key in [key for key in self._quantized if key[0] == name]:
+            quantized = self._quantized.pop(key)
+            arrays += [quantized.values, quantized.scales]
+        for array in arrays:
+            self._pool.setdefault((array.shape, array.dtype.name), []).append(array)
+
+
+def _is_product(plan: Plan) -> bool:
+    return plan.steps[-1].op in ("linear", "qlinear")

@@ -1,0 +1,95 @@
+"""A plan on native kernels: one call of the kernel library runs a whole step (layer L1)."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scalebits_compiler.runtime.cache import NativeCache
+from scalebits_compiler.runtime.kernels import KernelLibrary
+from scalebits_compiler.runtime.lowering import Lowering
+from scalebits_compiler.runtime.manifest import Plan
+from scalebits_compiler.runtime.native_ops import RULES, NotNative
+from scalebits_compiler.runtime.program import PAST
+from scalebits_compiler.runtime.weights import Weights
+
+F32 = NDArray[np.float32]
+I64 = NDArray[np.int64]
+
+_PROGRAMS = 4
+"""Programs that are kept, each for one shape of token ids: with its arrays it can be large."""
+_PIECE = 256
+"""Positions whose rotations are computed at once."""
+
+
+class NativeModel:
+    """Runs a plan on the kernels of a library. Raises `NotNative` for a plan that it cannot run.
+
+    shapes: of every attention layer the key-value heads, the channels of a key and of a value.
+    """
+
+    def __init__(self, plan: Plan, weights: Weights, library: KernelLibrary) -> None:
+        missing = sorted({step.op for step in plan.steps} - RULES.keys())
+        if missing:
+            raise NotNative(", ".join(missing))
+        self.plan, self.weights, self.library = plan, weights, library
+        self.shapes: dict[int, tuple[int, int, int]] = {}
+        self._rotations: dict[tuple[str, float], F32] = {}
+        self._positions = 0
+        self._programs: dict[tuple[int, int, bool], Lowering] = {}
+        self._reserve_positions(1)
+        self.lowered(1, 1, last=True)
+
+    def new_cache(self, batch: int, pad: I64 | None, capacity: int) -> NativeCache:
+        """An empty cache for `batch` rows."""
+        shapes = [self.shapes[layer] for layer in sorted(self.shapes)]
+        return NativeCache(shapes, batch, pad, capacity, self.library.threads)
+
+    def run(self, tokens: I64, cache: NativeCache, last: bool) -> F32:
+        """Logits f32[batch, positions, vocabulary] of new tokens i64[batch, sequence].
+
+        Fills the cache behind its length, which stays. With `last`, of the last position only.
+        """
+        batch, count = tokens.shape
+        cache.reserve(cache.length + count)
+        self._reserve_positions(cache.length + count)
+        lowered = self.lowered(batch, count, last)
+        lowered.ids[:] = tokens.reshape(-1, 1)
+        lowered.state[:] = cache.state
+        lowered.state[PAST] = cache.length
+        self.library.run(lowered.program)
+        return lowered.output.reshape(batch, 1 if last else count, -1).copy()
+
+    def lowered(self, batch: int, count: int, last: bool) -> Lowering:
+        """The program for `batch` x `count` new tokens."""
+        key = (batch, count, last)
+        found = self._programs.pop(key, None)
+        if found is None:
+            while len(self._programs) >= _PROGRAMS:
+                del self._programs[next(iter(self._programs))]
+            found = Lowering(self, batch, count, last)
+        self._programs[key] = found  # now the latest
+        return found
+
+    def rotations(self, frequency: str, scaling: float) -> F32:
+        """f32[positions, 2, d/2]: cos and sin for the positions reserved so far.
+
+        Made in pieces of equal size: numpy may round the last elements of an array differently.
+        """
+        found = self._rotations.get((frequency, scaling))
+        if found is None:
+            # In float32, as the model was trained: the angles themselves are rounded.
+            frequencies, pieces = self.weights.float32(frequency), []
+            for start in range(0, self._positions, _PIECE):
+                positions = np.arange(start, start + _PIECE, dtype=np.float32)
+                angles = positions[:, None] * frequencies
+                pieces.append(np.stack((np.cos(angles), np.sin(angles)), 1) * np.float32(scaling))
+            found = self._rotations[frequency, scaling] = np.concatenate(pieces)
+        return found
+
+    def _reserve_positions(self, count: int) -> None:
+        """Programs point to the rotations, so longer tables of them need new programs."""
+        if count > self._positions:
+            self._positions = -(-max(count, 2 * self._positions) // _PIECE) * _PIECE
+            self._rotations.clear()
+            self._programs.clear()

@@ -1,0 +1,170 @@
+"""A plan on native kernels: every family against float64, bit-equal rows, threads, what is said."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from scalebits_compiler.ir.parser import parse_module
+from scalebits_compiler.ir.resources import ResourceStore
+from scalebits_compiler.numerics.layout import BlockLayout
+from scalebits_compiler.runtime import kernels, native
+from scalebits_compiler.runtime.cpu_features import cpu_features
+from scalebits_compiler.runtime.manifest import Kernels
+from scalebits_compiler.runtime.native_ops import NotNative
+from scalebits_compiler.runtime.session import load
+
+pytest.importorskip("tvm", reason="the kernel compiler needs apache-tvm")
+from scalebits_compiler.codegen.tvm.build import compile_kernels
+from scalebits_compiler.codegen.tvm.spec import select_specs
+
+PLAIN = cpu_features() - {"avx512_vnni"}
+SHAPES = {
+    "llama": {},
+    "qwen3": {"qk_norm": True},
+    "qwen2": {"bias": True, "groups": 1},
+    "mistral": {"window": 5, "groups": 4},
+    # Sizes that no vector fits, and many queries for one key-value head.
+    "odd": {"heads": 7, "groups": 1, "head_dim": 38, "hidden": 75, "vocab": 61},
+}
+
+
+def close(found, expected, tolerance):
+    assert found.dtype == np.float32
+    error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+    assert error < tolerance, error
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory, build_module, module_shape):
+    """(modules and shapes by name, kernels, files): one library for all of them."""
+    shapes = {name: module_shape(**changes) for name, changes in SHAPES.items()}
+    modules = {name: build_module(shape) for name, shape in shapes.items()}
+    matrices = [
+        (BlockLayout(*w.type.static_shape(), *w.block, w.group), module.bits(w))
+        for module in modules.values()
+        for w in module.quantized()
+    ]
+    specs, dispatch = select_specs(matrices, ["bfloat16", "float16"])
+    path = tmp_path_factory.mktemp("native") / "cpu.so"
+    compile_kernels(specs, path)
+    return modules, shapes, Kernels("kernels/cpu.so", dispatch), {"kernels/cpu.so": path}
+
+
+@pytest.fixture(params=SHAPES)
+def case(built, float64, write, request):
+    """(artifact, the same model in float64)."""
+    modules, shapes, table, files = built
+    module = modules[request.param]
+    return write(module, kernels=table, files=files), float64(module, shapes[request.param])
+
+
+@pytest.fixture(params=["best", "plain"])
+def session(case, request):
+    found = load(case[0], features=PLAIN if request.param == "plain" else None)
+    assert found.execution == "native"
+    return found
+
+
+@pytest.fixture
+def ids():
+    return np.random.default_rng(5).integers(0, 61, (3, 45))
+
+
+def test_forward_equals_float64(case, session, ids):
+    tolerance = 1e-5 if session.variant == "plain" else 3e-4
+    close(session.forward(ids[:2]), np.stack([case[1](row) for row in ids[:2]]), tolerance)
+
+
+def test_a_row_is_the_same_bit_for_bit_however_it_is_computed(session, ids):
+    """Alone, in a batch, padded, in one pass, token by token."""
+    session.limit = 1000  # the cache grows while it is used, over several blocks of keys
+    expected = session.forward(ids)
+    pad = np.array([0, 3, 37])
+    padded = np.zeros_like(ids)
+    for row, count in enumerate(pad):
+        padded[row, count:] = ids[row, : 45 - count]
+    found = session.forward(padded, pad)
+    logits, cache = session.prefill(padded[:, :40], pad)
+    for row, count in enumerate(pad):
+        np.testing.assert_array_equal(session.forward(ids[row : row + 1])[0], expected[row])
+        np.testing.assert_array_equal(found[row, count:], expected[row, : 45 - count])
+        np.testing.assert_array_equal(logits[row], expected[row, 39 - count])
+    assert np.isfinite(found).all()
+    for position in range(40, 45):
+        logits = session.decode(padded[:, position], cache)
+        np.testing.assert_array_equal(logits, found[:, position])
+
+
+def test_threads_change_nothing(case, ids, monkeypatch):
+    monkeypatch.setattr(kernels, "THREAD_WORK", 0)
+    alone = load(case[0], threads=1)
+    for threads in (2, 3):
+        session = load(case[0], threads=threads)
+        np.testing.assert_array_equal(session.forward(ids), alone.forward(ids))
+        logits, cache = session.prefill(ids[:, :3])
+        other_logits, other = alone.prefill(ids[:, :3])
+        np.testing.assert_array_equal(logits, other_logits)
+        for position in range(3, 12):
+            found = session.decode(ids[:, position], cache)
+            np.testing.assert_array_equal(found, alone.decode(ids[:, position], other))
+
+
+def test_what_is_not_native_runs_step_by_step_and_says_so(case, ids, monkeypatch):
+    fast = load(case[0], features=PLAIN)
+
+    def refuse(*_):
+        raise NotNative("gelu")
+
+    monkeypatch.setattr(native, "NativeModel", refuse)
+    slow = load(case[0], features=PLAIN)
+    assert slow.execution == "step by step: no native kernel for gelu"
+    close(slow.forward(ids), fast.forward(ids), 1e-5)
+    logits, cache = slow.prefill(ids[:, :4])
+    close(logits, fast.forward(ids[:, :4])[:, -1], 1e-5)
+    close(slow.decode(ids[:, 4], cache), fast.forward(ids[:, :5])[:, -1], 1e-5)
+
+
+def test_many_programs_and_long_texts(case):
+    """Shapes come and go; the table of rotations grows under a live cache."""
+    session = load(case[0])
+    session.limit = None
+    ids = np.random.default_rng(1).integers(0, 61, (1, 600))
+    expected = session.forward(ids)
+    logits, cache = session.prefill(ids[:, :250])
+    np.testing.assert_array_equal(logits[0], expected[0, 249])
+    for count in (1, 2, 3, 4, 5, 6, 7):
+        session.forward(ids[:, :count])
+    for position in range(250, 262):
+        found = session.decode(ids[:, position], cache)
+        np.testing.assert_array_equal(found[0], expected[0, position])
+
+
+UNEVEN = """module @m {{facts = ["bits", "packed"]}} {{
+  perm @p : i32[6] {{data = [2, 0, 1, 5, 3, 4]}}
+  weight @embed : f32[9, 6] {{data = resource("embed")}}
+  func @forward(%ids: i64[?, ?]) -> f32[?, ?, 6] {{
+    %0 = embedding %ids, @embed : f32[?, ?, 6]
+    %1 = {op}
+    return %1
+  }}
+}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("op", "dtype", "why"),
+    [
+        ('permute %0 {axis = 2, order = "6@p"} : f32[?, ?, 6@p]', np.float32, "permute"),
+        ("silu %0 : f32[?, ?, 6]", np.float64, "F64"),
+    ],
+)
+def test_a_plan_that_is_not_native_is_named(built, write, op, dtype, why):
+    torch = pytest.importorskip("torch")
+    _, _, table, files = built
+    store = ResourceStore({"embed": torch.from_numpy(np.ones((9, 6), dtype))})
+    module = replace(parse_module(UNEVEN.format(op=op))[0], resources=store)
+    session = load(write(module, kernels=table, files=files))
+    assert session.execution.startswith("step by step: no native kernel for ")
+    assert why in session.execution
+    assert session.forward([[1, 2]]).shape == (1, 2, 6)
