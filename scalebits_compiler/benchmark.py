@@ -20,9 +20,8 @@ from numpy.typing import NDArray
 from scalebits_compiler.errors import UsageError
 from scalebits_compiler.passes.base import Progress, no_progress
 from scalebits_compiler.runtime.artifact import Artifact
-from scalebits_compiler.runtime.cache import KVCache
 from scalebits_compiler.runtime.manifest import Manifest
-from scalebits_compiler.runtime.session import Session, load
+from scalebits_compiler.runtime.session import Cache, Session, load
 from scalebits_compiler.runtime.variants import EXACT, choose_mode
 
 READ_BYTES = 256 << 20
@@ -111,7 +110,7 @@ def _run(session: Session, ids: NDArray[np.int64], prompt: int) -> tuple[float, 
     return middle - start, time.perf_counter() - middle
 
 
-def _decode(session: Session, ids: NDArray[np.int64], cache: KVCache) -> None:
+def _decode(session: Session, ids: NDArray[np.int64], cache: Cache) -> None:
     for token in ids:
         session.decode(token[None], cache)
 

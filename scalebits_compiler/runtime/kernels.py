@@ -150,7 +150,7 @@ class KernelLibrary:
 
         new(shape, dtype) makes the arrays of the result.
         """
-        tokens, cols = x.count, x.data.shape[1]
+        tokens, cols = x.total, x.data.shape[1]
         groups, tile = -(-cols // group), self.tile_tokens
         padded = tokens if tokens <= self.gemv_tokens else -(-tokens // tile) * tile
         planes, dtype = _PLANES[self.mode]

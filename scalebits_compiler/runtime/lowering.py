@@ -24,7 +24,8 @@ class Lowering:
 
     With `last` the final product is computed for the last position of each row only. Before a run,
     `ids` i64[tokens, 1] and `state` (that of the cache) are filled in; then `output` holds the
-    logits. steps: the step of the plan, by number, that each row of the program comes from.
+    logits. tables: packed tables, and where their rows of the token ids are expected: these are
+    looked up before the run. ops: the op that each step of the program belongs to.
     """
 
     def __init__(self, model: NativeModel, batch: int, count: int, last: bool) -> None:
@@ -32,7 +33,8 @@ class Lowering:
         self.model, self.batch, self.count = model, batch, count
         self.program = Program()
         self.values: dict[str, Value] = {}
-        self.steps: list[int] = []
+        self.ops: list[str] = []
+        self.tables: dict[str, F32] = {}
         self._last_of = plan.steps[-1].inputs[0] if last and _is_product(plan) else None
         self._quantized: dict[tuple[str, int], QuantizedInput] = {}
         self._pool: dict[tuple[tuple[int, ...], str], list[NDArray[Any]]] = {}
@@ -51,9 +53,9 @@ class Lowering:
 
     def _lower(self, plan: Plan) -> None:
         self.values[plan.input] = Value(self.ids)
-        for index, step in enumerate(fuse(plan.steps)):
+        for step in fuse(plan.steps):
             self.values[step.out] = RULES[step.op](self, step)
-            self.steps += [index] * (len(self.program) - len(self.steps))
+            self.ops += [step.op] * (len(self.program) - len(self.ops))
             for name in step.free:
                 self._drop(name)
 
@@ -68,6 +70,11 @@ class Lowering:
         """An array that no live value uses."""
         free = self._pool.get((shape, dtype))
         return free.pop() if free else np.zeros(shape, dtype)
+
+    def looked_up(self, symbol: str) -> F32:
+        """f32[tokens, cols]: the rows of a packed table for the token ids."""
+        cols = self.model.weights.shape(symbol)[1]
+        return self.tables.setdefault(symbol, np.zeros((self.tokens, cols), np.float32))
 
     def rows(self, name: str) -> Rows:
         """The rows of a value that its reader needs: all, or those of the last positions."""

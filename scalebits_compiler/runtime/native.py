@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from itertools import groupby
+from typing import TypeAlias
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -15,6 +20,7 @@ from scalebits_compiler.runtime.weights import Weights
 
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
+OnStep: TypeAlias = Callable[[str, float], None]
 
 _PROGRAMS = 4
 """Programs that are kept, each for one shape of token ids: with its arrays it can be large."""
@@ -45,10 +51,13 @@ class NativeModel:
         shapes = [self.shapes[layer] for layer in sorted(self.shapes)]
         return NativeCache(shapes, batch, pad, capacity, self.library.threads)
 
-    def run(self, tokens: I64, cache: NativeCache, last: bool) -> F32:
+    def run(
+        self, tokens: I64, cache: NativeCache, last: bool, on_step: OnStep | None = None
+    ) -> F32:
         """Logits f32[batch, positions, vocabulary] of new tokens i64[batch, sequence].
 
         Fills the cache behind its length, which stays. With `last`, of the last position only.
+        on_step: called with each op and its seconds; the program then runs op by op.
         """
         batch, count = tokens.shape
         cache.reserve(cache.length + count)
@@ -57,8 +66,21 @@ class NativeModel:
         lowered.ids[:] = tokens.reshape(-1, 1)
         lowered.state[:] = cache.state
         lowered.state[PAST] = cache.length
-        self.library.run(lowered.program)
+        for symbol, rows in lowered.tables.items():
+            rows[:] = self.weights.rows(symbol, lowered.ids[:, 0])
+        if on_step is None:
+            self.library.run(lowered.program)
+        else:
+            self._run_by_op(lowered, on_step)
         return lowered.output.reshape(batch, 1 if last else count, -1).copy()
+
+    def _run_by_op(self, lowered: Lowering, on_step: OnStep) -> None:
+        first = 0
+        for op, same in groupby(lowered.ops):
+            last, start = first + len(list(same)), time.perf_counter()
+            self.library.run(lowered.program, first, last)
+            on_step(op, time.perf_counter() - start)
+            first = last
 
     def lowered(self, batch: int, count: int, last: bool) -> Lowering:
         """The program for `batch` x `count` new tokens."""

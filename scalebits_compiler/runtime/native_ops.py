@@ -71,8 +71,13 @@ def _table(to: Lowering, symbol: str) -> tuple[NDArray[Any], str]:
 
 
 def _embedding(to: Lowering, step: Step) -> Value:
-    table, dtype = _table(to, step.weights[0])
-    ids, cols = to.values[step.inputs[0]].data, table.shape[1]
+    symbol, ids = step.weights[0], to.values[step.inputs[0]].data
+    if to.model.weights.is_packed(symbol):
+        if ids is not to.ids:
+            raise NotNative(f"a packed table of something else than token ids ({symbol})")
+        return Value(to.looked_up(symbol))
+    table, dtype = _table(to, symbol)
+    cols = table.shape[1]
     y = to.new((to.tokens, cols))
     to.add("embedding", to.tokens, dtype, ids=ids, table=table, cols=cols, y=y)
     return Value(y)
@@ -81,11 +86,11 @@ def _embedding(to: Lowering, step: Step) -> Value:
 def _linear(to: Lowering, step: Step) -> Value:
     x, (w, dtype) = to.rows(step.inputs[0]), _table(to, step.weights[0])
     rows, cols = w.shape
-    y = to.new((x.count, rows))
-    items, work = -(-rows // DENSE_ROWS), rows * cols * x.count
+    y = to.new((x.total, rows))
+    items, work = -(-rows // DENSE_ROWS), rows * cols * x.total
     to.add(
         "dense", items, dtype, work,
-        x=x.start, x_stride=x.stride, x_rows=x.count, w=w, cols=cols, y=y, y_cols=rows,
+        x=x.start, x_stride=x.stride, x_rows=x.total, w=w, cols=cols, y=y, y_cols=rows,
     )  # fmt: skip
     return _biased(to, step, y)
 
@@ -122,8 +127,11 @@ def _elementwise(to: Lowering, step: Step) -> Value:
     if any(other.data.shape != x.data.shape or other.heads != x.heads for other in inputs):
         raise NotNative(f"{step.op} of values that are not alike")
     y = to.new(x.data.shape)
-    arrays = dict(zip("xz", (value.data for value in inputs), strict=False))
-    to.add(step.op, -(-y.size // ELEMENTS), y=y, size=y.size, **arrays)
+    items = -(-y.size // ELEMENTS)
+    if len(inputs) == 1:
+        to.add(step.op, items, x=x.data, y=y, size=y.size)
+    else:
+        to.add(step.op, items, x=x.data, z=inputs[1].data, y=y, size=y.size)
     return Value(y, x.heads)
 
 

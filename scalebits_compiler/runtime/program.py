@@ -30,12 +30,12 @@ Argument: TypeAlias = Array | View | int | float
 
 
 class Rows(NamedTuple):
-    """Rows first, first + step, ... of a matrix [rows, cols], `count` of them."""
+    """Rows first, first + step, ... of a matrix [rows, cols], `total` of them."""
 
     data: Array
     first: int
     step: int
-    count: int
+    total: int
 
     @property
     def start(self) -> View:

@@ -126,7 +126,7 @@ class Session:
         padded = self._pad(pad, tokens)
         if self._native is not None:
             cache = self._native.new_cache(len(tokens), padded, tokens.shape[1])
-            return self._native.run(tokens, cache, last=False)
+            return self._native.run(tokens, cache, False, self.on_step)
         return self._run(tokens, None, padded, last=False)
 
     def prefill(
@@ -193,7 +193,7 @@ class Session:
 
     def _extend(self, tokens: I64, cache: Cache) -> F32:
         if self._native is not None and isinstance(cache, NativeCache):
-            logits = self._native.run(tokens, cache, last=True)
+            logits = self._native.run(tokens, cache, True, self.on_step)
         elif isinstance(cache, KVCache):
             logits = self._run(tokens, cache, cache.pad, last=True)
         else:

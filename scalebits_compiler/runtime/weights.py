@@ -72,7 +72,7 @@ class Weights:
 
     def rows(self, symbol: str, index: NDArray[np.int64]) -> F32:
         """float32 rows of a weight; only these are read from the file, or unpacked."""
-        if self._artifact.manifest.weights[symbol].kind == "packed":
+        if self.is_packed(symbol):
             if symbol not in self._tables:
                 self._tables[symbol] = PackedRows(self._artifact.matrix(symbol))
             return self._tables[symbol](index)
@@ -82,9 +82,17 @@ class Weights:
         """A dense weight as stored."""
         return self._artifact.tensors[symbol].data
 
+    def is_packed(self, symbol: str) -> bool:
+        """Whether a weight is packed."""
+        return self._artifact.manifest.weights[symbol].kind == "packed"
+
     def stored(self, symbol: str) -> StoredTensor:
         """A dense weight as it is mapped, and its type."""
         return self._artifact.tensors[symbol]
+
+    def shape(self, symbol: str) -> tuple[int, ...]:
+        """The shape of a weight."""
+        return self._artifact.manifest.weights[symbol].shape
 
     def group(self, symbol: str) -> int:
         """Columns per scale of a packed matrix."""

