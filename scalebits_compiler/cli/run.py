@@ -43,6 +43,8 @@ def run(args: argparse.Namespace) -> int:
     session = open_session(
         args.artifact, args.target, args.activations, args.threads, load_plugins(args.plugin)
     )
+    if session.execution.startswith("step by step: "):
+        print(f"note: runs {session.execution}", file=sys.stderr)
     live = _after(args.prompt[0]) if len(args.prompt) == 1 and not args.json else None
     done = session.generate(
         args.prompt,
@@ -56,7 +58,12 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         pairs = zip(args.prompt, done, strict=True)
         rows = [{"prompt_text": text, **asdict(generation)} for text, generation in pairs]
-        print(json.dumps({"variant": session.variant, "generations": rows}, indent=2))
+        print(
+            json.dumps(
+                {"variant": session.variant, "execution": session.execution, "generations": rows},
+                indent=2,
+            )
+        )
     elif live is not None:
         live(0, "\n")
     else:

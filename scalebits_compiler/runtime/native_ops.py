@@ -155,7 +155,9 @@ def _rope(to: Lowering, step: Step) -> Value:
 
 
 def _attention(to: Lowering, step: Step) -> Value:
-    attrs = {"softcap": 0.0, "causal": 1, **step.attrs}
+    attrs = step.attrs
+    if unknown := attrs.keys() - {"scale", "window", "softcap", "causal", "cache"}:
+        raise NotNative(f"attention with {', '.join(sorted(unknown))}")
     if not attrs["causal"]:
         raise NotNative("attention that is not causal")
     q, k, v = (to.values[name] for name in step.inputs)

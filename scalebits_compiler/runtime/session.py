@@ -103,6 +103,9 @@ class Session:
     on_step: if set, called after every op with its name and the seconds it took.
     """
 
+    execution: str = "step by step"
+    _native: NativeModel | None = None
+
     def __init__(self, artifact: Artifact, library: KernelLibrary | None) -> None:
         self.artifact = artifact
         self.variant = "reference" if library is None else library.variant
