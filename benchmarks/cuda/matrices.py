@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from scalebits_compiler.codegen.triton.aot import compile_specs
 from scalebits_compiler.codegen.triton.emit import emit_module
-from scalebits_compiler.codegen.triton.spec import STAGES, WARPS, select_specs
+from scalebits_compiler.codegen.triton.spec import select_specs
 from scalebits_compiler.numerics.layout import SCALE_SHIFT
 from scalebits_compiler.numerics.tiles import TileLayout
 from scalebits_compiler.runtime.cuda.kernels import Kernels, Launcher, TiledLinear
@@ -100,7 +100,7 @@ def build_kernels(matrices: Sequence[tuple[TileLayout, U8]], dtype: str, launche
     source = folder / "kernels.py"
     source.write_text(emit_module(specs))
     table: dict[str, Any] = {
-        spec.key: {"warps": WARPS, "stages": STAGES, "binaries": {}} for spec in specs
+        spec.key: {"warps": spec.warps, "stages": spec.stages, "binaries": {}} for spec in specs
     }
     started: Launcher = SourceLauncher(source, table)
     if launcher == "binary":

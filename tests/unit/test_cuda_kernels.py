@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from scalebits_compiler.codegen.triton.emit import emit_module
-from scalebits_compiler.codegen.triton.spec import STAGES, WARPS, select_specs
+from scalebits_compiler.codegen.triton.spec import select_specs
 from scalebits_compiler.errors import ArtifactError
 from scalebits_compiler.numerics.tiles import TileLayout
 from scalebits_compiler.runtime.cuda.kernels import DTYPES, Kernels, TiledLinear
@@ -33,7 +33,7 @@ def linear(layout, bits, arena, dtype, folder, multiprocessors=2):
     specs, dispatch = select_specs([(layout, bits)], dtype)
     path = folder / f"kernels_{dtype}.py"
     path.write_text(emit_module(specs))
-    options = {spec.key: {"warps": WARPS, "stages": STAGES} for spec in specs}
+    options = {spec.key: {"warps": spec.warps, "stages": spec.stages} for spec in specs}
     launcher = SourceLauncher(path, options)
     kernels = Kernels(dispatch, launcher, torch.device("cpu"), multiprocessors)
     return TiledLinear(kernels, layout, torch.from_numpy(arena), bits)

@@ -17,7 +17,7 @@ from typing import Any
 
 from scalebits_compiler.codegen.triton import worker
 from scalebits_compiler.codegen.triton.emit import PARAMETERS, emit_module
-from scalebits_compiler.codegen.triton.spec import STAGES, WARPS, KernelSpec
+from scalebits_compiler.codegen.triton.spec import KernelSpec
 from scalebits_compiler.errors import TargetError
 
 POINTERS = {
@@ -91,8 +91,8 @@ def job_of(spec: KernelSpec, archs: Sequence[str], folder: Path) -> dict[str, An
         "signature": signature,
         "aligned": aligned,
         "archs": list(archs),
-        "warps": WARPS,
-        "stages": STAGES,
+        "warps": spec.warps,
+        "stages": spec.stages,
         "folder": str(folder),
     }
 

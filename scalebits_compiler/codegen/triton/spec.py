@@ -15,8 +15,6 @@ from scalebits_compiler.numerics.tiles import TileLayout
 
 Kind = Literal["matmul", "dequantize"]
 SLICE = 16  # columns of one tensor-core product, and so of a sub of a full tile
-STAGES = 3  # tiles in flight
-WARPS = 4
 
 # Largest number of tokens -> (token rows of a tile, programs wanted for each multiprocessor).
 # The last entry of a table, without a limit, is the dequantize kernel and a product of the vendor's
@@ -52,6 +50,16 @@ class KernelSpec:
     def tile_n(self) -> int:
         """Matrix rows of a tile: of a panel as many as leave its sums in registers."""
         return min(self.panel, 64) if self.tile_m > SLICE else self.panel
+
+    @property
+    def warps(self) -> int:
+        """Warps of a program. With four, `dequantize` for all eight widths spills registers."""
+        return 4 if self.kind == "matmul" else 8
+
+    @property
+    def stages(self) -> int:
+        """Tiles in flight."""
+        return 3 if self.kind == "matmul" else 1
 
     @property
     def held(self) -> int:

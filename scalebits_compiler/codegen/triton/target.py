@@ -66,24 +66,26 @@ class CudaTarget(Target):
         """Select, write and compile the kernels that the module's matrices need."""
         from scalebits_compiler.codegen.triton.aot import compile_specs
         from scalebits_compiler.codegen.triton.emit import emit_module
-        from scalebits_compiler.codegen.triton.spec import STAGES, WARPS, select_specs
+        from scalebits_compiler.codegen.triton.spec import select_specs
 
         plan = make_plan(module)
         matrices = [(_layout(weight), module.bits(weight)) for weight in module.quantized()]
         specs, dispatch = select_specs(matrices, self.dtype)
         files: dict[str, Path | bytes] = {LIBRARY: emit_module(specs).encode()}
         kernels = {}
-        for key, binaries in compile_specs(specs, self.archs).items():
+        made = compile_specs(specs, self.archs)
+        for spec in specs:
             entries = {}
-            for arch, binary in binaries.items():
-                name = f"kernels/{key}.{arch}.cubin"
+            for arch, binary in made[spec.key].items():
+                name = f"kernels/{spec.key}.{arch}.cubin"
                 files[name] = binary.image
                 entries[arch] = {
                     "file": name,
                     "shared": binary.shared,
                     "scratch": binary.scratch,
                 }
-            kernels[key] = {"warps": WARPS, "stages": STAGES, "binaries": entries}
+            options = {"warps": spec.warps, "stages": spec.stages}
+            kernels[spec.key] = {**options, "binaries": entries}
         return Built(plan, Kernels(LIBRARY, {**dispatch, "kernels": kernels}), files)
 
 
