@@ -45,7 +45,7 @@ class CompileOptions:
     artifact, instead. block: (rows, columns); group: columns per scale; both chosen by the size of
     the model if None. pins: PATTERN=4..8, widths that some matrices may have; exclude: patterns of
     matrices that stay dense; head_bits, embedding_bits: width of head and embedding (None: dense).
-    tune_scales: run that pass too. resume: go on with the search of a killed run.
+    tune_scales: run that pass. resume: go on with the search of a killed run.
     """
 
     target: str = "cpu"
@@ -60,7 +60,7 @@ class CompileOptions:
     embedding_bits: int | None = None
     seed: int = 0
     text: TextOptions = field(default_factory=TextOptions)
-    tune_scales: bool = False
+    tune_scales: bool = True
     force: bool = False
     resume: bool = False
 
@@ -206,7 +206,7 @@ class Compilation:
         extra = {path.name: path for path in source.tokenizer_files}
         return write_artifact(
             out,
-            replace(module, calibration=None, acceptance=None),
+            replace(module, calibration=None, tuning=None, acceptance=None),
             target={"kind": target.name, **asdict(target)},
             plan=built.plan,
             kernels=built.kernels,
@@ -317,7 +317,7 @@ def pipeline_for(options: CompileOptions, table: PassTable) -> list[Pass]:
         "canonicalize": _block_options(options),
         "assign-bits": {"avg_bits": options.avg_bits, "pins": options.pins},
     }
-    passes = parse_passes(PIPELINES["tuned" if options.tune_scales else "default"], table)
+    passes = parse_passes(PIPELINES["default" if options.tune_scales else "untuned"], table)
     return [replace(item, **given.get(item.name, {})) for item in passes]
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 # Longest default window; a model's own limit may be shorter.
 WINDOW = 512
+TUNING_SHARE = 4
 BUNDLED_TEXT = "wikitext2-calibration.txt"
 
 
@@ -26,7 +27,8 @@ class TextOptions:
 
     accept_file: where the acceptance windows come from (None: the same file, other windows).
     seq_len: tokens per window (None: the model's limit, at most WINDOW); calibration and
-    acceptance: numbers of windows.
+    acceptance: numbers of windows. Tuning sees TUNING_SHARE times the calibration windows, as far
+    as the text goes.
     """
 
     file: Path | None = None
@@ -62,13 +64,16 @@ def input_module(source: SourceModel, text: TextOptions, seed: int) -> Module:
     seq_len = text.seq_len or min(WINDOW, limit)
     if seq_len > limit:
         raise UsageError(f"--seq-len {seq_len} is more than the model's {limit} positions")
+    counts = (text.calibration, text.acceptance)
+    more = (TUNING_SHARE - 1) * text.calibration
     with as_file(files("scalebits_compiler") / "data" / BUNDLED_TEXT) as bundled:
         file = text.file or bundled
         if text.accept_file is None:
-            windows = split_text(file, tokenizer, seq_len, text.calibration, text.acceptance, seed)
+            windows = split_text(file, tokenizer, seq_len, *counts, seed, more)
         else:
             accepted = read_windows(text.accept_file, tokenizer, seq_len, text.acceptance, seed)
-            windows = (read_windows(file, tokenizer, seq_len, text.calibration, seed), accepted)
+            seen, _, tuned = split_text(file, tokenizer, seq_len, counts[0], 0, seed, more)
+            windows = (seen, accepted, tuned)
     vocabulary = source.config.get("vocab_size")
     if vocabulary is not None and int(torch.cat(windows).max()) >= vocabulary:
         raise UsageError(
@@ -76,12 +81,11 @@ def input_module(source: SourceModel, text: TextOptions, seed: int) -> Module:
             help="put the tokenizer that belongs to the model into its folder",
         )
     module = lower(trace(source.model), source)
-    calibration, acceptance = (part.to(torch.int32) for part in windows)
-    texts = {"calibration": calibration, "acceptance": acceptance}
+    names = ("calibration", "acceptance", "tuning")
+    texts = {name: part.int() for name, part in zip(names, windows, strict=True) if len(part)}
     return replace(
         module,
         source=source_digest(source),
-        calibration=Resource("calibration"),
-        acceptance=Resource("acceptance"),
+        **{name: Resource(name) for name in texts},
         resources=module.resources.with_(texts),
     )

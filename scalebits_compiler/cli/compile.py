@@ -48,7 +48,8 @@ def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
     add("--exclude", action="append", default=[], metavar="PATTERN", help=told)
     add("--head-bits", type=int, metavar="N", help="quantize the head at this width")
     add("--embedding-bits", type=int, metavar="N", help="quantize the embedding at this width")
-    add("--tune-scales", action="store_true", help="fit scales to the original's predictions")
+    told = "leave scales, zero points and codes as rounding made them"
+    add("--no-tuning", dest="tune_scales", action="store_false", help=told)
     add("--seed", type=int, default=0, help="picks the calibration windows (default 0)")
     add("--resume", action="store_true", help="go on with the search of a killed compile")
     add("--force", action="store_true", help="replace OUT if it exists")
@@ -167,7 +168,7 @@ def _observers(args: argparse.Namespace, registry: Registry) -> list[Observer]:
         watch.append(PrintAfter(sys.stderr.write))
     elif args.print_ir_after is not None:
         find_pass(args.print_ir_after, registry.passes)
-        used = PIPELINES["tuned" if args.tune_scales else "default"]
+        used = PIPELINES["default" if args.tune_scales else "untuned"]
         if args.print_ir_after not in used.split(","):
             raise UsageError(f"--print-ir-after: '{args.print_ir_after}' is not in the pipeline")
         watch.append(PrintAfter(sys.stderr.write, frozenset({args.print_ir_after})))

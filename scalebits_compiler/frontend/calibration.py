@@ -54,18 +54,22 @@ def split_text(
     calibration: int,
     acceptance: int,
     seed: int = 0,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(calibration i64[calibration, seq_len], acceptance i64[acceptance, seq_len]), disjoint.
+    tuning: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Calibration, acceptance and tuning windows, i64[count, seq_len] each, disjoint.
 
-    Both are drawn by `seed` from one text file. FrontendError as in `read_windows`.
+    All are drawn by `seed` from one text file. There are fewer than `tuning` of the last where the
+    text ends. FrontendError as in `read_windows`.
     """
-    windows = _draw(Path(text), tokenizer, seq_len, calibration + acceptance, seed)
-    return windows[:calibration].clone(), windows[calibration:].clone()
+    needed = calibration + acceptance
+    windows = _draw(Path(text), tokenizer, seq_len, needed, seed, tuning)
+    return windows[:calibration].clone(), windows[calibration:needed].clone(), windows[needed:]
 
 
 def _draw(
-    file: Path, tokenizer: Tokenizer, seq_len: int, count: int | None, seed: int
+    file: Path, tokenizer: Tokenizer, seq_len: int, count: int | None, seed: int, more: int = 0
 ) -> torch.Tensor:
+    """`count` windows, and up to `more` as far as the text goes."""
     if seq_len < 2 or (count is not None and count < 1):
         raise FrontendError(
             f"{'all' if count is None else count} windows of {seq_len} tokens were asked of {file}",
@@ -82,7 +86,7 @@ def _draw(
         )
     windows = tokens[: available * seq_len].reshape(available, seq_len)
     if count is not None:
-        windows = windows[np.random.default_rng(seed).permutation(available)[:count]]
+        windows = windows[np.random.default_rng(seed).permutation(available)[: count + more]]
     return torch.from_numpy(np.ascontiguousarray(windows))
 
 

@@ -14,7 +14,7 @@ from lark import Token, Transformer
 from scalebits_compiler.errors import ParseError
 from scalebits_compiler.ir.attrs import Grid, Resource, Symbol, Value
 from scalebits_compiler.ir.coerce import coerce
-from scalebits_compiler.ir.module import Argument, Function, Module, Perm, Weight
+from scalebits_compiler.ir.module import TEXTS, Argument, Function, Module, Perm, Weight
 from scalebits_compiler.ir.op import FieldSpec, Op, op_fields
 from scalebits_compiler.ir.printer import print_attr
 from scalebits_compiler.ir.types import DYNAMIC, Dim, Factor, TensorType, TupleType, Type
@@ -246,7 +246,7 @@ def build_module(raw: RawModule, source: Source, ops: Mapping[str, type[Op]]) ->
         raise Located("source of the header must be a string", raw.name)
     history = _header_strings(header, "history", raw.name)
     tensors = _header_strings(header, "tensors", raw.name)
-    texts = {name: header.pop(name, None) for name in ("calibration", "acceptance")}
+    texts = {name: header.pop(name, None) for name in TEXTS}
     for name, value in texts.items():
         if value is not None and not isinstance(value, Resource):
             raise Located(f'{name} of the header must be resource("key")', raw.name)

@@ -105,14 +105,18 @@ class Function:
         return known
 
 
+TEXTS = ("calibration", "tuning", "acceptance")
+
+
 @dataclass(frozen=True)
 class Module:
     """A model on its way to a target.
 
     source: digest of the model's weight files, so that a dump is only joined with its own model.
     facts: which passes' work is in it (see FACTS). history: the passes that were run, with their
-    options. tensors: files beside the text. calibration, acceptance: token windows
-    int64 [n, sequence], what gradients may see and what accepts or rejects a step.
+    options. tensors: files beside the text. calibration, tuning, acceptance (TEXTS): token windows
+    int64 [n, sequence], what gradients may see, what only tuning sees besides, and what accepts or
+    rejects a step.
     """
 
     name: str
@@ -124,6 +128,7 @@ class Module:
     history: tuple[str, ...] = ()
     tensors: tuple[str, ...] = ()
     calibration: Resource | None = None
+    tuning: Resource | None = None
     acceptance: Resource | None = None
     resources: ResourceStore = field(default_factory=ResourceStore, compare=False, repr=False)
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields
 
 from scalebits_compiler.ir.attrs import Grid, Resource, Symbol, Value, substitute
-from scalebits_compiler.ir.module import FACTS, Function, Module, Perm, Weight
+from scalebits_compiler.ir.module import FACTS, TEXTS, Function, Module, Perm, Weight
 from scalebits_compiler.ir.op import Op, op_fields
 
 
@@ -92,7 +92,7 @@ def module_lines(module: Module) -> list[str]:
     if module.facts:
         known = [fact for fact in FACTS if fact in module.facts]
         header["facts"] = tuple(known + sorted(module.facts - set(FACTS)))
-    for name in ("history", "tensors", "calibration", "acceptance"):
+    for name in ("history", "tensors", *TEXTS):
         if getattr(module, name):
             header[name] = getattr(module, name)
     function = renumbered(module.function)

@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 from scalebits_compiler.errors import IRError
 from scalebits_compiler.ir.attrs import Resource
-from scalebits_compiler.ir.module import Module
+from scalebits_compiler.ir.module import TEXTS, Module
 from scalebits_compiler.ir.printer import print_module
 from scalebits_compiler.ir.resources import ResourceStore
 
@@ -33,7 +33,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 def resource_keys(module: Module) -> list[str]:
     """The keys of all tensors that header, permutations and weights name, in that order."""
-    texts = (module.calibration, module.acceptance)
+    texts = (getattr(module, name) for name in TEXTS)
     keys: dict[str, None] = {text.key: None for text in texts if text is not None}
     for entry in (*module.perms.values(), *module.weights.values()):
         for item in fields(entry):

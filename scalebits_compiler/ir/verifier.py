@@ -15,7 +15,7 @@ from scalebits_compiler.errors import IRError, VerifyError
 from scalebits_compiler.ir.attrs import Grid, Resource, Symbol, Value
 from scalebits_compiler.ir.build import Source
 from scalebits_compiler.ir.coerce import coerce
-from scalebits_compiler.ir.module import FACTS, Module, Perm, Weight
+from scalebits_compiler.ir.module import FACTS, TEXTS, Module, Perm, Weight
 from scalebits_compiler.ir.op import FLOATS, Op, check, op_fields
 from scalebits_compiler.ir.printer import module_lines, print_attr
 from scalebits_compiler.ir.types import PACKED, Dim, TensorType, TupleType, Type
@@ -120,7 +120,7 @@ def _verify_header(module: Module) -> None:
         "tuned" not in module.facts or "rounded" in module.facts,
         "the module states the fact `tuned`, but not `rounded`",
     )
-    for name in ("calibration", "acceptance"):
+    for name in TEXTS:
         _verify_tensor(module, getattr(module, name), name, _INTEGERS, (None, None))
     for table in (module.perms, module.weights):
         for key, entry in table.items():

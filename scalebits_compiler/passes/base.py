@@ -57,10 +57,14 @@ def no_progress(items: Iterable[T], label: str, total: int | None = None) -> Ite
 
 @dataclass(frozen=True)
 class TextSplit:
-    """Token windows i64[n, sequence]: what gradients see, and what accepts or rejects a step."""
+    """Token windows i64[n, sequence]: what gradients see, and what accepts or rejects a step.
+
+    tuning: what tune-scales sees besides the calibration windows.
+    """
 
     calibration: torch.Tensor
     acceptance: torch.Tensor
+    tuning: torch.Tensor | None = None
 
 
 class Checkpoint(Protocol):
@@ -110,7 +114,9 @@ class PassContext:
             )
         store = module.resources
         return TextSplit(
-            store.torch(module.calibration.key).long(), store.torch(module.acceptance.key).long()
+            store.torch(module.calibration.key).long(),
+            store.torch(module.acceptance.key).long(),
+            None if module.tuning is None else store.torch(module.tuning.key).long(),
         )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from scalebits_compiler.errors import ScalebitsError, UsageError, VerifyError
 from scalebits_compiler.ir.attrs import Resource
-from scalebits_compiler.ir.module import Module, Weight
+from scalebits_compiler.ir.module import TEXTS, Module, Weight
 from scalebits_compiler.ir.ops import Embedding
 from scalebits_compiler.ir.resources import ResourceStore
 from scalebits_compiler.ir.save import replacing, save_module
@@ -87,7 +87,7 @@ def synthetic(module: Module) -> ResourceStore:
         for key, rule in _rules(weight):
             if key in module.resources:
                 made[key] = _tensor(module.resources, key, rule, weight)
-    for text in (module.calibration, module.acceptance):
+    for text in (getattr(module, name) for name in TEXTS):
         if text is not None and text.key in module.resources:
             made[text.key] = _tokens(module, text.key)
     return ResourceStore(made)

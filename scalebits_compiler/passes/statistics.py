@@ -7,13 +7,15 @@ b±1 bits changes its weights by the exact δ = Q_{b±1} - Q_b, and the loss by 
     Σ_β g·δ + ½ F·δ²      (signed: absolute values destroy the signal)
 
 Both sums are linear in (g, F), so only O(number of blocks) accumulators are held; g and F of one
-matrix live for one batch. The loss is the mean next-token cross entropy in nats.
+matrix live for one batch. The loss is a mean over predicted tokens, in nats: the cross entropy of
+the next token (`ce`), or the divergence from what the unrounded model predicts (`kl`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -24,7 +26,11 @@ from scalebits_compiler.ir.ops import Linear
 from scalebits_compiler.numerics.quantize import LevelTable, block_sums, expand_grid
 from scalebits_compiler.passes.base import Evaluator, PassContext
 
+if TYPE_CHECKING:
+    from scalebits_compiler.passes.base import LinearRule
+
 BATCH_TOKENS = 4096
+LOSSES = ("ce", "kl")
 
 
 @dataclass(frozen=True)
@@ -72,15 +78,23 @@ def batches(windows: Tensor) -> list[Tensor]:
     return list(windows.split(max(1, BATCH_TOKENS // windows.shape[1])))
 
 
-def next_token_loss(logits: Tensor, ids: Tensor) -> Tensor:
-    """Summed cross entropy (nats) of every token but the first of each window."""
-    return torch.nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum"
+def summed_loss(evaluator: Evaluator, ids: Tensor, rule: LinearRule, loss: str) -> Tensor:
+    """Loss of the model run with `rule` (nats), summed over all tokens of a window but the first.
+
+    For `kl` the module's own weights are the original.
+    """
+    logits = evaluator.run(ids, rule)[:, :-1].flatten(0, 1).float()
+    if loss == "ce":
+        return torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum")
+    with torch.no_grad():
+        original = evaluator.run(ids)[:, :-1].flatten(0, 1).float().log_softmax(-1)
+    return torch.nn.functional.kl_div(
+        logits.log_softmax(-1), original, reduction="sum", log_target=True
     )
 
 
 def scored_tokens(windows: Tensor) -> int:
-    """How many tokens `next_token_loss` scores."""
+    """How many tokens `summed_loss` scores."""
     return windows.shape[0] * (windows.shape[1] - 1)
 
 
@@ -89,8 +103,10 @@ def rounded(matrices: Mapping[str, Matrix], bits: Bits) -> dict[str, Tensor]:
     return {symbol: matrix.at(bits[symbol]) for symbol, matrix in matrices.items()}
 
 
-def held_loss(evaluator: Evaluator, weights: Mapping[str, Tensor], windows: Tensor) -> float:
-    """Mean next-token loss (nats) with some matrices replaced; no gradients."""
+def held_loss(
+    evaluator: Evaluator, weights: Mapping[str, Tensor], windows: Tensor, loss: str = "ce"
+) -> float:
+    """Mean loss (nats) with some matrices replaced; no gradients."""
 
     def rule(op: Linear, x: Tensor, weight: Tensor) -> Tensor:
         return torch.nn.functional.linear(x, weights.get(op.weight.name, weight))
@@ -98,7 +114,7 @@ def held_loss(evaluator: Evaluator, weights: Mapping[str, Tensor], windows: Tens
     total = 0.0
     with torch.no_grad():
         for ids in batches(windows):
-            total += float(next_token_loss(evaluator.run(ids, rule), ids))
+            total += float(summed_loss(evaluator, ids, rule, loss))
     return total / scored_tokens(windows)
 
 
@@ -128,13 +144,19 @@ class Capture:
         self.take(symbol, gradient, fisher)
 
 
-def backward(evaluator: Evaluator, weights: Mapping[str, Tensor], ids: Tensor, take: Take) -> float:
+def backward(
+    evaluator: Evaluator,
+    weights: Mapping[str, Tensor],
+    ids: Tensor,
+    take: Take,
+    loss: str = "ce",
+) -> float:
     """One batch: `take(symbol, g, F)` for every matrix, both [m, n] of the summed loss (given)."""
     capture = Capture(weights, take)
     with torch.enable_grad():
-        loss = next_token_loss(evaluator.run(ids, capture.rule), ids)
-        loss.backward()
-    return float(loss.detach())
+        total = summed_loss(evaluator, ids, capture.rule, loss)
+        total.backward()
+    return float(total.detach())
 
 
 @dataclass(frozen=True)
@@ -160,6 +182,7 @@ def move_scores(
     ctx: PassContext,
     limits: tuple[int, int] = (1, 8),
     lines: LineScores | None = None,
+    loss: str = "ce",
 ) -> MoveScores:
     """Signed second-order scores of all moves at the matrices rounded to `bits`.
 
@@ -185,8 +208,8 @@ def move_scores(
 
     parts, tokens = batches(windows), scored_tokens(windows)
     shown = ctx.progress(parts, "gradients at the quantized weights")
-    loss = sum(backward(evaluator, weights, ids, take) for ids in shown)
-    return _finish(sums, bits, limits, len(parts), tokens, loss)
+    total = sum(backward(evaluator, weights, ids, take, loss) for ids in shown)
+    return _finish(sums, bits, limits, len(parts), tokens, total)
 
 
 def _finish(

@@ -29,8 +29,8 @@ _UP_TO_ROUNDING = (
 )
 # Named pipelines are data: a name in a pipeline stands for this text.
 PIPELINES: dict[str, str] = {
-    "default": f"{_UP_TO_ROUNDING},pack-blocks",
-    "tuned": f"{_UP_TO_ROUNDING},tune-scales,pack-blocks",
+    "default": f"{_UP_TO_ROUNDING},tune-scales,pack-blocks",
+    "untuned": f"{_UP_TO_ROUNDING},pack-blocks",
 }
 
 

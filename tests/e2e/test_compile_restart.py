@@ -81,7 +81,9 @@ def test_passes_by_hand_in_between(
     cli: Any, compile_small: Any, compiled: Any, tmp_path: Path
 ) -> None:
     dump, made = compiled.dump / "04-fold-permutes.sbir", tmp_path / "made.sbir"
-    ran = cli("opt", dump, "-p", "assign-bits{avg-bits = 3.0},round-weights", "-o", made)
+    ran = cli(
+        "opt", dump, "-p", "assign-bits{avg-bits = 3.0},round-weights,tune-scales", "-o", made
+    )
     assert ran.code == 0, ran.err
     ran = cli("opt", made, "-p", "pack-blocks", "-o", made)
     assert ran.code == 0, ran.err
@@ -100,7 +102,8 @@ def test_dumps_print_as_they_were_read(compiled: Any, cli: Any) -> None:
         "04-fold-permutes.sbir",
         "05-assign-bits.sbir",
         "06-round-weights.sbir",
-        "07-pack-blocks.sbir",
+        "07-tune-scales.sbir",
+        "08-pack-blocks.sbir",
     ]
     for name in names:
         ran = cli("opt", compiled.dump / name)

@@ -128,7 +128,7 @@ def test_tuning_knows_of_a_quantized_table(
     compile_small: Any, tiny_llama: Any, tmp_path: Path
 ) -> None:
     model = tiny_llama(tie_word_embeddings=True, vocab_size=300)
-    options = ("--target", "reference", "--embedding-bits", "6", "--tune-scales", "--json")
+    options = ("--target", "reference", "--embedding-bits", "6", "--json")
     ran = compile_small(model, tmp_path / "out", *options)
     assert ran.code == 0, ran.err
     tuned = json.loads(ran.out)["passes"]["tune-scales"]

@@ -66,7 +66,7 @@ def test_going_on_from_a_dump_gives_the_last_one(
         assert torch.equal(one.resources.torch(key), other.resources.torch(key)), key
 
 
-@pytest.mark.parametrize("name", ["05-assign-bits", "07-pack-blocks"])
+@pytest.mark.parametrize("name", ["05-assign-bits", "08-pack-blocks"])
 def test_compiling_from_a_dump_gives_the_same_artifact(
     compiled: Path, name: str, tmp_path: Path
 ) -> None:
@@ -90,7 +90,7 @@ def test_dumps_without_their_tensors_still_print_and_verify(
         assert capsys.readouterr().out == path.read_text(), path.name
 
 
-@pytest.mark.parametrize("stage", ["06-round-weights", "07-pack-blocks"])
+@pytest.mark.parametrize("stage", ["07-tune-scales", "08-pack-blocks"])
 def test_widths_edited_after_rounding_are_refused(
     compiled: Path, stage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

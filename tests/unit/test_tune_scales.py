@@ -1,4 +1,4 @@
-"""tune-scales on a tiny Llama: the divergence falls, codes and widths stay, bytes repeat."""
+"""tune-scales on a tiny Llama: the divergence falls, widths stay, bytes repeat."""
 
 from __future__ import annotations
 
@@ -51,9 +51,11 @@ def divergence(module: Module, ids: torch.Tensor) -> float:
     return float((target.exp() * (target - ours)).sum(-1).mean())
 
 
-def test_divergence_falls_and_codes_stay(rounded: Module) -> None:
+@pytest.mark.parametrize("code_rate", [0.0, 0.01])
+def test_divergence_falls(rounded: Module, code_rate: float) -> None:
+    """Codes change only if asked, and stay within their widths."""
     ctx = context()
-    tuned = TuneScales().run(rounded, ctx)
+    tuned = TuneScales(epochs=30, code_rate=code_rate).run(rounded, ctx)
     verify(tuned)
     report: Any = ctx.report["tune-scales"]
     assert report["kept"]
@@ -64,14 +66,37 @@ def test_divergence_falls_and_codes_stay(rounded: Module) -> None:
     for weight in rounded.quantized():
         assert weight.codes is not None
         before, after = (m.resources.numpy(weight.codes.key) for m in (rounded, tuned))
-        assert np.array_equal(before, after)
+        assert np.array_equal(before, after) == (code_rate == 0)
+        assert after.max() < 2**2
+    assert (report["codes_changed"] > 0) == (code_rate > 0)
     assert tuned.weights == rounded.weights
+
+
+def test_codes_bring_the_model_nearer(rounded: Module) -> None:
+    """On the text that the tuning sees, more freedom ends lower."""
+    found = {}
+    for rate in (0.0, 0.01):
+        tuned = TuneScales(epochs=30, code_rate=rate).run(rounded, context())
+        found[rate] = divergence(tuned, TEXT.calibration)
+    assert found[0.01] < 0.9 * found[0.0]
+
+
+def test_tuning_windows_are_used(rounded: Module) -> None:
+    """More text to tune on: the held divergence falls further than with calibration text alone."""
+    more = torch.from_numpy(RNG.integers(0, 256, (48, 24)))
+    held = []
+    for text in (TEXT, replace(TEXT, tuning=more)):
+        ctx = PassContext(evaluate=Executor, text=text)
+        TuneScales(epochs=2).run(rounded, ctx)
+        report: Any = ctx.report["tune-scales"]
+        held.append(report["held_kl_after"])
+    assert held[1] < held[0]
 
 
 def test_tuning_twice_gives_the_same(rounded: Module) -> None:
     first, second = (TuneScales(epochs=1).run(rounded, context()) for _ in range(2))
     for weight in rounded.quantized():
-        for resource in (weight.scales, weight.zeros):
+        for resource in (weight.codes, weight.scales, weight.zeros):
             assert resource is not None
             one, other = (m.resources.numpy(resource.key) for m in (first, second))
             assert np.array_equal(one, other)
@@ -85,7 +110,9 @@ def test_what_does_not_help_is_not_kept(rounded: Module) -> None:
     assert not report["kept"]
 
 
-@pytest.mark.parametrize("wrong", [{"epochs": 0}, {"scale_rate": 0.0}, {"zero_rate": -1.0}])
+@pytest.mark.parametrize(
+    "wrong", [{"epochs": 0}, {"scale_rate": 0.0}, {"zero_rate": -1.0}, {"code_rate": -0.1}]
+)
 def test_settings_that_make_no_sense(rounded: Module, wrong: dict[str, Any]) -> None:
     with pytest.raises(PassError, match="at least one epoch"):
         TuneScales(**wrong).run(rounded, context())
