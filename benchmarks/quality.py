@@ -62,13 +62,19 @@ class Method:
 
 METHODS = {
     "rtn": Method("uniform, nearest, min-max range", MIN_MAX, uniform=True),
-    "rtn-tuned": Method("same, tuned", MIN_MAX, uniform=True, tuned=True),
+    "rtn-tuned": Method(
+        "uniform, nearest, min-max range, tuned", MIN_MAX, uniform=True, tuned=True
+    ),
     "clip": Method("uniform, nearest, searched range", NEAREST, uniform=True),
-    "clip-tuned": Method("same, tuned", NEAREST, uniform=True, tuned=True),
+    "clip-tuned": Method(
+        "uniform, nearest, searched range, tuned", NEAREST, uniform=True, tuned=True
+    ),
     "gptq": Method("uniform, error feedback (GPTQ)", FEEDBACK, uniform=True),
-    "gptq-tuned": Method("same, tuned", FEEDBACK, uniform=True, tuned=True),
+    "gptq-tuned": Method("uniform, error feedback, tuned", FEEDBACK, uniform=True, tuned=True),
     "tensor": Method("searched width per matrix", FEEDBACK, per_tensor=True),
-    "tensor-tuned": Method("same, tuned", FEEDBACK, per_tensor=True, tuned=True),
+    "tensor-tuned": Method(
+        "searched width per matrix, tuned", FEEDBACK, per_tensor=True, tuned=True
+    ),
     "nearest": Method("blocks, nearest (the paper's backend)", NEAREST, ordered=True),
     "blocks": Method("blocks, error feedback", FEEDBACK, ordered=True),
     "unordered": Method("blocks in natural order, tuned", FEEDBACK, tuned=True),

@@ -15,7 +15,7 @@ from scalebits_compiler.ir.save import resource_keys
 
 PASSES = [
     "canonicalize", "annotate-sensitivity", "reorder-channels", "fold-permutes", "assign-bits",
-    "round-weights", "pack-blocks",
+    "round-weights", "tune-scales", "pack-blocks",
 ]  # fmt: skip
 SMALL = ["--target", "reference", "--calib-windows", "2", "--accept-windows", "2",
          "--seq-len", "32", "--avg-bits", "4", "-q"]  # fmt: skip
