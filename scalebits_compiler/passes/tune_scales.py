@@ -122,8 +122,9 @@ class _Tuned:
             exact = dense / wide + zero_offset(zeros, bits).unsqueeze(-1)
             offset = (exact - codes).clamp(-NEAREST_START, NEAREST_START)
             place = (codes + offset).requires_grad_()
-        offsets = (torch.zeros_like(scales, requires_grad=True) for _ in range(2))
-        return _Tuned(weight, codes, scales, zeros, bits, *offsets, place)
+        log_scale = torch.zeros_like(scales, requires_grad=True)
+        shift = torch.zeros_like(scales, requires_grad=True)
+        return _Tuned(weight, codes, scales, zeros, bits, log_scale, shift, place)
 
     def parameters(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Codes, scales and zeros as they would be stored, float32; gradients pass the rounding."""

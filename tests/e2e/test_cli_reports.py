@@ -77,7 +77,7 @@ class TestEval:
         p, q = scores(original, ids), scores(ours, ids)
         divergence = float((p.exp() * (p - q)).sum(-1).mean())
         agreed = float((p.argmax(-1) == q.argmax(-1)).double().mean())
-        assert divergence > 0.01  # three bits of a random model: something to measure
+        assert divergence > 1e-3  # three bits of a random model: something to measure
         assert found["perplexity"] == pytest.approx(perplexity(ours, ids), rel=1e-3)
         assert found["kl_divergence"] == pytest.approx(divergence, rel=1e-2)
         assert found["top1_agreement"] == pytest.approx(agreed, abs=0.02)
