@@ -71,7 +71,7 @@ def test_round_trip(manifest):
         (["plan", "steps", 0, "op"], "conv", r"step 0 \(conv\): this op is unknown"),
         (["plan", "steps", 0, "inputs"], ["nothing"], "nothing is not defined"),
         (["plan", "steps", 0, "weights"], ["nothing"], "nothing is not defined"),
-        (["plan", "steps", 0, "weights"], ["layers.0.q"], "must be dense"),
+        (["plan", "steps", 2, "weights"], ["layers.0.q"], "must be dense"),
         (["plan", "steps", 0, "inputs"], [], "wrong number of inputs"),
         (["plan", "steps", 0, "attrs"], {"x": 1}, "attributes"),
         (["plan", "steps", 2, "attrs", "eps"], "x", "eps: a value of type str"),
