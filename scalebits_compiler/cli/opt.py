@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from scalebits_compiler.cli.diagnostics import SEPARATOR, check_piece, split_input
 from scalebits_compiler.errors import ParseError, ScalebitsError, UsageError
 from scalebits_compiler.ir.module import Module
-from scalebits_compiler.ir.parser import Source, parse_module, with_tensors
 from scalebits_compiler.ir.printer import print_module
 from scalebits_compiler.ir.save import resource_keys, save_module
 from scalebits_compiler.passes.base import Evaluator, Pass, PassContext
@@ -31,6 +30,8 @@ from scalebits_compiler.plugins import Registry, load_plugins
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
+
+    from scalebits_compiler.ir.source import Source
 
 
 def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -141,6 +142,8 @@ def _process(
     text: str, args: argparse.Namespace, passes: Sequence[Pass], registry: Registry
 ) -> str:
     """What is printed for one module: nothing if it goes into a file."""
+    from scalebits_compiler.ir.parser import parse_module, with_tensors
+
     path = "<stdin>" if args.file == "-" else args.file
     module, source = parse_module(text, path, registry.ops)
     module = with_tensors(module, Path() if args.file == "-" else Path(path).parent)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, fields
 from difflib import get_close_matches
 from typing import Any, NamedTuple, get_type_hints
 
@@ -17,35 +17,12 @@ from scalebits_compiler.ir.coerce import coerce
 from scalebits_compiler.ir.module import TEXTS, Argument, Function, Module, Perm, Weight
 from scalebits_compiler.ir.op import FieldSpec, Op, op_fields
 from scalebits_compiler.ir.printer import print_attr
+from scalebits_compiler.ir.source import Source
 from scalebits_compiler.ir.types import DYNAMIC, Dim, Factor, TensorType, TupleType, Type
 
 # Of a value that is wrong, so much stands in the message.
 MOST_SHOWN = 60
 _WORDS: dict[str, bool | None] = {"true": True, "false": False, "none": None}
-
-
-@dataclass
-class Source:
-    """Where the things of a parsed module stand: key -> (line, column), 1-based.
-
-    Keys are `module`, `@symbol`, `func`, `op:N` (N-th op) and `return`.
-    """
-
-    path: str
-    text: str
-    places: dict[str, tuple[int, int]] = field(default_factory=dict)
-
-    def note(self, key: str, token: Token) -> None:
-        """Remember where a thing stands."""
-        self.places[key] = (token.line or 0, token.column or 0)
-
-    def excerpt(self, line: int, column: int, loc: str = "") -> str:
-        """file:line:column, the module path in the original model, the line and a caret."""
-        gap, place = " " * len(str(line)), f"   ({loc})" if loc else ""
-        return (
-            f"  --> {self.path}:{line}:{column}{place}\n"
-            f"{line} | {self.text.split(chr(10))[line - 1]}\n{gap} | {' ' * (column - 1)}^"
-        )
 
 
 class Located(ParseError):

@@ -11,11 +11,12 @@ from typing import Any
 from lark import Lark, Token, UnexpectedInput, UnexpectedToken
 
 from scalebits_compiler.errors import ParseError
-from scalebits_compiler.ir.build import Located, Source, Values, build_module
+from scalebits_compiler.ir.build import Located, Values, build_module
 from scalebits_compiler.ir.module import Module
 from scalebits_compiler.ir.op import Op
 from scalebits_compiler.ir.ops import OPS
 from scalebits_compiler.ir.resources import ResourceStore
+from scalebits_compiler.ir.source import Source
 
 __all__ = ["Source", "parse_module", "parse_pipeline", "read_module", "with_tensors"]
 

@@ -13,11 +13,11 @@ import numpy as np
 
 from scalebits_compiler.errors import IRError, VerifyError
 from scalebits_compiler.ir.attrs import Grid, Resource, Symbol, Value
-from scalebits_compiler.ir.build import Source
 from scalebits_compiler.ir.coerce import coerce
 from scalebits_compiler.ir.module import FACTS, TEXTS, Module, Perm, Weight
 from scalebits_compiler.ir.op import FLOATS, Op, check, op_fields
 from scalebits_compiler.ir.printer import module_lines, print_attr
+from scalebits_compiler.ir.source import Source
 from scalebits_compiler.ir.types import PACKED, Dim, TensorType, TupleType, Type
 
 DTYPES = ("f64", "f32", "f16", "bf16", "i64", "i32", "i16", "i8", "u8", "bool", "index")

@@ -10,14 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from scalebits_compiler.errors import IRError, UsageError
-from scalebits_compiler.ir.build import Source
 from scalebits_compiler.ir.module import Module
 from scalebits_compiler.ir.op import Op
 from scalebits_compiler.ir.ops import OPS
-from scalebits_compiler.ir.parser import parse_module
 from scalebits_compiler.ir.printer import print_module
 from scalebits_compiler.ir.resources import ResourceStore
 from scalebits_compiler.ir.save import resource_keys, write_tensors, write_text
+from scalebits_compiler.ir.source import Source
 from scalebits_compiler.ir.verifier import verify
 from scalebits_compiler.passes.base import Pass
 from scalebits_compiler.passes.pipeline import Observer, print_passes
@@ -54,6 +53,8 @@ class RoundTrip(Observer):
 
     def start(self, module: Module) -> None:
         """Check the input."""
+        from scalebits_compiler.ir.parser import parse_module
+
         text = print_module(module)
         if print_module(parse_module(text, ops=self.ops)[0]) != text:
             raise IRError(f"@{module.name} does not survive printing and parsing")

@@ -10,7 +10,6 @@ from typing import Any, get_type_hints
 from scalebits_compiler.errors import ParseError, PassError, ScalebitsError, UsageError
 from scalebits_compiler.ir.coerce import coerce, type_text
 from scalebits_compiler.ir.module import Module
-from scalebits_compiler.ir.parser import parse_pipeline
 from scalebits_compiler.ir.printer import print_attr, print_attrs
 from scalebits_compiler.passes.base import Pass, PassContext
 from scalebits_compiler.passes.table import PASSES, PIPELINES, PassTable, find_pass
@@ -51,6 +50,8 @@ def parse_passes(text: str, table: PassTable = PASSES) -> list[Pass]:
 
     UsageError on wrong syntax, an unknown pass or option, or a value of the wrong type.
     """
+    from scalebits_compiler.ir.parser import parse_pipeline
+
     try:
         steps = parse_pipeline(text)
     except ParseError as error:

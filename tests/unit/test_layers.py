@@ -123,3 +123,16 @@ def test_the_runtime_imports_only_what_it_may() -> None:
 )
 def test_text_needs_no_torch(statement: str) -> None:
     assert not loaded_by(statement) & set(HEAVY)
+
+
+def test_running_needs_no_parser_and_no_compiler() -> None:
+    """`scalebitsc run`, `inspect`, `bench` where lark, torch, transformers and TVM are absent."""
+    code = (
+        "import sys\n"
+        "sys.modules.update(dict.fromkeys(['lark', 'torch', 'transformers', 'tvm']))\n"
+        f"from {NAME}.cli.main import parser\n"
+        f"import {NAME}.sessions, {NAME}.plugins, {NAME}.benchmark, {NAME}.runtime.session\n"
+        "parser().parse_args(['run', 'out', '--prompt', 'a'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert not done.returncode, done.stderr
