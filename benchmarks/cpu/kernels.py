@@ -79,15 +79,15 @@ class Setting:
         for name, kernels in built.items():
             if name in ONLY_ONE_TOKEN and self.batch > 1:
                 continue
-            packed = random_matrix(self.rows, self.cols, MIXES[name])
+            packed = random_matrix(self.rows, self.cols, MIXES[name], self.cold)
             for activations in ACTIVATIONS:
                 ours = f"{name} {activations}"
-                self.nbytes[ours] = packed.arena.nbytes
-                yield kernels.case(ours, packed, activations, x, self.cold)
+                self.nbytes[ours] = packed.nbytes
+                yield kernels.case(ours, packed, activations, x)
                 if self.cold and self.batch == 1:
                     rounded = f"{ours}, x rounded before"
-                    self.nbytes[rounded] = packed.arena.nbytes
-                    yield kernels.case(rounded, packed, activations, x, self.cold, rounded=True)
+                    self.nbytes[rounded] = packed.nbytes
+                    yield kernels.case(rounded, packed, activations, x, rounded=True)
         weights = rng.normal(size=(self.rows, self.cols)).astype(np.float32)
         yield from self._torch(weights, x)
         if ggml is not None:

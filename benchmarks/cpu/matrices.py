@@ -16,6 +16,7 @@ from scalebits_compiler.codegen.tvm.spec import select_specs
 from scalebits_compiler.numerics.layout import BlockLayout
 from scalebits_compiler.runtime.cpu_features import cpu_features
 from scalebits_compiler.runtime.kernels import KernelLibrary, PackedLinear
+from scalebits_compiler.runtime.program import Program, Rows
 from scalebits_compiler.runtime.variants import choose_variant
 
 BLOCK, GROUP = 128, 128
@@ -34,16 +35,21 @@ MIXES: dict[str, Mapping[int, int]] = {
 
 @dataclass(frozen=True)
 class Packed:
-    """A packed matrix: its layout, bytes and widths."""
+    """A packed matrix: its layout, copies of its bytes, its widths."""
 
     layout: BlockLayout
-    arena: NDArray[np.uint8]
+    arenas: list[NDArray[np.uint8]]
     bits: NDArray[np.uint8]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one copy."""
+        return self.arenas[0].nbytes
 
-def random_matrix(rows: int, cols: int, mix: Mapping[int, int], seed: int = 0) -> Packed:
+
+def random_matrix(rows: int, cols: int, mix: Mapping[int, int], cold: bool = False) -> Packed:
     """Uniformly random codes, widths shuffled over the blocks; outputs are of the size of x."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     layout = BlockLayout(rows, cols, BLOCK, BLOCK, GROUP)
     cycle = np.repeat(list(mix), list(mix.values())).astype(np.uint8)
     bits = rng.permutation(np.resize(cycle, layout.grid[0] * layout.grid[1])).reshape(layout.grid)
@@ -54,7 +60,8 @@ def random_matrix(rows: int, cols: int, mix: Mapping[int, int], seed: int = 0) -
     step = np.ldexp(np.float32(unit), -bits.astype(np.int32))
     scales = step.repeat(BLOCK, 0)[:rows].astype(np.float16)
     zeros = np.full((rows, layout.groups), 128, np.uint8)
-    return Packed(layout, layout.pack(codes, scales, zeros, bits), bits)
+    arena = layout.pack(codes, scales, zeros, bits)
+    return Packed(layout, [arena.copy() for _ in range(copies(arena.nbytes, cold))], bits)
 
 
 class OurKernels:
@@ -74,18 +81,20 @@ class OurKernels:
             self.libraries[name].threads = threads
 
     def case(
-        self,
-        name: str,
-        packed: Packed,
-        activations: str,
-        x: NDArray[np.float32],
-        cold: bool,
-        rounded: bool = False,
+        self, name: str, packed: Packed, activations: str, x: NDArray, rounded: bool = False
     ) -> Case:
-        """y = x W^T from float32 to float32; `rounded`: with x in the form of the kernels."""
+        """y = x W^T from float32 to float32, as a program of two steps; `rounded`: the second."""
         library, calls = self.libraries[activations], []
-        source = library.quantize(x, packed.layout.group) if rounded else x
-        for _ in range(copies(packed.arena.nbytes, cold)):
-            linear = PackedLinear(library, packed.layout, packed.arena.copy(), packed.bits)
-            calls.append(partial(linear, source))
+        # The cases of a matrix share its copies, and each begins elsewhere: the copies that one
+        # has just read are still in the cache.
+        quarter = 2 * list(self.libraries).index(activations) + rounded
+        first = len(packed.arenas) * quarter // 4
+        y = np.empty((len(x), packed.layout.rows), np.float32)
+        for arena in packed.arenas[first:] + packed.arenas[:first]:
+            linear = PackedLinear(library, packed.layout, arena, packed.bits)
+            program = Program()
+            source = library.add_quantize(program, Rows(x, 0, 1, len(x)), packed.layout.group)
+            linear.add_product(program, source, y)
+            library.run(program)
+            calls.append(partial(library.run, program, int(rounded)))
         return Case(name, calls)

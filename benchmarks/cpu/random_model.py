@@ -149,7 +149,7 @@ class _Text:
 
     def _linear(self, name: str, x: str, rows: int, cols: int, mix: str = "mixed 2,3,4") -> str:
         packed = _packed(rows, cols, mix)
-        tensors = {f"{name}.arena": packed.arena, f"{name}.grid": packed.bits}
+        tensors = {f"{name}.arena": packed.arenas[0], f"{name}.grid": packed.bits}
         self.tensors |= {key: torch.from_numpy(array) for key, array in tensors.items()}
         self.weights.append(
             f'  weight @{name} : packed[{rows}, {cols}] {{data = resource("{name}.arena"),'
