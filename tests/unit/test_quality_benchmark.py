@@ -27,7 +27,8 @@ def quality():
 
 @pytest.mark.parametrize("budget", [1000 * 34, 1000 * 34 + 5000, 1000 * 50 - 1, 1000 * 500])
 def test_uniform_rows_spend_the_budget_evenly(quality, budget):
-    costs = Costs(np.full(100, 160), np.full(100, 20), budget, np.full(100, 1), np.full(100, 8))
+    per_bit, fixed, low, high = (np.full(100, value) for value in (160, 20, 1, 8))
+    costs = Costs(per_bit, fixed, budget, low, high, weights=16000)
     bits = quality.evenly(costs)
     assert costs.total(bits) <= budget
     assert bits.max() - bits.min() <= 1
