@@ -14,6 +14,7 @@ from scalebits_compiler.frontend.calibration import load_tokenizer, read_windows
 from scalebits_compiler.numerics.metrics import QualityMeter
 from scalebits_compiler.passes.base import Progress, no_progress
 from scalebits_compiler.plugins import Registry
+from scalebits_compiler.runtime.artifact import position_limit
 from scalebits_compiler.runtime.manifest import MANIFEST
 from scalebits_compiler.runtime.variants import EXACT
 
@@ -91,7 +92,7 @@ def evaluate(
 def _limit(path: Path) -> int:
     try:
         config = json.loads((path / "config.json").read_text())
-        return int(config.get("max_position_embeddings") or DEFAULT_WINDOW)
+        return position_limit(config) or DEFAULT_WINDOW
     except (OSError, ValueError) as error:
         raise FrontendError(
             f"{path} has no readable config.json", help="give an artifact or a model folder"

@@ -46,7 +46,7 @@ class ReferenceSession(Session):
         self.executor = Executor(module)
         tables = [op.table for op in module.function.ops if isinstance(op, Embedding)]
         self.vocabulary = module.weight(tables[0]).type.static_shape()[0]
-        self.limit = artifact.config.get("max_position_embeddings")
+        self.limit = artifact.limit
 
     def forward(self, ids: ArrayLike, pad: ArrayLike | None = None) -> F32:
         """Logits f32[batch, sequence, vocabulary] of token ids i64[batch, sequence]."""

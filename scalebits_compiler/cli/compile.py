@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from scalebits_compiler.passes.pipeline import Observer
     from scalebits_compiler.plugins import Registry
 
+# Of matrices with one fate, so many are named; --json has all.
+MOST_NAMED = 4
+
 
 def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command `compile`."""
@@ -220,10 +223,17 @@ def as_text(report: CompileReport) -> str:
         lines.append(f"  blocks          {blocks['message']}")
         if blocks["aten"]:
             lines.append(f"  not recognised  {blocks['aten']}: left to torch")
+        lines += [f"  dense           {what}" for what in _by_reason(blocks["dense"])]
+    lines += [f"  taken back      {order}" for order in _reverted(report)]
     search = report.passes.get("assign-bits")
     if isinstance(search, dict):
         kept = "searched widths" if search["shipped"] == "search" else "uniform widths (they won)"
         lines.append(f"  assignment      {kept}, held-out loss {search['held_loss']:.4f} nats")
+        if search["unreached"]:
+            lines.append(
+                f"  never reached   {_few(search['unreached'])}: the calibration text has no token"
+                f" for them; {search['uniform_bits']} bits, rounded to nearest"
+            )
     lines += [
         f"  code bits       {summary['code_bits']:.3f} per weight",
         f"  effective bits  {summary['effective_bits']:.3f} per weight, all counted",
@@ -233,3 +243,22 @@ def as_text(report: CompileReport) -> str:
     times = ", ".join(f"{name} {took:.1f}" for name, took in report.seconds.items())
     lines.append(f"  seconds         {times}; total {sum(report.seconds.values()):.1f}")
     return "\n".join(lines)
+
+
+def _by_reason(dense: dict[str, str]) -> list[str]:
+    """`why: matrices` for every reason that matrices stay dense."""
+    reasons: dict[str, list[str]] = {}
+    for symbol, why in dense.items():
+        reasons.setdefault(why, []).append(symbol)
+    return [f"{why}: {_few(symbols)}" for why, symbols in reasons.items()]
+
+
+def _few(names: list[str]) -> str:
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(names[:MOST_NAMED]) + more
+
+
+def _reverted(report: CompileReport) -> list[str]:
+    found = report.passes.get("fold-permutes")
+    orders = found["reverted"] if isinstance(found, dict) else []
+    return [f"{order}: it changed the logits" for order in orders]

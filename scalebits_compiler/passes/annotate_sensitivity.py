@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
@@ -12,6 +14,9 @@ from scalebits_compiler.passes.base import Pass, PassContext
 
 if TYPE_CHECKING:
     import torch
+
+    from scalebits_compiler.ir.ops import Linear
+    from scalebits_compiler.passes.base import Evaluator, LinearRule, WeightRule
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class AnnotateSensitivity(Pass):
 
         if not 1 <= self.bits <= 8:
             raise PassError(f"the reference width {self.bits} is not within 1..8")
-        evaluator = ctx.evaluator(module, self.name)
+        evaluator = _Counting(ctx.evaluator(module, self.name))
         windows = ctx.windows(module, self.name).calibration
         matrices = st.load_matrices(module, ctx)
         grids = {s: torch.full(m.weight.grid_shape(), self.bits) for s, m in matrices.items()}
@@ -55,6 +60,33 @@ class AnnotateSensitivity(Pass):
             tensors.update({f"{symbol}.{role}": tensor for role, tensor in made.items()})
             keys = {role: Resource(f"{symbol}.{role}") for role in made}
             weights.append(replace(matrix.weight, **keys))
-        ctx.report[self.name] = {"reference_bits": self.bits, "loss": scores.loss}
+        ctx.report[self.name] = {
+            "reference_bits": self.bits,
+            "loss": scores.loss,
+            "expert_tokens": dict(evaluator.tokens),
+        }
         annotated = module.with_weights(weights)
         return replace(annotated, resources=module.resources.with_(tensors))
+
+
+@dataclass
+class _Counting:
+    """An evaluator that counts the tokens each expert's matrices see: symbol -> tokens."""
+
+    evaluator: Evaluator
+    tokens: Counter[str] = field(default_factory=Counter)
+
+    def run(self, ids: torch.Tensor, linear: LinearRule | None = None) -> torch.Tensor:
+        """As the evaluator, which must be given a rule for linear ops."""
+        assert linear is not None
+
+        def counted(op: Linear, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            if x.dim() == 2:  # [tokens, channels]: those that were sent to an expert
+                self.tokens[op.weight.name] += x.shape[0]
+            return linear(op, x, weight)
+
+        return self.evaluator.run(ids, counted)
+
+    def stream(self, batches: Sequence[torch.Tensor], weight: WeightRule) -> None:
+        """As the evaluator."""
+        self.evaluator.stream(batches, weight)

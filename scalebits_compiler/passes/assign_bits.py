@@ -77,6 +77,12 @@ class AssignBits(Pass):
         from scalebits_compiler.passes.search_problem import SearchProblem
 
         pinned, costs = self.problem(module)
+        unreached = _unreached(pinned)
+        if unreached:
+            # No gradient says what they need: the typical width, and no search.
+            typical, _ = best_uniform(costs)
+            plain = (replace(pinned.weights[s], limits=(typical,) * 2) for s in unreached)
+            pinned, costs = self.problem(pinned.with_weights(list(plain)))
         known = ctx.cache.get(self.name)
         problem = SearchProblem.load(pinned, ctx, self.name)
         width, uniform = best_uniform(costs)
@@ -97,6 +103,7 @@ class AssignBits(Pass):
         ctx.report[self.name] = {
             **_report(state, costs, problem, fresh=problem is not known),
             "uniform_bits": width,
+            "unreached": unreached,
             "shipped": "uniform" if np.array_equal(state.bits, uniform) else "search",
             "resumed_at_round": resumed,
         }
@@ -144,6 +151,19 @@ class AssignBits(Pass):
             limits |= dict.fromkeys(matching(pin.pattern, searched), (pin.low, pin.high))
         changed = (replace(module.weights[s], limits=found) for s, found in limits.items())
         return module.with_weights(changed)
+
+
+def _unreached(module: Module) -> list[str]:
+    """Matrices without a width of their own that no token of the calibration text came to.
+
+    Only the line scores tell: those of an expert that is never chosen are all 0.
+    """
+    found = []
+    for weight in module.searched():
+        if weight.limits is None and weight.row_scores is not None:
+            if not module.resources.numpy(weight.row_scores.key).any():
+                found.append(weight.symbol)
+    return found
 
 
 def searched_costs(module: Module, search: AssignBits) -> Costs:

@@ -21,9 +21,16 @@ from scalebits_compiler.passes.position_only import PositionOnly
 from scalebits_compiler.passes.raising import STRUCTURAL
 from scalebits_compiler.passes.raising_attention import raise_attention, raise_eager_attention
 from scalebits_compiler.passes.raising_embedding import raise_table
+from scalebits_compiler.passes.raising_experts import raise_experts
 from scalebits_compiler.passes.raising_graph import Graph, Replacement, one
 from scalebits_compiler.passes.raising_pointwise import activation_chain, known_activation
-from scalebits_compiler.passes.roles import embedding_tables, head_matrix, head_value
+from scalebits_compiler.passes.roles import (
+    dense_matrices,
+    embedding_tables,
+    head_matrix,
+    head_value,
+    router_values,
+)
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,7 @@ class Canonicalize(Pass):
             replace(w, quantize=True, block=block, group=group, fixed_bits=fixed.get(w.symbol))
             for w in (*marked, *(raised.weights[symbol] for symbol in fixed))
         ]
+        made = raised.with_weights(changed)
         left = Counter(op.target for op in raised.function.ops if isinstance(op, Aten))
         ctx.report[self.name] = {
             "message": f"{len(marked)} matrices in blocks of {block[0]} x {block[1]},"
@@ -73,8 +81,10 @@ class Canonicalize(Pass):
             "group": group,
             "quantized": len(marked),
             "aten": dict(left),
+            "matrices": [weight.symbol for weight in changed],
+            "dense": dense_matrices(made),
         }
-        return raised.with_weights(changed)
+        return made
 
     def check(self) -> None:
         """PassError if the options alone say that nothing can be packed; before any work."""
@@ -189,6 +199,10 @@ def _raise_flat(graph: Graph, rules: Sequence[Rule], op: Op) -> bool:
     if not isinstance(op, Aten) or not isinstance(kind, TensorType) or kind.rank != 2:
         return False
     source = graph.flattened(op)
+    experts = raise_experts(graph, op) if source is None else None
+    for new in experts or ():
+        graph.emit(new)
+        source = new.result
     if source is None:
         operands = set(op.operands())
         if not operands or not operands <= graph.flat.keys():
@@ -244,8 +258,8 @@ def _without_dead(module: Module) -> Module:
 
 
 def _matrices(module: Module) -> list[Weight]:
-    """Matrices that only linear ops read, but not the head."""
-    head = head_value(module)
+    """Matrices that only linear ops read, but not the head, nor those that score experts."""
+    dense = {head_value(module), *router_values(module)}
     readers: dict[str, list[Op]] = {}
     for op in module.function.ops:
         for symbol in op.symbols():
@@ -254,5 +268,5 @@ def _matrices(module: Module) -> list[Weight]:
         weight
         for name, weight in module.weights.items()
         if weight.type.rank == 2
-        and all(isinstance(op, Linear) and op.result != head for op in readers.get(name, []))
+        and all(isinstance(op, Linear) and op.result not in dense for op in readers.get(name, []))
     ]

@@ -127,6 +127,8 @@ class Graph:
         if not is_call(op, *RESHAPES) or not isinstance(op.type, TensorType) or op.type.rank != 2:
             return None
         source = op.args[0]
+        if isinstance(source, Value) and self.types.get(source) == op.type:
+            return self.flat.get(source)
         kind = self.tensor(source)
         if not isinstance(source, Value) or not self.is_conventional(source) or kind is None:
             return None
@@ -149,6 +151,11 @@ class Graph:
         """The ATen call that makes a value, if it is one of these operators."""
         op = self.defs.get(value) if isinstance(value, Value) else None
         return op if isinstance(op, Aten) and is_call(op, *names) else None
+
+    def call_any(self, value: object, target: str) -> Aten | None:
+        """The call that makes a value, if it is one of this target."""
+        op = self.defs.get(value) if isinstance(value, Value) else None
+        return op if isinstance(op, Aten) and op.target == target else None
 
     def factors(self, value: object) -> tuple[object, object] | None:
         """The two operands of the product that makes a value."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from scalebits_compiler.ir.attrs import Value
+from scalebits_compiler.ir.experts import Route
 from scalebits_compiler.ir.module import Module
-from scalebits_compiler.ir.ops import Embedding, Linear
+from scalebits_compiler.ir.op import FLOATS, Op
+from scalebits_compiler.ir.ops import Aten, Embedding, Linear
 
 
 def head_value(module: Module) -> Value:
@@ -30,3 +32,35 @@ def embedding_tables(module: Module) -> list[str]:
     """The symbols of the tables that embedding ops read, each once."""
     ops = (op for op in module.function.ops if isinstance(op, Embedding))
     return list(dict.fromkeys(op.table.name for op in ops))
+
+
+def router_values(module: Module) -> set[Value]:
+    """The scores of experts: what decides which of them see a token."""
+    return {op.scores for op in module.function.ops if isinstance(op, Route)}
+
+
+def dense_matrices(module: Module) -> dict[str, str]:
+    """Symbol -> why, of every matrix (or stack of them) that is not quantized."""
+    readers: dict[str, list[Op]] = {}
+    for op in module.function.ops:
+        for symbol in op.symbols():
+            readers.setdefault(symbol.name, []).append(op)
+    scores, head = router_values(module), head_value(module)
+    return {
+        name: _why_dense(readers.get(name, []), head, scores)
+        for name, weight in module.weights.items()
+        if not weight.quantize and weight.type.rank >= 2 and weight.type.dtype in FLOATS
+    }
+
+
+def _why_dense(readers: list[Op], head: Value, scores: set[Value]) -> str:
+    calls = sorted({op.target for op in readers if isinstance(op, Aten)})
+    if calls:
+        return f"not recognised: read by {', '.join(calls)}"
+    if any(isinstance(op, Embedding) for op in readers):
+        return "table of an embedding"
+    if any(op.result == head for op in readers):
+        return "head"
+    if any(op.result in scores for op in readers):
+        return "scores experts"
+    return "excluded as asked"

@@ -27,6 +27,8 @@ from scalebits_compiler.runtime.manifest import (
     sha256_of,
 )
 
+# How configs of different families spell the number of positions a model knows.
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 # Larger files are checked by size only when an artifact is opened, and in full by `verify`.
 LARGEST_HASHED_AT_OPEN = 256 << 20
 
@@ -109,6 +111,11 @@ class Artifact:
     def config(self) -> dict[str, Any]:
         """The Hugging Face config of the model."""
         return self.json("config.json")
+
+    @cached_property
+    def limit(self) -> int | None:
+        """The longest sequence that the model knows positions for, None if unknown."""
+        return position_limit(self.config)
 
     def matrix(self, symbol: str) -> PackedMatrix:
         """A weight of kind `packed`."""
@@ -227,3 +234,9 @@ def _mapped(
     if not 0 <= start <= end <= len(body) or end - start != math.prod(shape) * kind.itemsize:
         raise ValueError(f"a tensor of {dtype}{shape} cannot lie at {start}..{end}")
     return StoredTensor(body[start:end].view(kind).reshape(shape), dtype)
+
+
+def position_limit(config: Mapping[str, Any]) -> int | None:
+    """The longest sequence by a Hugging Face config, None if it does not say."""
+    found = (config.get(name) for name in _POSITIONS)
+    return next((value for value in found if isinstance(value, int) and value > 0), None)

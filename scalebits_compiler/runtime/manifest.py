@@ -29,11 +29,15 @@ Number: TypeAlias = int | float
 
 
 class StepRule(NamedTuple):
-    """What a step of one op holds: values read, weights read (least, most), attributes."""
+    """What a step of one op holds: values read, weights read (least, most), attributes.
+
+    more_inputs: it may read more values than `inputs`.
+    """
 
     inputs: int
     weights: tuple[int, int]
     attrs: frozenset[str]
+    more_inputs: bool = False
 
 
 def _rule(inputs: int, least: int, most: int, *attrs: str) -> StepRule:
@@ -60,6 +64,9 @@ STEP_RULES: dict[str, StepRule] = {
     "merge_heads": _rule(1, 0, 0),
     "rope": _rule(2, 1, 1, "scaling"),
     "attention": _rule(3, 0, 0, "scale", "window", "softcap", "causal", "cache"),
+    "route": _rule(1, 0, 0, "top", "normalize"),
+    "dispatch": _rule(2, 0, 0, "expert"),
+    "combine": StepRule(2, (0, 0), frozenset(), more_inputs=True),
     "permute": _rule(1, 1, 1, "axis"),
 }
 """The ops that the runtime executes; `runtime/ops.py` has one function for each."""
@@ -373,7 +380,8 @@ def _step_problem(step: Step, known: set[str], weights: Mapping[str, WeightRecor
     if rule is None:
         return "this op is unknown"
     least, most = rule.weights
-    if len(step.inputs) != rule.inputs or not least <= len(step.weights) <= most:
+    count = min(len(step.inputs), rule.inputs) if rule.more_inputs else len(step.inputs)
+    if count != rule.inputs or not least <= len(step.weights) <= most:
         return f"wrong number of inputs ({len(step.inputs)}) or weights ({len(step.weights)})"
     if set(step.attrs) != rule.attrs:
         return f"attributes {sorted(step.attrs)}, expected {sorted(rule.attrs)}"

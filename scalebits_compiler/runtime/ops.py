@@ -94,6 +94,9 @@ def _linear(frame: Frame, step: Step) -> F32:
 def _qlinear(frame: Frame, step: Step) -> F32:
     name, symbol = step.inputs[0], step.weights[0]
     leading = frame.values[name].shape[:-1]
+    if 0 in leading:  # an expert that no token is sent to
+        rows = frame.weights.height(symbol)
+        return np.zeros((*leading, rows), np.float32)
     x = frame.quantized(name, frame.weights.group(symbol))
     y = frame.weights.packed(symbol)(x)
     return _biased(frame, step, y.reshape(*leading, -1))
@@ -198,6 +201,34 @@ def _rope(frame: Frame, step: Step) -> F32:
     return np.concatenate((first * cos - second * sin, second * cos + first * sin, rest), -1)
 
 
+def _route(frame: Frame, step: Step) -> F32:
+    scores = frame.values[step.inputs[0]]
+    scores = np.exp(scores - scores.max(-1, keepdims=True))
+    scores /= scores.sum(-1, keepdims=True)
+    best = np.argsort(-scores, -1, kind="stable")[..., : int(step.attrs["top"])]
+    weights = np.take_along_axis(scores, best, -1)
+    if step.attrs["normalize"]:
+        weights /= weights.sum(-1, keepdims=True)
+    routing = np.zeros_like(scores)
+    np.put_along_axis(routing, best, weights, -1)
+    return routing
+
+
+def _dispatch(frame: Frame, step: Step) -> F32:
+    x, routing = (frame.values[name] for name in step.inputs)
+    return x[routing[..., int(step.attrs["expert"])] != 0]
+
+
+def _combine(frame: Frame, step: Step) -> F32:
+    routing, *parts = (frame.values[name] for name in step.inputs)
+    total = np.zeros((*routing.shape[:2], parts[0].shape[-1]), np.float32)
+    for expert, part in enumerate(parts):
+        weights = routing[..., expert]
+        seen = weights != 0
+        total[seen] += part * weights[seen][:, None]
+    return total
+
+
 def _permute(frame: Frame, step: Step) -> Array:
     index = frame.weights.raw(step.weights[0])
     return np.take(frame.values[step.inputs[0]], index, axis=int(step.attrs["axis"]))
@@ -300,5 +331,8 @@ OPS: dict[str, Callable[[Frame, Step], Array]] = {
     "merge_heads": _merge_heads,
     "rope": _rope,
     "attention": _attention,
+    "route": _route,
+    "dispatch": _dispatch,
+    "combine": _combine,
     "permute": _permute,
 }

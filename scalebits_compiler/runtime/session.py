@@ -116,7 +116,7 @@ class Session:
                 self._weights.packed(step.weights[0])
         self._native, self.execution = _native(self._plan, self._weights)
         self.vocabulary = self._vocabulary()
-        self.limit: int | None = artifact.config.get("max_position_embeddings")
+        self.limit: int | None = artifact.limit
         self.on_step: Callable[[str, float], None] | None = None
 
     def forward(self, ids: ArrayLike, pad: ArrayLike | None = None) -> F32:

@@ -105,6 +105,10 @@ class Weights:
             raise TypeError(f"{symbol} has no kernels")
         return matrix
 
+    def height(self, symbol: str) -> int:
+        """Rows of a matrix: output channels."""
+        return self._artifact.manifest.weights[symbol].shape[0]
+
     def packed(self, symbol: str) -> PackedLinear | DequantizedLinear:
         """A packed matrix, ready to be applied."""
         if symbol not in self._packed:

@@ -49,6 +49,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "stablelm": {},
     "olmo2": {},
     "bert": {},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {
+        "head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+    },
 }
 # Besides the residual stream, by size: the MLPs, heads, heads of a group, head dims, rope pairs.
 _ROTARY = {64: 1, 96: 2, 16: 2, 8: 1, 2: 4}
@@ -63,6 +70,8 @@ CLASSES: dict[str, dict[int, int]] = {
     "gpt_neox": {64: 1, 96: 2, 4: 2, 16: 2},
     "stablelm": {64: 1, 96: 2, 16: 2, 2: 4},
     "falcon": {64: 1, 256: 2, 4: 2, 16: 2, 8: 1},
+    "mixtral": {64: 1, 96: 8, 16: 2, 8: 1, 2: 4},  # each expert has its own
+    "qwen3_moe": {64: 1, 48: 8, 16: 2, 8: 1, 2: 4},
 }
 IDS = torch.from_numpy(np.random.default_rng(3).integers(0, 256, (2, 21)))
 

@@ -15,6 +15,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 
 from scalebits_compiler.errors import TargetError
 from scalebits_compiler.ir.attrs import Symbol, Value
+from scalebits_compiler.ir.experts import Combine, Dispatch, Route
 from scalebits_compiler.ir.op import Op
 from scalebits_compiler.ir.ops import (
     Add,
@@ -193,6 +194,26 @@ def _capped_attention(
     return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
 
 
+def _route(op: Route, scope: Scope) -> torch.Tensor:
+    best = scope.value(op.scores).softmax(-1)
+    weights, experts = best.topk(op.top, -1)
+    if op.normalize:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return torch.zeros_like(best).scatter(-1, experts, weights)
+
+
+def _dispatch(op: Dispatch, scope: Scope) -> torch.Tensor:
+    return scope.value(op.x)[scope.value(op.routing)[..., op.expert] != 0]
+
+
+def _combine(op: Combine, scope: Scope) -> torch.Tensor:
+    routing, parts = scope.value(op.routing), [scope.value(part) for part in op.parts]
+    experts, tokens = (routing.flatten(0, 1).T != 0).nonzero(as_tuple=True)
+    weighted = torch.cat(parts) * routing.flatten(0, 1)[tokens, experts][:, None]
+    total = weighted.new_zeros(routing[..., 0].numel(), weighted.shape[-1])
+    return total.index_add(0, tokens, weighted).unflatten(0, routing.shape[:2])
+
+
 def stored_order(order: str, permutation: Callable[[str], np.ndarray]) -> np.ndarray:
     """int64[n]: natural index of every stored element of an axis such as `2@p.kv*32@p.v`."""
     index = np.zeros(1, dtype=np.int64)
@@ -285,6 +306,9 @@ RULES: dict[type[Op], Callable[[Any, Scope], Any]] = {
     MergeHeads: _merge_heads,
     Rope: _rope,
     Attention: _attention,
+    Route: _route,
+    Dispatch: _dispatch,
+    Combine: _combine,
     Permute: _permute,
     Aten: _aten,
 }
