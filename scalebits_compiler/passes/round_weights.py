@@ -56,14 +56,15 @@ class RoundWeights(Pass):
     def _rtn(
         self, module: Module, weights: Sequence[Weight], ctx: PassContext
     ) -> dict[str, Quantized]:
+        shown = ctx.progress(weights, "rounding to nearest")
+        return {weight.symbol: self._nearest(module, weight) for weight in shown}
+
+    def _nearest(self, module: Module, weight: Weight) -> Quantized:
         from scalebits_compiler.numerics.quantize import LevelTable
 
-        done: dict[str, Quantized] = {}
-        for weight in ctx.progress(weights, "rounding to nearest"):
-            dense, group = _dense(module, weight)
-            bits = group_bits(module, weight)
-            done[weight.symbol] = LevelTable.fit(dense, group, clip=self.clip).quantize(dense, bits)
-        return done
+        dense, group = _dense(module, weight)
+        bits = group_bits(module, weight)
+        return LevelTable.fit(dense, group, clip=self.clip).quantize(dense, bits)
 
     def _gptq(
         self, module: Module, tables: Collection[str], ctx: PassContext
@@ -85,6 +86,9 @@ class RoundWeights(Pass):
                 next(ticks, None)
                 bits = group_bits(module, wanted[symbol])
                 group = wanted[symbol].group or 0
+                if not any(x.shape[0] for x in inputs):  # an expert that no token is sent to
+                    done[symbol] = self._nearest(module, wanted[symbol])
+                    return weight
                 hessian = shared.of(inputs)
                 done[symbol] = gptq(weight, hessian, bits, group, self.damping, self.clip)
             rounded, group = done[symbol], wanted[symbol].group or 0
