@@ -13,19 +13,34 @@ if TYPE_CHECKING:
 
     from scalebits_compiler.runtime.artifact import Artifact
 
+# Of the members of a class, so many are named; --json has all.
+MOST_NAMED = 6
+
 
 def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command `inspect`."""
     parser = subparsers.add_parser("inspect", help="sizes and widths of an artifact")
-    parser.add_argument("artifact", type=Path, metavar="OUT", help="a folder that compile wrote")
+    parser.add_argument(
+        "artifact",
+        type=Path,
+        metavar="OUT",
+        help="a folder that compile wrote, or a model's (its config.json is enough)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the summary of an artifact, each matrix on a line."""
+    """Print the summary of an artifact, or what the config of a model tells."""
     from scalebits_compiler.runtime.artifact import Artifact
+    from scalebits_compiler.runtime.manifest import MANIFEST
 
+    if (args.artifact / "config.json").is_file() and not (args.artifact / MANIFEST).exists():
+        from scalebits_compiler.analysis import analyse
+
+        found = analyse(args.artifact)
+        print(json.dumps(found, indent=2) if args.json else "\n".join(analysis_lines(found)))
+        return 0
     described = describe(Artifact.open(args.artifact))
     print(json.dumps(described, indent=2) if args.json else as_text(described))
     return 0
@@ -43,6 +58,7 @@ def describe(artifact: Artifact) -> dict[str, Any]:
         "seed": manifest.provenance.seed,
         "model": manifest.provenance.model,
     }
+    found |= _classes(artifact)
     if manifest.kernels is not None:
         dispatch = manifest.kernels.dispatch
         on_gpu = found["target"] == "cuda"
@@ -91,7 +107,58 @@ def as_text(found: dict[str, Any]) -> str:
             f"{name:<{width}}  {shape:>13}  {block:>9}  {matrix['group']:>5}"
             f"  {matrix['code_bits']:.3f}  {counts}"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, *_class_lines(found)])
+
+
+def _classes(artifact: Artifact) -> dict[str, Any]:
+    """The permutation classes of the artifact's module; none where a plugin's op is in it."""
+    from scalebits_compiler.errors import ParseError
+    from scalebits_compiler.ir.parser import read_module
+    from scalebits_compiler.passes.order_classes import describe
+
+    try:
+        return describe(read_module(artifact.path / "module.sbir")[0])
+    except ParseError as error:
+        return {"classes_unknown": error.message}
+
+
+def analysis_lines(found: dict[str, Any]) -> Iterator[str]:
+    """What `analyse` found, for people."""
+    yield f"model {found['model']}, by its config alone"
+    yield f"quantized       {len(found['matrices'])} matrices"
+    for symbol, why in found["dense"].items():
+        yield f"dense           {symbol}: {why}"
+    if found["aten"]:
+        yield f"not recognised  {found['aten']}: left to torch"
+    yield from _class_lines(found)
+
+
+def _class_lines(found: dict[str, Any]) -> Iterator[str]:
+    """Each permutation class with what it binds, and why other axes keep their order."""
+    if "classes_unknown" in found:
+        yield f"orders          unknown: {found['classes_unknown']}"
+        return
+    yield f"orders          {len(found['classes'])} classes of channels that move together"
+    for entry in found["classes"]:
+        stored = f"stored as @{entry['order']}" if entry["order"] else "in natural order"
+        yield f"  {entry['size']:>6} {stored}: {_places(entry['members'])}"
+    for entry in found["frozen"]:
+        yield f"  fixed, {entry['why']}: {_places(entry['members'])}"
+    for place in found["permutes_left"]:
+        yield f"  permuted at run time: {place}"
+
+
+def _places(members: Sequence[Mapping[str, Any]]) -> str:
+    """`symbol rows (inside 4)`, the first few."""
+    named = []
+    for member in members[:MOST_NAMED]:
+        axis = (
+            ("rows", "columns")[member["axis"]] if member["axis"] < 2 else f"axis {member['axis']}"
+        )
+        inside = f" inside {member['outer']}" if member["outer"] > 1 else ""
+        named.append(f"{member['symbol']} {axis}{inside}")
+    more = f" and {len(members) - MOST_NAMED} more" if len(members) > MOST_NAMED else ""
+    return ", ".join(named) + more
 
 
 def _kernel_lines(kernels: Mapping[str, Any]) -> Iterator[str]:

@@ -77,6 +77,54 @@ def load_model(path: str | Path) -> SourceModel:
     )
 
 
+@dataclass(frozen=True, eq=False)
+class EmptyModel:
+    """A model of which only the shapes are known: parameters without data, on the meta device.
+
+    buffers: path -> the tensors that the config alone determines (frequencies, positions).
+    """
+
+    name: str
+    model: nn.Module
+    buffers: Mapping[str, torch.Tensor]
+
+
+def empty_model(path: str | Path) -> EmptyModel:
+    """The model that a folder's config.json describes, without weights; takes no memory for them.
+
+    Raises FrontendError for a config that describes no causal language model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = _folder(path)
+    _config(folder)
+    try:
+        with _quiet(), _parameters_on_meta():
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise FrontendError(f"{folder} describes no model: {error}", help=DOWNLOAD_AGAIN) from error
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    return EmptyModel(folder.name, model.to("meta").eval().requires_grad_(False), buffers)
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters of modules made here have no data; buffers are real."""
+    register = nn.Module.register_parameter
+
+    def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:
+            param = nn.Parameter(param.to("meta"), requires_grad=False)
+        register(self, name, param)
+
+    nn.Module.register_parameter = on_meta
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
+
+
 def trace(model: nn.Module) -> torch.export.ExportedProgram:
     """The graph of logits for token ids i64[batch, sequence], both axes dynamic.
 
@@ -87,7 +135,7 @@ def trace(model: nn.Module) -> torch.export.ExportedProgram:
         with _quiet():
             exported = torch.export.export(
                 _Logits(model).eval(),
-                (torch.zeros(2, 7, dtype=torch.long),),
+                (torch.zeros(2, 7, dtype=torch.long, device=next(model.parameters()).device),),
                 dynamic_shapes={"ids": {0: dynamic, 1: dynamic}},
                 strict=False,
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import fx
 from torch.export.graph_signature import OutputKind
 
 from scalebits_compiler.errors import FrontendError
-from scalebits_compiler.frontend.hf import SourceModel
+from scalebits_compiler.frontend.hf import EmptyModel, SourceModel
 from scalebits_compiler.ir.attrs import AttrValue, Resource, Symbol, Value
 from scalebits_compiler.ir.module import Argument, Function, Module, Weight
 from scalebits_compiler.ir.op import Op
@@ -36,14 +36,19 @@ _INDEX = TensorType("index", ())
 _DROPPED_KWARGS = ("device", "pin_memory", "layout")
 
 
-def lower(exported: torch.export.ExportedProgram, source: SourceModel) -> Module:
+def lower(
+    exported: torch.export.ExportedProgram,
+    source: SourceModel | EmptyModel,
+) -> Module:
     """The module of a traced model. Weights share memory with the traced model.
+
+    Of an `EmptyModel` the parameters are on the meta device, without data.
 
     Calls that only check something are dropped, gradient-mode regions are inlined, tied tensors
     become one weight, and dead calls and unused buffers are left out. Raises FrontendError for
     control flow and constants that the IR cannot hold.
     """
-    lowering = _Lowering(exported)
+    lowering = _Lowering(exported, source.buffers if isinstance(source, EmptyModel) else {})
     result = lowering.walk_top()
     ops = _live(lowering.ops, result)
     used = {symbol.name for op in ops for symbol in op.symbols()}
@@ -68,8 +73,11 @@ def _live(ops: list[Op], result: Value) -> list[Op]:
 class _Lowering:
     """Walks the graph and its inlined regions once."""
 
-    def __init__(self, exported: torch.export.ExportedProgram) -> None:
+    def __init__(
+        self, exported: torch.export.ExportedProgram, buffers: Mapping[str, torch.Tensor]
+    ) -> None:
         self.exported = exported
+        self.buffers = buffers
         self.ops: list[Op] = []
         self.arguments: list[Argument] = []
         self.weights: dict[str, Weight] = {}
@@ -108,8 +116,10 @@ class _Lowering:
         tensor = self.exported.state_dict.get(full, self.exported.constants.get(full))
         if not isinstance(tensor, torch.Tensor) or tensor.dtype not in DTYPES:
             raise FrontendError(f"the constant {_path(full)} is no tensor of a known dtype")
-        tensor = tensor.detach()
-        place = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+        tensor = self.buffers.get(_path(full), tensor).detach()
+        # The storage, not its address: without data all addresses are the same.
+        storage = (tensor.untyped_storage()._cdata, tensor.storage_offset())
+        place = (*storage, tensor.dtype, tuple(tensor.shape), tensor.stride())
         if tensor.numel() and place in self._by_tensor:
             return self._by_tensor[place]
         name = short_name(_path(full))

@@ -145,7 +145,8 @@ class Graph:
         weight = self.module.weight(symbol)
         if weight.data is None or weight.type.rank or weight.type.dtype != "f32":
             return None
-        return float(self.module.resources.torch(weight.data.key))
+        stored = self.module.resources.torch(weight.data.key)
+        return None if stored.is_meta else float(stored)
 
     def call(self, value: object, *names: str) -> Aten | None:
         """The ATen call that makes a value, if it is one of these operators."""

@@ -140,7 +140,10 @@ def _constant_index(graph: Graph, op: Aten, kind: TensorType) -> Pick | None:
     weight = graph.module.weight(symbol)
     if weight.data is None or weight.type.rank != 1 or weight.type.dtype != "i64":
         return None
-    places = graph.module.resources.torch(weight.data.key).tolist()
+    stored = graph.module.resources.torch(weight.data.key)
+    if stored.is_meta:
+        return None
+    places = stored.tolist()
     return op.args[0], given[0], tuple(place % size for place in places), True
 
 

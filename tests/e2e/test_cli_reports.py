@@ -148,6 +148,14 @@ class TestInspect:
         assert quantization["quant_method"] == "scalebits"
         assert quantization["effective_bits"] == said["effective_bits"]
 
+    def test_orders_are_those_of_the_module(self, cli: Any, compiled: Any) -> None:
+        found = json.loads(cli("inspect", compiled.path, "--json").out)
+        text = (compiled.path / "module.sbir").read_text()
+        stored = {entry["order"] for entry in found["classes"]} - {None}
+        assert stored == {line.split()[1][1:] for line in text.split("\n") if "  perm @" in line}
+        assert found["permutes_left"] == []
+        assert f"{len(found['classes'])} classes of channels" in cli("inspect", compiled.path).out
+
     def test_for_people(self, cli: Any, compiled: Any) -> None:
         ran = cli("inspect", compiled.path)
         said = json.loads(compiled.json)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from scalebits_compiler.analysis import analyse
 from scalebits_compiler.codegen.reference.executor import Executor
 from scalebits_compiler.frontend.hf import load_model, trace
 from scalebits_compiler.frontend.lower_fx import lower
@@ -167,6 +168,19 @@ def test_parts_of_fused_matrices_are_matrices(tiny_llama: Callable[..., Path]) -
         "layers.0.mlp.gate_up_proj.rows96-192",
         "layers.0.mlp.down_proj",
     }
+
+
+@pytest.mark.parametrize("name", ["phi3", "gpt2", "mixtral"])
+def test_config_alone_gives_the_same_classes(
+    name: str, tiny_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = tiny_llama(name, **FAMILIES[name])
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    module = canonical(folder).module
+    found = analyse(tmp_path)
+    assert {key: found[key] for key in describe(module)} == describe(module)
+    assert set(found["matrices"]) == {weight.symbol for weight in module.quantized()}
+    assert found["aten"] == {}
 
 
 def test_description_says_what_binds_and_what_is_frozen(tiny_llama: Callable[..., Path]) -> None:

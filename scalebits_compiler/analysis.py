@@ -1,0 +1,35 @@
+"""What can be said of a model before it is compiled, from its config alone (layer L3)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from scalebits_compiler.driver import evaluator
+from scalebits_compiler.passes.base import PassContext
+from scalebits_compiler.passes.canonicalize import Canonicalize
+from scalebits_compiler.passes.order_classes import describe
+
+
+def analyse(path: str | Path) -> dict[str, Any]:
+    """The matrices and permutation classes of the model that a config.json describes.
+
+    No weights are read or made: the model is traced on the meta device. Keys: `matrices` (symbol ->
+    shape, of those that would be quantized), `dense` (symbol -> why not), `aten` (calls that were
+    not recognised -> how many), and those of `order_classes.describe`. Raises FrontendError for a
+    folder that is no model or cannot be traced.
+    """
+    from scalebits_compiler.frontend.hf import empty_model, trace
+    from scalebits_compiler.frontend.lower_fx import lower
+
+    empty = empty_model(path)
+    ctx = PassContext(evaluate=evaluator)
+    module = Canonicalize().run(lower(trace(empty.model), empty), ctx)
+    report: Any = ctx.report[Canonicalize.name]
+    return {
+        "model": empty.name,
+        "matrices": {w.symbol: list(w.type.static_shape()) for w in module.quantized()},
+        "dense": report["dense"],
+        "aten": report["aten"],
+        **describe(module),
+    }
