@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from scalebits_compiler.errors import UsageError
 from scalebits_compiler.ir.attrs import Resource
 from scalebits_compiler.ir.module import Module
+from scalebits_compiler.runtime.artifact import position_limit
 
 if TYPE_CHECKING:
     from scalebits_compiler.frontend.hf import SourceModel
@@ -60,7 +61,7 @@ def input_module(source: SourceModel, text: TextOptions, seed: int) -> Module:
     from scalebits_compiler.frontend.lower_fx import lower
 
     tokenizer = load_tokenizer(source.path)
-    limit = source.config.get("max_position_embeddings") or WINDOW
+    limit = position_limit(source.config) or WINDOW
     seq_len = text.seq_len or min(WINDOW, limit)
     if seq_len > limit:
         raise UsageError(f"--seq-len {seq_len} is more than the model's {limit} positions")

@@ -91,7 +91,7 @@ class CudaSession(Session):
                 )
         self._weights = weights  # type: ignore[assignment]
         self.vocabulary = self._vocabulary()
-        self.limit = artifact.config.get("max_position_embeddings")
+        self.limit = artifact.limit
 
     def forward(self, ids: ArrayLike, pad: ArrayLike | None = None) -> F32:
         """Logits f32[batch, sequence, vocabulary] of token ids i64[batch, sequence]."""
