@@ -15,7 +15,10 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -94,7 +97,7 @@ def captured(calls: Sequence[Callable[[], object]]) -> Callable[[], None]:
     return graph.replay
 
 
-def seconds(run: Callable[[], None], repeats: int) -> float:
+def seconds(run: Callable[[], object], repeats: int) -> float:
     """Device seconds of one `run`, from events around `repeats` of them."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
@@ -131,7 +134,7 @@ def measure(shape: tuple[int, int], launcher: str, options: argparse.Namespace) 
     layout = TileLayout(*shape, 128, 128, 128)
     grids = {f"uniform {width}": uniform(layout, width) for width in (2, 3, 4, 8)}
     grids["mixed 2/3/4"] = mixed(layout, (2, 3, 3, 4))
-    layers = {}
+    layers: dict[str, tuple[list[Any], str]] = {}
     for dtype in DTYPES:
         for name, bits in grids.items():
             matrix = random_matrix(layout, bits)
@@ -150,7 +153,7 @@ def measure(shape: tuple[int, int], launcher: str, options: argparse.Namespace) 
             dtype: torch.randn((tokens, layout.cols), device="cuda").to(kind)
             for dtype, kind in DTYPES.items()
         }
-        calls = {
+        calls: dict[str, list[Callable[[], object]]] = {
             f"cuBLAS {dtype}": [(lambda w=w, y=x[dtype]: F.linear(y, w)) for w in weights]
             for dtype, weights in dense.items()
         }
@@ -189,18 +192,17 @@ def gemlite_calls(
     shape: tuple[int, int], x: torch.Tensor, count: int
 ) -> dict[str, list[Callable[[], object]]]:
     """4-bit products of gemlite, which packs 1, 2, 4 and 8 bits only."""
-    from gemlite.core import DType, GemLiteLinear
-
+    gemlite: Any = import_module("gemlite.core")
     rows, cols = shape
     made = []
     for _ in range(4 * count):  # as many bytes as `count` fp16 matrices
-        layer = GemLiteLinear(
+        layer = gemlite.GemLiteLinear(
             W_nbits=4,
             group_size=128,
             in_features=cols,
             out_features=rows,
-            input_dtype=DType.FP16,
-            output_dtype=DType.FP16,
+            input_dtype=gemlite.DType.FP16,
+            output_dtype=gemlite.DType.FP16,
         )
         codes = torch.randint(0, 16, shape, dtype=torch.uint8, device="cuda")
         scales = torch.rand((rows, cols // 128), dtype=torch.float16, device="cuda")
@@ -227,7 +229,7 @@ def report(rows: Sequence[Row]) -> None:
 
 
 def _parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one shape, few tokens and rounds")
     parser.add_argument("--launcher", choices=("binary", "source"), default="binary")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here too")
@@ -243,12 +245,8 @@ def main() -> None:
     options = _parsed()
     if not torch.cuda.is_available():
         sys.exit(f"no NVIDIA GPU for torch {torch.__version__}; there is nothing to measure here")
-    try:
-        import gemlite  # noqa: F401
-
-        options.gemlite = True
-    except ImportError:
-        options.gemlite = False
+    options.gemlite = find_spec("gemlite") is not None
+    if not options.gemlite:
         print("gemlite is not installed and is left out")
     import triton
 
