@@ -220,7 +220,7 @@ class TestCompileReport:
         start = ("--target", "reference", "--from", compiled.dump / "04-fold-permutes.sbir")
         ran = compile_small(compiled.model, tmp_path / "a", *start, "--print-ir-after-all")
         assert ran.code == 0, ran.err
-        assert ran.err.count("module @tiny-llama") == 3
+        assert ran.err.count("module @tiny-llama") == 4
         ran = compile_small(compiled.model, tmp_path / "b", *start, "--print-ir-after=pack-blocks")
         assert ran.err.count("module @tiny-llama") == 1
         assert "qlinear" in ran.err

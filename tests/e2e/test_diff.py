@@ -125,7 +125,10 @@ def test_stages_of_one_compile(cli: Any, compiled: Any) -> None:
     assert told["bits"]
     assert all(change["histogram"][0] is None for change in told["bits"].values())
     assert told["totals"]["all"]["bytes"][0] is None
-    assert told["weights"]["changed"] == {}
+    # The search leaves its scores, and nothing else, beside the widths.
+    changed = told["weights"]["changed"]
+    assert set(changed) == set(told["bits"])
+    assert {field for change in changed.values() for field in change} == {"move_scores"}
     assert "no bits -> blocks by width" in cli("diff", before, after).out
 
 

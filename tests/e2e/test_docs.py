@@ -24,6 +24,7 @@ FEW = {
     "run": ["-n", "4"],
     "eval": ["--windows", "2", "-q"],
     "inspect": [],
+    "explain": [],
 }
 
 
@@ -48,7 +49,7 @@ def test_the_commands_of_the_readme_run(clone: Path, capsys: pytest.CaptureFixtu
     (console,) = blocks(ROOT / "README.md", "console")
     commands = [shlex.split(line[2:]) for line in console.splitlines() if line.startswith("$ ")]
     ours = [words[1:] for words in commands if words[0] == "scalebitsc"]
-    assert [words[0] for words in ours] == ["compile", "run", "eval", "inspect"]
+    assert [words[0] for words in ours] == ["compile", "run", "eval", "inspect", "explain"]
     for words in ours:
         assert main([*words, *FEW[words[0]]]) == 0, words
     said = capsys.readouterr().out

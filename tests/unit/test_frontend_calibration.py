@@ -37,10 +37,11 @@ def test_windows_are_drawn_by_the_seed_alone(tokenizer, text):
 
 
 def test_split_is_disjoint(tokenizer, text):
-    calibration, acceptance = split_text(text, tokenizer, 10, 60, 40, seed=5)
-    assert calibration.shape == (60, 10)
-    assert acceptance.shape == (40, 10)
-    seen = {tuple(row) for row in torch.cat((calibration, acceptance)).tolist()}
+    calibration, acceptance, tuning = split_text(text, tokenizer, 10, 50, 30, seed=5, tuning=40)
+    assert calibration.shape == (50, 10)
+    assert acceptance.shape == (30, 10)
+    assert tuning.shape == (20, 10)  # what the text has left
+    seen = {tuple(row) for row in torch.cat((calibration, acceptance, tuning)).tolist()}
     assert len(seen) == 100
 
 
