@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scalebits_compiler.errors import PassError
 from scalebits_compiler.passes.search import (
     Moves,
     SearchSettings,
@@ -360,148 +358,3 @@ class TestBestUniform:
         assert found.tolist() == np.clip(width, costs.low, costs.high).tolist()
         wider = np.clip(width + 1, costs.low, costs.high)
         assert width == 6 or costs.total(wider) > costs.budget
-
-
-@pytest.fixture(scope="module")
-def module(tiny_llama: Callable[..., Path]) -> Any:
-    from scalebits_compiler.codegen.reference.executor import Executor
-    from scalebits_compiler.frontend.hf import load_model, trace
-    from scalebits_compiler.frontend.lower_fx import lower
-    from scalebits_compiler.passes.base import PassContext
-    from scalebits_compiler.passes.canonicalize import Canonicalize
-
-    source = load_model(tiny_llama(num_hidden_layers=1))
-    lowered = lower(trace(source.model), source)
-    return Canonicalize().run(lowered, PassContext(evaluate=Executor))
-
-
-class TestAssignBits:
-    """The pass, on a canonical tiny Llama."""
-
-    @pytest.fixture
-    def ctx(self) -> Any:
-        import torch
-
-        from scalebits_compiler.codegen.reference.executor import Executor
-        from scalebits_compiler.passes.base import PassContext, TextSplit
-
-        ids = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (6, 24)))
-        return PassContext(evaluate=Executor, text=TextSplit(ids[:3], ids[3:]))
-
-    def effective(self, module: Any) -> float:
-        from scalebits_compiler.summary import summarize
-
-        return summarize(module)["effective_bits"]
-
-    @pytest.mark.parametrize("bits", [1.8, 2.5, 3.0, 4.7, 8.9])
-    def test_stays_within_the_budget(self, module: Any, ctx: Any, bits: float) -> None:
-        from scalebits_compiler.passes.assign_bits import AssignBits
-
-        done = AssignBits(avg_bits=bits, rounds=3).run(module, ctx)
-        assert self.effective(done) <= bits
-        report = ctx.report["assign-bits"]
-        assert report["stored_bits"] <= report["budget_bits"]
-        for weight in done.quantized():
-            grid = done.bits(weight)
-            assert grid.shape == weight.grid_shape()
-            assert 1 <= grid.min() <= grid.max() <= 8
-
-    def test_limits(self, module: Any, ctx: Any) -> None:
-        from scalebits_compiler.passes.assign_bits import AssignBits
-
-        done = AssignBits(avg_bits=4.0, min_bits=2, max_bits=4, rounds=3).run(module, ctx)
-        grids = [done.bits(weight) for weight in done.quantized()]
-        assert {int(width) for grid in grids for width in grid.ravel()} <= {2, 3, 4}
-
-    @pytest.mark.parametrize("limits", [(0, 8), (1, 9), (5, 3)])
-    def test_bad_limits(self, module: Any, ctx: Any, limits: tuple[int, int]) -> None:
-        from scalebits_compiler.passes.assign_bits import AssignBits
-
-        with pytest.raises(PassError, match=f"widths {limits[0]}..{limits[1]}"):
-            AssignBits(min_bits=limits[0], max_bits=limits[1]).run(module, ctx)
-
-    def test_smallest_feasible_budget_is_named_and_works(self, module: Any, ctx: Any) -> None:
-        from scalebits_compiler.passes.assign_bits import AssignBits
-
-        for low in (1, 3):
-            with pytest.raises(PassError, match="smallest feasible is") as caught:
-                AssignBits(avg_bits=0.5, min_bits=low).run(module, ctx)
-            least = float(caught.value.message.split("smallest feasible is ")[1])
-            done = AssignBits(avg_bits=least, min_bits=low, rounds=1).run(module, ctx)
-            assert self.effective(done) <= least
-            with pytest.raises(PassError, match="smallest feasible is"):
-                AssignBits(avg_bits=least - 0.002, min_bits=low).run(module, ctx)
-
-    def test_uniform_ships_where_it_wins(self, module: Any, ctx: Any) -> None:
-        """A budget that two bits fit exactly, where the mixed start is worse on held text."""
-        from scalebits_compiler.passes.assign_bits import AssignBits, searched_costs
-
-        costs = searched_costs(module, AssignBits())
-        exact = (costs.total(np.full(len(costs.fixed), 2)) + 0.5) / costs.weights
-        done = AssignBits(avg_bits=exact, rounds=0).run(module, ctx)
-        report = ctx.report["assign-bits"]
-        assert report["starts"]["uniform"] < report["starts"]["hull"]
-        assert report["shipped"] == "uniform"
-        assert report["uniform_bits"] == 2
-        assert {int(b) for w in done.quantized() for b in done.bits(w).ravel()} == {2}
-        assert report["held_loss"] == report["uniform_held_loss"]
-        searched = AssignBits(avg_bits=exact).run(module, ctx)
-        assert ctx.report["assign-bits"]["held_loss"] <= report["uniform_held_loss"]
-        assert self.effective(searched) <= exact
-
-    def test_scores_are_those_of_the_final_widths(self, module: Any, ctx: Any) -> None:
-        """move_scores: scored again, independently, at the widths that came out."""
-        import torch
-
-        from scalebits_compiler.passes import statistics
-        from scalebits_compiler.passes.assign_bits import AssignBits
-
-        done = AssignBits(avg_bits=3.0, rounds=2).run(module, ctx)
-        matrices = statistics.load_matrices(done, ctx)
-        grids = {w.symbol: torch.from_numpy(done.bits(w)).long() for w in done.searched()}
-        evaluator = ctx.evaluator(done, "test")
-        scores = statistics.move_scores(evaluator, matrices, grids, ctx.text.calibration, ctx)
-        for weight in done.searched():
-            found = done.resources.torch(weight.move_scores.key)
-            wanted = [scores.up, scores.down, scores.error_up, scores.error_down]
-            stacked = torch.stack([table[weight.symbol] for table in wanted], -1)
-            torch.testing.assert_close(found, stacked.bfloat16())
-
-    def test_a_neighbours_widths_are_a_start(self, module: Any, ctx: Any) -> None:
-        from scalebits_compiler.passes.assign_bits import AssignBits
-
-        wide = AssignBits(avg_bits=4.0, rounds=2).run(module, ctx)
-        fitted = ctx.cache["assign-bits"]
-        done = AssignBits(avg_bits=3.0, rounds=1, warm=True).run(wide, ctx)
-        assert ctx.cache["assign-bits"] is fitted
-        report = ctx.report["assign-bits"]
-        assert "neighbour" in report["starts"]
-        assert report["held_loss"] <= report["starts"]["neighbour"]
-        assert self.effective(done) <= 3.0
-
-    def test_held_loss_is_that_of_what_is_shipped(self, module: Any, ctx: Any) -> None:
-        """Measured again, independently, on the acceptance windows."""
-        import torch
-
-        from scalebits_compiler.codegen.reference.executor import Executor
-        from scalebits_compiler.passes.assign_bits import AssignBits
-        from scalebits_compiler.passes.round_weights import RoundWeights
-
-        done = AssignBits(avg_bits=3.5, rounds=3).run(module, ctx)
-        report = ctx.report["assign-bits"]
-        assert report["held_loss"] <= report["uniform_held_loss"]
-        rounded = RoundWeights(method="rtn").run(done, ctx)
-        ids = ctx.text.acceptance
-        with torch.no_grad():
-            logits = Executor(rounded).run(ids)[:, :-1].flatten(0, 1)
-        loss = float(torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten()))
-        assert loss == pytest.approx(report["held_loss"], abs=1e-4)
-
-    def test_same_bits_again(self, module: Any, ctx: Any) -> None:
-        from scalebits_compiler.passes.assign_bits import AssignBits
-
-        one, other = (AssignBits(avg_bits=3.1, rounds=4).run(module, ctx) for _ in range(2))
-        for weight in one.quantized():
-            np.testing.assert_array_equal(
-                one.bits(weight), other.bits(other.weights[weight.symbol])
-            )
