@@ -33,9 +33,8 @@ def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the summary of an artifact, or what the config of a model tells."""
     from scalebits_compiler.runtime.artifact import Artifact
-    from scalebits_compiler.runtime.manifest import MANIFEST
 
-    if (args.artifact / "config.json").is_file() and not (args.artifact / MANIFEST).exists():
+    if _is_model(args.artifact):
         from scalebits_compiler.analysis import analyse
 
         found = analyse(args.artifact)
@@ -44,6 +43,14 @@ def run(args: argparse.Namespace) -> int:
     described = describe(Artifact.open(args.artifact))
     print(json.dumps(described, indent=2) if args.json else as_text(described))
     return 0
+
+
+def _is_model(folder: Path) -> bool:
+    """Whether a folder is a model's. An artifact that lost its manifest is a damaged artifact."""
+    from scalebits_compiler.runtime.manifest import MANIFEST
+
+    config = (folder / "config.json").is_file()
+    return config and not any((folder / name).exists() for name in (MANIFEST, "module.sbir"))
 
 
 def describe(artifact: Artifact) -> dict[str, Any]:

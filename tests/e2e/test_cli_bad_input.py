@@ -241,7 +241,7 @@ class TestArtifacts:
         path.write_text(json.dumps(manifest))
         refused(cli("inspect", path.parent), 1, str(path), "help:")
 
-    @pytest.mark.parametrize("command", [["inspect"], ["run", "--prompt", "a"]])
+    @pytest.mark.parametrize("command", [["verify"], ["run", "--prompt", "a"]])
     def test_no_artifact(self, cli: Any, model: Path, text: Path, command: list[str]) -> None:
         refused(cli(*command, model), 1, "no scalebits artifact", "help:")
         refused(cli(*command, model / "none"), 1, "none", "help:")
