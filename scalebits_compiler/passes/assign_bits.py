@@ -21,6 +21,7 @@ from scalebits_compiler.passes.search import (
     SearchSettings,
     SearchState,
     best_start,
+    guarded,
     swap_search,
 )
 from scalebits_compiler.passes.starts import (
@@ -85,9 +86,10 @@ class AssignBits(Pass):
             pinned, costs = self.problem(pinned.with_weights(list(plain)))
         known = ctx.cache.get(self.name)
         problem = SearchProblem.load(pinned, ctx, self.name)
-        width, uniform = best_uniform(costs)
+        width, _ = best_uniform(costs)
         saved = _Saved(self, module, ctx)
-        state = saved.load(costs) or best_start(self._starts(pinned, problem, costs), problem.held)
+        starts, guards = self._starts(pinned, problem, costs)
+        state = saved.load(costs) or best_start(starts, guards, problem.held)
         resumed = state.round
         saved.save(state)
         moves = swap_search(
@@ -98,30 +100,30 @@ class AssignBits(Pass):
             SearchSettings(self.rounds, self.z),
             saved.save,
         )
-        if moves is None:
+        uniform_won = guarded(state, guards)
+        if moves is None or uniform_won:
             moves, state.scored = problem.score(state.bits, costs), state.scored + 1
         ctx.report[self.name] = {
             **_report(state, costs, problem, fresh=problem is not known),
             "uniform_bits": width,
             "unreached": unreached,
-            "shipped": "uniform" if np.array_equal(state.bits, uniform) else "search",
+            "shipped": "uniform" if uniform_won else "search",
             "resumed_at_round": resumed,
         }
         return _with_widths(pinned, problem, state.bits, moves)
 
-    def _starts(self, module: Module, problem: SearchProblem, costs: Costs) -> dict[str, Ints]:
-        """Where the search may start; the first of equals is taken."""
+    def _starts(
+        self, module: Module, problem: SearchProblem, costs: Costs
+    ) -> tuple[dict[str, Ints], dict[str, Ints]]:
+        """Where the search may start (the first of equals is taken), and what it must beat."""
         curves, (_, uniform) = problem.curves, best_uniform(costs)
-        starts = {
-            "hull": greedy_raise(curves, costs, costs.low),
-            "uniform": uniform,
-            "uniform and the rest": greedy_raise(curves, costs, uniform),
-        }
+        starts = {"hull": greedy_raise(curves, costs, costs.low)}
+        guards = {"uniform": uniform, "uniform and the rest": greedy_raise(curves, costs, uniform)}
         if self.warm:
             grids = [module.bits(weight).ravel() for weight in module.searched()]
             here = np.concatenate(grids).astype(np.int64)
             starts["neighbour"] = moved_to_budget(curves, costs, here)
-        return starts
+        return starts, guards
 
     def problem(self, module: Module) -> tuple[Module, Costs]:
         """The module with the pins as limits, and the storage of its blocks.

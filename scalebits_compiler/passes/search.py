@@ -118,11 +118,26 @@ class SearchState:
         return SearchState(**{**plain, "bits": bits, "steps": steps})
 
 
-def best_start(starts: dict[str, Ints], held_loss: Callable[[Ints], float]) -> SearchState:
-    """The start with the least held loss; the first of equals."""
-    losses = {name: held_loss(bits) for name, bits in starts.items()}
-    name = min(losses, key=lambda name: losses[name])
+def best_start(
+    starts: dict[str, Ints], guards: dict[str, Ints], held_loss: Callable[[Ints], float]
+) -> SearchState:
+    """The start with the least held loss, the first of equals; the guards are measured as well.
+
+    A guard is no start, even where it is better at first: from uniform widths the search ends in
+    worse places than from the hull.
+    """
+    losses = {name: held_loss(bits) for name, bits in {**starts, **guards}.items()}
+    name = min(starts, key=lambda name: losses[name])
     return SearchState(starts[name].copy(), losses[name], losses, held=len(losses))
+
+
+def guarded(state: SearchState, guards: dict[str, Ints]) -> bool:
+    """Whether a guard has a lower held loss than what the search found; it is in the state then."""
+    name = min(guards, key=lambda name: state.starts[name])
+    if state.loss <= state.starts[name]:
+        return False
+    state.bits, state.loss = guards[name].copy(), state.starts[name]
+    return True
 
 
 def swap_search(

@@ -19,6 +19,7 @@ from scalebits_compiler.passes.search import (
     SearchSettings,
     SearchState,
     best_start,
+    guarded,
     predicted_change,
     propose,
     swap_search,
@@ -74,7 +75,7 @@ def moves_of(up: Any, down: Any) -> Moves:
 
 
 def search(fake: Fake, start: Ints, held: Callable[[Ints], float], rounds: int) -> SearchState:
-    state = best_start({"given": start}, held)
+    state = best_start({"given": start}, {}, held)
     swap_search(state, fake.costs, fake.score, held, SearchSettings(rounds), lambda _: None)
     return state
 
@@ -267,7 +268,7 @@ class TestGoingOn:
         """What was saved, through JSON, leads to the same end as a search that was not stopped."""
         fake, settings_ = Fake.make(7), SearchSettings(12)
         whole = search(fake, np.full(24, 3), fake.held, 12)
-        state = best_start({"given": np.full(24, 3)}, fake.held)
+        state = best_start({"given": np.full(24, 3)}, {}, fake.held)
         saved = [json.dumps(state.as_json())]
         keep = saved.append
         swap_search(
@@ -290,7 +291,7 @@ class TestGoingOn:
             calls.append(1)
             return 9.0 if len(calls) % 6 else float(next(losses))
 
-        state = best_start({"given": np.full(2000, 3)}, held)
+        state = best_start({"given": np.full(2000, 3)}, {}, held)
         settings_ = SearchSettings(AssignBits().rounds)
         swap_search(state, fake.costs, fake.score, held, settings_, lambda _: None)
         assert state.held == len(calls)
@@ -301,18 +302,20 @@ class TestGoingOn:
 class TestStarts:
     def test_uniform_wins_where_the_surrogate_is_wrong(self) -> None:
         """Curves that have nothing to do with the held loss: what ships is no worse."""
-        wins = 0
+        wins, shipped = 0, 0
         for seed in range(20):
             fake = Fake.make(seed)
             fake.curves = convex_curves(np.random.default_rng(seed + 100), 24)
             _, uniform = best_uniform(fake.costs)
-            starts = {"hull": greedy_start(fake.curves, fake.costs), "uniform": uniform}
-            state = best_start(starts, fake.held)
-            settings_ = SearchSettings(12)
+            starts, guards = {"hull": greedy_start(fake.curves, fake.costs)}, {"uniform": uniform}
+            state = best_start(starts, guards, fake.held)
+            settings_ = SearchSettings(seed % 2)
             swap_search(state, fake.costs, fake.score, fake.held, settings_, lambda _: None)
-            assert state.loss <= fake.held(uniform)
+            shipped += guarded(state, guards)
+            assert state.loss == fake.held(state.bits) <= fake.held(uniform)
             wins += state.starts["uniform"] < state.starts["hull"]
         assert wins > 3
+        assert 0 < shipped < 20
 
     @quick
     @given(seed=seeds, share=st.floats(0, 1.1), before=st.integers(1, 8))
