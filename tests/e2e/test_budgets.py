@@ -42,8 +42,8 @@ def test_a_frontier(compile_small: Any, tiny_llama: Any, cli: Any, tmp_path: Pat
         assert point["predicted_loss"] >= point["full_precision_loss"]
         assert load_reference(folder).forward([[1, 2, 3]]).shape == (1, 3, 256)
         assert point["folder"] in (out / "frontier.txt").read_text()
-    sizes = [point["effective_bits"] for point in points]
-    assert sizes == sorted(sizes)
+    # The widest budget is used. (In between, uniform widths that win may leave some of theirs.)
+    assert max(point["effective_bits"] for point in points) == points[-1]["effective_bits"]
     # What does not depend on the budget was done once, and the history says what was done.
     assert sum(path.name.endswith("fold-permutes.sbir") for path in dump.iterdir()) == 1
     history = read_module(out / "2.5" / "module.sbir")[0].history

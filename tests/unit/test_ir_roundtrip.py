@@ -272,10 +272,11 @@ def test_every_typing_rule_refuses_with_an_error_of_ours(name: str, data: st.Dat
     args = tuple(Argument(Value(n), data.draw(SMALL)) for n in "abc")
     weights = {n: Weight(symbol=n, type=data.draw(SMALL)) for n in ("u", "v")}
     fields: dict[str, Any] = {}
+    one = st.sampled_from([arg.value for arg in args])
     for spec in op_fields(cls):
         fields[spec.name] = data.draw(
             {
-                "value": st.sampled_from([arg.value for arg in args]),
+                "value": st.lists(one, min_size=1).map(tuple) if spec.variadic else one,
                 "symbol": st.builds(Symbol, st.sampled_from("uv")),
                 "attr": {int: st.integers(-5, 5), float: FLOATS, bool: st.booleans()}.get(
                     spec.hint, st.sampled_from(["4@p", "8", "", "x", "4@p*2"])
