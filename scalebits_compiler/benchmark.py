@@ -30,19 +30,19 @@ READ_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """What is measured. Raises `UsageError` for a count below 1."""
+    """What is measured. threads: None for the default. Raises `UsageError` for a count below 1."""
 
     prompt_tokens: int = 128
     new_tokens: int = 32
-    threads: int = 1
+    threads: int | None = None
     activations: str = EXACT
     repeat: int = 5
 
     def __post_init__(self) -> None:
         for name in ("prompt_tokens", "new_tokens", "threads", "repeat"):
-            if getattr(self, name) < 1:
-                option = name.replace("_", "-")
-                raise UsageError(f"--{option} {getattr(self, name)} must be at least 1")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"--{name.replace('_', '-')} {value} must be at least 1")
 
 
 def bench(
@@ -65,7 +65,7 @@ def bench(
     peak = _peak_memory()
     manifest = session.artifact.manifest
     needed = bytes_per_token(session.artifact)
-    reader = _Reader(options.threads)
+    reader = _Reader(session.threads)
     rounds = [
         (reader.bandwidth(), *_run(session, ids, options.prompt_tokens))
         for _ in progress(range(options.repeat), "measuring", options.repeat)
@@ -77,6 +77,7 @@ def bench(
         "variant": session.variant,
         "arithmetic": _arithmetic(manifest, session.variant, options.activations),
         **vars(options),
+        "threads": session.threads,
         "prefill_tokens_per_second": _spread(prefill),
         "decode_tokens_per_second": _spread(decode),
         "bytes_per_token": needed,
@@ -116,7 +117,7 @@ def _decode(session: Session, ids: NDArray[np.int64], cache: Cache) -> None:
 
 
 def _time_by_op(session: Session, ids: NDArray[np.int64], prompt: int) -> dict[str, Any]:
-    """Seconds by op of one prefill and, per token, of decoding; slowest first."""
+    """Seconds by op on one thread of one prefill and, per token, of decoding; slowest first."""
     with _watched(session) as prefill:
         _, cache = session.prefill(ids[None, :prompt], capacity=len(ids))
     with _watched(session) as decode:

@@ -15,7 +15,7 @@ def open_session(
     path: Path,
     target: str | None = None,
     activations: str = EXACT,
-    threads: int = 1,
+    threads: int | None = None,
     registry: Registry | None = None,
 ) -> Session:
     """An artifact as it was compiled, or (target "reference") by torch definitions.

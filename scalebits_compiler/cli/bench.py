@@ -21,7 +21,7 @@ def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
     add("artifact", type=Path, metavar="OUT", help="a folder that compile wrote")
     add("--prompt-tokens", type=int, default=128, metavar="N", help="of the prefill (default 128)")
     add("--new-tokens", type=int, default=32, metavar="N", help="tokens to decode (default 32)")
-    add("--threads", type=int, default=1, metavar="N", help="default 1")
+    add("--threads", type=int, metavar="N", help="default: the physical cores")
     add("--activations", choices=ACTIVATIONS, default=EXACT, help="int8 is faster, less exact")
     add("--repeat", type=int, default=5, metavar="N", help="rounds (default 5)")
     add("--json", action="store_true", help="print JSON")
@@ -58,7 +58,8 @@ def as_text(found: dict[str, Any]) -> str:
     ]
     for phase, by_op in found["seconds_by_op"].items():
         total = sum(by_op.values()) or 1.0
-        lines.append(f"{phase} by op, ms" + (" per token" if phase == "decode" else ""))
+        per_token = " per token" if phase == "decode" else ""
+        lines.append(f"{phase} by op on one thread, ms{per_token}")
         lines += [
             f"  {op:<14}{seconds * 1e3:>10.3f}{seconds / total:>7.1%}"
             for op, seconds in by_op.items()

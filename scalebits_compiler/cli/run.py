@@ -30,7 +30,7 @@ def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
     add("--target", choices=("reference",), help="run by torch definitions, not by kernels")
     add("--plugin", type=Path, action="append", default=[], metavar="FILE", help="load a plugin")
     add("--activations", choices=ACTIVATIONS, default=EXACT, help="int8 is faster, less exact")
-    add("--threads", type=int, default=1, metavar="N", help="for large matrices (default 1)")
+    add("--threads", type=int, metavar="N", help="for large models (default: physical cores)")
     add("--json", action="store_true", help="print prompts, tokens and text as JSON")
     parser.set_defaults(run=run)
 

@@ -175,11 +175,17 @@ class KernelLibrary:
         self.run(program)
         return result
 
-    def run(self, program: Program, first: int = 0, last: int | None = None) -> None:
-        """Execute the steps first..last of a program, on threads if its work is worth it."""
+    def run(
+        self, program: Program, first: int = 0, last: int | None = None, threads: int | None = None
+    ) -> None:
+        """Execute the steps first..last of a program, on threads if its work is worth it.
+
+        threads: this many instead.
+        """
         table = program.table
         last = len(table) if last is None else last
-        threads = self.threads if program.work >= THREAD_WORK else 1
+        if threads is None:
+            threads = self.threads if program.work >= THREAD_WORK else 1
         counters = np.zeros((threads, COUNTER_STRIDE), np.int64)
         table, counters = (tvm_ffi.from_dlpack(array) for array in (table, counters))
         futures = [

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from scalebits_compiler.runtime.kernels import QuantizedInput
 from scalebits_compiler.runtime.manifest import Plan
-from scalebits_compiler.runtime.native_ops import RULES, Value, fuse
+from scalebits_compiler.runtime.native_ops import RULES, Value, fuse, together
 from scalebits_compiler.runtime.program import PADS, Argument, Program, Rows
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Lowering:
 
     def _lower(self, plan: Plan) -> None:
         self.values[plan.input] = Value(self.ids)
-        for step in fuse(plan.steps):
+        for step in fuse(together(plan.steps)):
             self.values[step.out] = RULES[step.op](self, step)
             self.ops += [step.op] * (len(self.program) - len(self.ops))
             for name in step.free:

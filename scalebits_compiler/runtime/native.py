@@ -57,7 +57,8 @@ class NativeModel:
         """Logits f32[batch, positions, vocabulary] of new tokens i64[batch, sequence].
 
         Fills the cache behind its length, which stays. With `last`, of the last position only.
-        on_step: called with each op and its seconds; the program then runs op by op.
+        on_step: called with each op and its seconds; the program then runs op by op on one thread,
+        as handing a single op to threads takes longer than most ops.
         """
         batch, count = tokens.shape
         cache.reserve(cache.length + count)
@@ -78,7 +79,7 @@ class NativeModel:
         first = 0
         for op, same in groupby(lowered.ops):
             last, start = first + len(list(same)), time.perf_counter()
-            self.library.run(lowered.program, first, last)
+            self.library.run(lowered.program, first, last, threads=1)
             on_step(op, time.perf_counter() - start)
             first = last
 

@@ -41,6 +41,27 @@ SILU_MUL = "silu_mul"
 """`mul` of a `silu` that nothing else reads; both in one step."""
 
 
+def together(steps: Sequence[Step]) -> list[Step]:
+    """The steps with products of the same input next to each other.
+
+    What is small between them would make the threads wait for each other, see `program.ALONE`.
+    """
+    products: dict[str, list[Step]] = {}
+    for step in steps:
+        if step.op == "qlinear":
+            products.setdefault(step.inputs[0], []).append(step)
+    ordered: list[Step] = []
+    for step in steps:
+        ordered += products.pop(step.inputs[0], ()) if step.op == "qlinear" else (step,)
+    freed = {name for step in steps for name in step.free}
+    found: list[Step] = []
+    for step in reversed(ordered):  # a value is freed by the step that is now its last reader
+        free = freed.intersection((*step.inputs, step.out))
+        found.append(replace(step, free=tuple(sorted(free))))
+        freed -= free
+    return found[::-1]
+
+
 def fuse(steps: Sequence[Step]) -> list[Step]:
     """The steps of a plan, those fused that have one kernel together."""
     fused: list[Step] = []

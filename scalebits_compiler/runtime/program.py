@@ -1,15 +1,17 @@
 """Programs of native kernels: what one call of the kernel library executes (layer L1, numpy only).
 
 A program is a table int64[steps, WIDTH]. A row holds the kernel's number in the library, how many
-work items the step has, whether all threads must have finished the rows before it, and the kernel's
-arguments. The generated function `run` (codegen/tvm/entry.py) walks the table: every thread takes
-its share of the items of each step. Nothing of Python runs in between.
+work items the step has, whether all threads must have finished the rows before it, whether the
+first thread does it alone, and the kernel's arguments. The generated function `run`
+(codegen/tvm/entry.py) walks the table: every thread takes its share of the items of each step.
+Nothing of Python runs in between.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple, TypeAlias
 
@@ -76,9 +78,15 @@ WRITTEN: dict[str, frozenset[str]] = {
     kind: frozenset(name[:-1] for name in text.split() if name.endswith("!"))
     for kind, text in _FIELDS.items()
 }
-CODE, ITEMS, SYNC, HEAD = 0, 1, 2, 3
-"""Columns of a row: kernel number, work items, wait for all threads first; then the arguments."""
+CODE, ITEMS, SYNC, ALONE, HEAD = 0, 1, 2, 3, 4
+"""Columns of a row: kernel number, work items, wait for all threads first, the first thread does
+all items; then the arguments."""
 WIDTH = HEAD + max(map(len, FIELDS.values()))
+SHARED = frozenset({"gemv", "gemm", "dense", "attention"})
+"""Kinds whose items all threads share, however few: they read weights or the cache."""
+ALONE_NUMBERS = 8192
+"""A step of another kind on at most so many numbers takes one thread 0.3 to 3 us. Sharing it would
+save less than the two meetings of the threads that it costs, 0.5 us each (measured on Zen 4)."""
 DENSE_TYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """The types of dense matrices that kernels read, as safetensors and as the kernels name them."""
 ELEMENTS = 1024
@@ -96,6 +104,14 @@ COUNTER_STRIDE = 8
 """int64 between the counters of two threads: a cache line each."""
 
 
+@dataclass
+class _Touched:
+    """Addresses of arrays that steps have read and written."""
+
+    read: set[int] = field(default_factory=set)
+    written: set[int] = field(default_factory=set)
+
+
 class Program:
     """A table under construction. It keeps the arrays that it points to alive.
 
@@ -106,8 +122,8 @@ class Program:
         self.work = 0
         self._rows: list[list[int]] = []
         self._kept: list[Array] = []
-        self._read: set[int] = set()
-        self._written: set[int] = set()
+        # What was touched since the last wait: by steps of all threads, and of the first alone.
+        self._since = (_Touched(), _Touched())
 
     def add(
         self, code: int, kind: str, items: int, arguments: Mapping[str, Argument], work: int = 0
@@ -116,7 +132,8 @@ class Program:
 
         An array stands for its address, a float for its float32 bits. The step waits for the other
         threads if it touches an array that a step since the last wait has written, or writes one
-        that such a step has read; arrays are told apart by their first elements.
+        that such a step has read; arrays are told apart by their first elements. A small step is
+        done by one thread alone, and does not wait for what that thread has done alone before.
         """
         if arguments.keys() != set(FIELDS[kind]):
             raise ValueError(f"{kind} takes {FIELDS[kind]}, not {tuple(arguments)}")
@@ -128,15 +145,19 @@ class Program:
         arrays = {name: _address(array) for name, array in touched.items()}
         writes = {arrays[name] for name in WRITTEN[kind]}
         reads = set(arrays.values()) - writes
-        sync = bool(writes & (self._read | self._written) or reads & self._written)
+        alone = kind not in SHARED and _numbers(touched) <= ALONE_NUMBERS
+        before = self._since[:1] if alone else self._since
+        sync = any(
+            writes & (since.read | since.written) or reads & since.written for since in before
+        )
         if sync:
-            self._read, self._written = set(), set()
-        self._read |= reads
-        self._written |= writes
+            self._since = (_Touched(), _Touched())
+        self._since[alone].read |= reads
+        self._since[alone].written |= writes
         self._kept += touched.values()
         values = [_encode(arguments[name]) for name in FIELDS[kind]]
         padding = [0] * (WIDTH - HEAD - len(values))
-        self._rows.append([code, items, int(sync), *values, *padding])
+        self._rows.append([code, items, int(sync), int(alone), *values, *padding])
         self.work += work
 
     def __len__(self) -> int:
@@ -147,6 +168,11 @@ class Program:
     def table(self) -> NDArray[np.int64]:
         """int64[steps, WIDTH], once all steps are added."""
         return np.array(self._rows, np.int64).reshape(-1, WIDTH)
+
+
+def _numbers(touched: Mapping[str, Array]) -> int:
+    """How many numbers a step works on, before or after it."""
+    return max(touched[name].size for name in ("x", "y") if name in touched)
 
 
 def _address(array: Array) -> int:

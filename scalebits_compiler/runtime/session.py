@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from scalebits_compiler.errors import ArtifactError, UsageError
 from scalebits_compiler.runtime.artifact import Artifact
 from scalebits_compiler.runtime.cache import KVCache, NativeCache
+from scalebits_compiler.runtime.cpu_features import default_threads
 from scalebits_compiler.runtime.manifest import COMPILE_AGAIN, Plan, Step
 from scalebits_compiler.runtime.ops import Frame
 from scalebits_compiler.runtime.variants import ACTIVATIONS, EXACT
@@ -35,13 +36,15 @@ def load(
     path: str | Path,
     *,
     activations: str = EXACT,
-    threads: int = 1,
+    threads: int | None = None,
     features: frozenset[str] | None = None,
 ) -> Session:
     """Open an artifact and make it ready to run.
 
     activations: "exact" (weight-only semantics, about 3e-5 relative error) or "int8" (rounded to
-    8 bits, faster). threads: for large packed matrices. features: processor flags, those of this
+    8 bits, faster). threads: how many share a step of a large model, a core each; None: as many as
+    there are physical cores, see `cpu_features.default_threads`. They sleep between steps, so that
+    torch in the same process may use all cores too. features: processor flags, those of this
     machine if None. Raises `ArtifactError` for a damaged artifact or one that this machine cannot
     run, `TargetError` for int8 activations where the processor's kernels have none.
     """
@@ -49,14 +52,15 @@ def load(
         raise UsageError(
             f"unknown activations {activations!r}", help=f"use {' or '.join(ACTIVATIONS)}"
         )
-    if threads < 1:
+    if threads is not None and threads < 1:
         raise UsageError(f"threads is {threads}, it must be 1 or more")
     artifact = Artifact.open(path)
     if artifact.manifest.target["kind"] == "cuda":
         return _open_cuda(artifact, activations)
     library = _open_kernels(artifact, activations, features)
     if library is not None:
-        library.threads = threads if library.threads_meet else 1
+        wanted = default_threads() if threads is None else threads
+        library.threads = wanted if library.threads_meet else 1
     return Session(artifact, library)
 
 
@@ -98,17 +102,21 @@ class Session:
     """Runs one artifact. Made by `load`; safe to use for several caches in turn.
 
     variant: which compiled kernels run ("reference": none, packed matrices are dequantized).
+    threads: how many share a step of a large model.
     execution: "native" (a step is one call of compiled code), or "step by step" in numpy and why.
     vocabulary: number of token ids. limit: longest sequence that the model knows, None if unknown.
     on_step: if set, called after every op with its name and the seconds it took.
     """
 
     execution: str = "step by step"
+    threads: int = 1
     _native: NativeModel | None = None
 
     def __init__(self, artifact: Artifact, library: KernelLibrary | None) -> None:
         self.artifact = artifact
         self.variant = "reference" if library is None else library.variant
+        if library is not None:
+            self.threads = library.threads
         self._plan = runnable(artifact)
         self._weights = Weights(artifact, library)
         for step in self._plan.steps:

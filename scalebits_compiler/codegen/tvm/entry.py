@@ -15,7 +15,7 @@ from tvm.tirx import Var
 
 from scalebits_compiler.codegen.tvm.emit import Scalar, i64, loop
 from scalebits_compiler.codegen.tvm.step import Expr, T
-from scalebits_compiler.runtime.program import CODE, COUNTER_STRIDE, ITEMS, SYNC, WIDTH
+from scalebits_compiler.runtime.program import ALONE, CODE, COUNTER_STRIDE, ITEMS, SYNC, WIDTH
 
 SPINS = 2000
 """Looks at a counter (about 20 us) before the thread offers its core to others between looks."""
@@ -44,8 +44,9 @@ def build_run(symbol: str, kernels: Sequence[GlobalVar], threads_meet: bool) -> 
                 with T.If(T.And(threads > 1, program[step, SYNC] != 0)), T.Then():
                     barrier.wait()
             items = T.bind(program[step, ITEMS])
-            lo = T.bind(T.floordiv(items * thread, threads))
-            hi = T.bind(T.floordiv(items * (thread + 1), threads))
+            shares = T.bind(T.Select(program[step, ALONE] != 0, i64(1), threads))
+            lo = T.bind(T.min(T.floordiv(items * thread, shares), items))
+            hi = T.bind(T.min(T.floordiv(items * (thread + 1), shares), items))
             with T.If(lo < hi), T.Then():
                 row = T.bind(program[step, CODE])
                 arguments = [T.address_of(program[step, CODE]), lo, hi, thread]

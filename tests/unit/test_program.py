@@ -1,0 +1,80 @@
+"""When the threads of a program wait for each other, and how many threads there are."""
+
+import os
+
+import numpy as np
+import pytest
+
+from scalebits_compiler.runtime import cpu_features
+from scalebits_compiler.runtime.cpu_features import default_threads
+from scalebits_compiler.runtime.manifest import Step
+from scalebits_compiler.runtime.native_ops import together
+from scalebits_compiler.runtime.program import ALONE, ALONE_NUMBERS, SYNC, Program
+
+
+def steps(*sizes):
+    """Each step adds an array to the one before it."""
+    program = Program()
+    x = np.zeros(sizes[0], np.float32)
+    for size in sizes[1:]:
+        y = np.zeros(size, np.float32)
+        program.add(0, "add", 1, {"x": x, "z": x, "y": y, "size": size})
+        x = y
+    return program
+
+
+def test_small_steps_are_done_alone_and_do_not_wait_for_each_other():
+    table = steps(8, 8, 8, 8).table
+    assert table[:, ALONE].tolist() == [1, 1, 1]
+    assert table[:, SYNC].tolist() == [0, 0, 0]
+
+
+def test_shared_steps_wait_for_what_they_read():
+    large = ALONE_NUMBERS + 1
+    table = steps(8, large, large, 8, 8).table
+    assert table[:, ALONE].tolist() == [0, 0, 0, 1]
+    assert table[:, SYNC].tolist() == [0, 1, 1, 1]
+
+
+def test_a_small_step_waits_before_it_overwrites_what_others_read():
+    program = Program()
+    x, y, z = (np.zeros(size, np.float32) for size in (8, ALONE_NUMBERS + 1, 8))
+    program.add(0, "silu", 1, {"x": x, "y": y, "size": 8})
+    program.add(0, "silu", 1, {"x": z, "y": x, "size": 8})
+    program.add(0, "silu", 1, {"x": x, "y": z, "size": 8})
+    assert program.table[:, ALONE].tolist() == [0, 1, 1]
+    assert program.table[:, SYNC].tolist() == [0, 1, 0]
+
+
+def test_products_of_one_input_come_together_and_values_live_until_their_last_reader():
+    def step(op, inputs, out, *free):
+        return Step(op, inputs, (), {}, out, free)
+
+    plan = (
+        step("qlinear", ("x",), "q"),
+        step("rope", ("q", "p"), "r", "q"),
+        step("qlinear", ("x",), "k", "x"),
+        step("add", ("r", "k"), "y", "k", "p", "r"),
+    )
+    found = [(s.op, s.out, s.free) for s in together(plan)]
+    assert found == [
+        ("qlinear", "q", ()),
+        ("qlinear", "k", ("x",)),
+        ("rope", "r", ("p", "q")),
+        ("add", "y", ("k", "r")),
+    ]
+
+
+def test_default_threads_are_physical_cores(tmp_path, monkeypatch):
+    if not hasattr(os, "sched_getaffinity"):
+        pytest.skip("no affinity here")
+    for cpu in range(8):
+        folder = tmp_path / f"cpu{cpu}" / "topology"
+        folder.mkdir(parents=True)
+        (folder / "thread_siblings_list").write_text(f"{cpu % 4},{cpu % 4 + 4}\n")
+    for allowed, cores in (({0}, 1), ({1, 5}, 1), ({0, 1, 2, 5}, 3), (range(8), 4)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, allowed=allowed: set(allowed))
+        assert default_threads(tmp_path) == cores
+    assert default_threads(tmp_path / "unknown") == 8
+    monkeypatch.setattr(cpu_features, "MOST_THREADS", 2)
+    assert default_threads(tmp_path) == 2
