@@ -70,6 +70,8 @@ def describe(artifact: Artifact) -> dict[str, Any]:
         dispatch = manifest.kernels.dispatch
         on_gpu = found["target"] == "cuda"
         found["kernels"] = _binaries(dispatch) if on_gpu else _kernels(dispatch.get("variants", ()))
+        if found["kernels"].get("chosen"):
+            found["kernels"] |= _execution(artifact)
     return found
 
 
@@ -87,6 +89,18 @@ def _kernels(variants: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     offered = [name for name in ACTIVATIONS if name == EXACT or name in chosen["modes"]]
     activations = {name: choose_mode(chosen, name) for name in offered}
     return {"variants": named, "chosen": chosen["name"], "activations": activations}
+
+
+def _execution(artifact: Artifact) -> dict[str, Any]:
+    """How a session on this machine runs a step, and on how many threads."""
+    from scalebits_compiler.errors import ArtifactError
+    from scalebits_compiler.runtime.session import load
+
+    try:
+        session = load(artifact.path)
+    except ArtifactError as error:
+        return {"execution": f"none: {error.message}", "threads": 0}
+    return {"execution": session.execution, "threads": session.threads}
 
 
 def _binaries(dispatch: Mapping[str, Any]) -> dict[str, Any]:
@@ -178,5 +192,7 @@ def _kernel_lines(kernels: Mapping[str, Any]) -> Iterator[str]:
         yield f"kernels         {variant['name']} ({variant['arch']}; {modes}){chosen}"
     for name, mode in kernels["activations"].items():
         yield f"activations     {name}: {mode} arithmetic"
+    if "execution" in kernels:
+        yield f"execution       {kernels['execution']}, up to {kernels['threads']} thread(s)"
     if kernels["chosen"] is None:
         yield "kernels         none of them runs on this machine"

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from scalebits_compiler.runtime.kernels import QuantizedInput
 from scalebits_compiler.runtime.manifest import Plan
-from scalebits_compiler.runtime.native_ops import RULES, Value, fuse, together
+from scalebits_compiler.runtime.native_ops import POINTWISE, RULES, Value, fuse, together
 from scalebits_compiler.runtime.program import PADS, Argument, Program, Rows
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Lowering:
         self.values: dict[str, Value] = {}
         self.ops: list[str] = []
         self.tables: dict[str, F32] = {}
-        self._last_of = plan.steps[-1].inputs[0] if last and _is_product(plan) else None
+        self._last_of = _final_product_input(plan) if last else None
         self._quantized: dict[tuple[str, int], QuantizedInput] = {}
         self._pool: dict[tuple[tuple[int, ...], str], list[NDArray[Any]]] = {}
         layers = sum(step.op == "attention" for step in plan.steps)
@@ -103,5 +103,14 @@ class Lowering:
             self._pool.setdefault((array.shape, array.dtype.name), []).append(array)
 
 
-def _is_product(plan: Plan) -> bool:
-    return plan.steps[-1].op in ("linear", "qlinear")
+def _final_product_input(plan: Plan) -> str | None:
+    """What the product that gives the logits reads; None if the plan does not end with one.
+
+    Ops on single numbers may follow it, such as a soft cap.
+    """
+    for step in reversed(plan.steps):
+        if step.op in ("linear", "qlinear"):
+            return step.inputs[0]
+        if step.op not in POINTWISE:
+            return None
+    return None

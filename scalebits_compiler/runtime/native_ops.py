@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 from numpy.typing import NDArray
 
 from scalebits_compiler.runtime.manifest import Step
@@ -37,6 +38,8 @@ class Value(NamedTuple):
         return self.data.shape[1]
 
 
+POINTWISE = ("silu", "gelu", "gelu_tanh", "relu", "tanh", "scale")
+"""Ops on single numbers of one value."""
 SILU_MUL = "silu_mul"
 """`mul` of a `silu` that nothing else reads; both in one step."""
 
@@ -127,7 +130,7 @@ def _qlinear(to: Lowering, step: Step) -> Value:
 def _biased(to: Lowering, step: Step, y: NDArray[Any]) -> Value:
     if len(step.weights) == 2:
         bias = to.model.weights.float32(step.weights[1])
-        to.add("bias", len(y), y=y, bias=bias, cols=y.shape[1])
+        to.add("bias", len(y), x=y, bias=bias, cols=y.shape[1], y=y)
     return Value(y)
 
 
@@ -141,6 +144,26 @@ def _rms_norm(to: Lowering, step: Step) -> Value:
     return Value(y, x.heads)
 
 
+def _layer_norm(to: Lowering, step: Step) -> Value:
+    x, gain = to.values[step.inputs[0]], to.model.weights.float32(step.weights[0])
+    bias = np.zeros_like(gain)
+    if len(step.weights) == 2:
+        bias = to.model.weights.float32(step.weights[1])
+    y = to.new(x.data.shape)
+    to.add(
+        "layer_norm", x.data.size // len(gain),
+        x=x.data, cols=len(gain), gain=gain, bias=bias, eps=float(step.attrs["eps"]), y=y,
+    )  # fmt: skip
+    return Value(y, x.heads)
+
+
+def _bias(to: Lowering, step: Step) -> Value:
+    x, bias = to.values[step.inputs[0]], to.model.weights.float32(step.weights[0])
+    y = to.new(x.data.shape)
+    to.add("bias", len(y), x=x.data, bias=bias, cols=x.cols, y=y)
+    return Value(y, x.heads)
+
+
 def _elementwise(to: Lowering, step: Step) -> Value:
     """Ops on the numbers of one value or of two alike; they have kernels of the same name."""
     inputs = [to.values[name] for name in step.inputs]
@@ -148,11 +171,9 @@ def _elementwise(to: Lowering, step: Step) -> Value:
     if any(other.data.shape != x.data.shape or other.heads != x.heads for other in inputs):
         raise NotNative(f"{step.op} of values that are not alike")
     y = to.new(x.data.shape)
-    items = -(-y.size // ELEMENTS)
-    if len(inputs) == 1:
-        to.add(step.op, items, x=x.data, y=y, size=y.size)
-    else:
-        to.add(step.op, items, x=x.data, z=inputs[1].data, y=y, size=y.size)
+    numbers = {name: float(value) for name, value in step.attrs.items()}
+    arrays = dict(zip("xz", (value.data for value in inputs), strict=False))
+    to.add(step.op, -(-y.size // ELEMENTS), **arrays, **numbers, y=y, size=y.size)
     return Value(y, x.heads)
 
 
@@ -179,8 +200,6 @@ def _attention(to: Lowering, step: Step) -> Value:
     attrs = step.attrs
     if unknown := attrs.keys() - {"scale", "window", "softcap", "causal", "cache"}:
         raise NotNative(f"attention with {', '.join(sorted(unknown))}")
-    if not attrs["causal"]:
-        raise NotNative("attention that is not causal")
     q, k, v = (to.values[name] for name in step.inputs)
     layer, groups = int(attrs["cache"]), k.heads
     d, e = q.cols // q.heads, v.cols // v.heads
@@ -195,7 +214,8 @@ def _attention(to: Lowering, step: Step) -> Value:
     to.add(
         "attention", to.batch * groups * tiles, **here, q=q.data, heads=q.heads, groups=groups,
         d=d, e=e, keys=keys, values=values, scale=float(attrs["scale"]),
-        window=int(attrs["window"]), softcap=float(attrs["softcap"]), y=y,
+        window=int(attrs["window"]), softcap=float(attrs["softcap"]), causal=int(attrs["causal"]),
+        y=y,
     )  # fmt: skip
     return Value(y, q.heads)
 
@@ -206,10 +226,10 @@ RULES: dict[str, Callable[[Lowering, Step], Value]] = {
     "linear": _linear,
     "qlinear": _qlinear,
     "rms_norm": _rms_norm,
-    "silu": _elementwise,
-    "add": _elementwise,
-    "mul": _elementwise,
-    SILU_MUL: _elementwise,
+    "layer_norm": _layer_norm,
+    "bias": _bias,
+    **dict.fromkeys(POINTWISE, _elementwise),
+    **dict.fromkeys(("add", "mul", SILU_MUL), _elementwise),
     "split_heads": _split_heads,
     "merge_heads": _merge_heads,
     "rope": _rope,

@@ -56,10 +56,12 @@ _FIELDS = {
     "gemv": _MATRIX,
     "gemm": f"{_MATRIX} codes total",
     "dense": "x x_stride x_rows w cols y! y_cols",
-    "bias": "y! bias cols",
+    "bias": "x bias cols y!",
     "embedding": "ids table cols y!",
     "rms_norm": "x cols gain eps y!",
-    "silu": "x y! size",
+    "layer_norm": "x cols gain bias eps y!",
+    **dict.fromkeys(("silu", "gelu", "gelu_tanh", "relu", "tanh"), "x y! size"),
+    "scale": "x y! size factor",
     "add": "x z y! size",
     "mul": "x z y! size",
     "silu_mul": "x z y! size",
@@ -67,7 +69,7 @@ _FIELDS = {
     "rope": "x positions table heads d half y!",
     "store_keys": "state count x groups d keys!",
     "store_values": "state count x groups d values!",
-    "attention": "state count q heads groups d e keys values scale window softcap y!",
+    "attention": "state count q heads groups d e keys values scale window softcap causal y!",
 }
 """Kind of kernel -> its arguments in order; it writes those with an exclamation mark."""
 

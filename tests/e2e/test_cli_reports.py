@@ -166,6 +166,7 @@ class TestInspect:
         assert f"kernels         {kernels['chosen']} (" in ran.out
         assert ran.out.count("runs on this machine") == 1
         assert f"activations     exact: {kernels['activations']['exact']} arithmetic" in ran.out
+        assert f"execution       native, up to {kernels['threads']} thread(s)" in ran.out
         rows = [line for line in ran.out.splitlines() if line.startswith("layers.")]
         assert len(rows) == 14
 

@@ -23,11 +23,14 @@ from scalebits_compiler.frontend.lower_fx import lower
 from scalebits_compiler.ir.module import Module
 from scalebits_compiler.ir.ops import Permute
 from scalebits_compiler.ir.verifier import verify
+from scalebits_compiler.numerics.layout import BlockLayout
 from scalebits_compiler.passes.base import PassContext
 from scalebits_compiler.passes.canonicalize import Canonicalize
 from scalebits_compiler.passes.fold_permutes import fold
 from scalebits_compiler.passes.order_classes import describe, find_orders
 from scalebits_compiler.passes.reorder_channels import with_orders
+from scalebits_compiler.runtime.cpu_features import cpu_features
+from scalebits_compiler.runtime.manifest import Kernels
 from scalebits_compiler.runtime.session import load
 
 # Gemma's windows are shorter than the test's text; OPT's table of positions starts at 2.
@@ -119,6 +122,47 @@ def unquantized(module: Module) -> Module:
     """The module as it is, ready to be written: it has no matrix that must be packed."""
     plain = [replace(w, quantize=False, block=None, group=None) for w in module.quantized()]
     return replace(module.with_weights(plain), facts=frozenset({"bits", "packed"}))
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Of every op, for float32 matrices; as `write` takes them."""
+    build = pytest.importorskip("scalebits_compiler.codegen.tvm.build")
+    spec = pytest.importorskip("scalebits_compiler.codegen.tvm.spec")
+    some = (BlockLayout(16, 32, 16, 32, 32), np.array([[3]], np.uint8))
+    specs, dispatch = spec.select_specs([some], ["float32"])
+    path = tmp_path_factory.mktemp("kernels") / "cpu.so"
+    build.compile_kernels(specs, path)
+    return {"kernels": Kernels("kernels/cpu.so", dispatch), "files": {"kernels/cpu.so": path}}
+
+
+@pytest.mark.parametrize("features", ["best", "plain"])
+def test_a_step_is_native(
+    family: tuple[str, Family], write: Any, kernels: dict[str, Any], features: str
+) -> None:
+    """All but mixtures of experts; with the same bits in a batch, in one pass, token by token."""
+    name, (module, _, expected) = family
+    flags = cpu_features() - ({"avx512_vnni"} if features == "plain" else set())
+    session = load(write(unquantized(module), **kernels), features=flags)
+    if name in ("mixtral", "qwen3_moe"):
+        assert session.execution.startswith("step by step: no native kernel for ")
+        return
+    assert session.execution == "native"
+    logits = session.forward(IDS)
+    np.testing.assert_allclose(logits, expected.numpy(), atol=3e-5)
+    np.testing.assert_array_equal(session.forward(IDS[1:])[0], logits[1])
+    pad = np.array([0, 4])
+    padded = IDS.numpy().copy()
+    padded[1, 4:] = IDS[1, :17]
+    if name == "bert":  # every token sees every other: nothing to generate
+        short = session.forward(IDS[1:, :17])[0]
+        np.testing.assert_array_equal(session.forward(padded, pad)[1, 4:], short)
+        return
+    found, cache = session.prefill(padded[:, :18], pad)
+    for place in range(18, 21):
+        np.testing.assert_array_equal(found[0], logits[0, place - 1])
+        np.testing.assert_array_equal(found[1], logits[1, place - 5])
+        found = session.decode(padded[:, place], cache)
 
 
 def test_any_order_of_all_classes_is_free(family: tuple[str, Family], write: Any) -> None:

@@ -122,7 +122,8 @@ def _padded(d: Expr) -> Expr:
 def build_attention(spec: OpSpec) -> Any:
     """y f32[tokens, heads * e] of queries q f32[tokens, heads * d] and the cache.
 
-    Query head h reads key-value head h // (heads / groups). Queries that share keys are numbered
+    Query head h reads key-value head h // (heads / groups). Without `causal` a query sees all new
+    tokens too. Queries that share keys are numbered
     token by token, SCORE_ROWS of them are one item, those left over take their turn one by one.
     """
     with kernel(spec.key, spec.kind) as (builder, args):
@@ -170,7 +171,7 @@ class _Attention:
         self.d, self.e = args.int("d"), args.int("e")
         self.share = opaque(T.floordiv(heads, self.groups))
         self.rows = opaque(self.place.count * self.share)
-        self.window = args.int("window")
+        self.window, self.causal = args.int("window"), args.int("causal")
         self.scale, self.softcap = args.float("scale"), args.float("softcap")
         capacity = self.place.capacity
         blocks = opaque(T.floordiv(capacity, i64(KEY_BLOCK)))
@@ -211,7 +212,8 @@ class _Attention:
     def _query(self, where: tuple[Expr, Expr], number: Expr, slot: int) -> _Query:
         row, group = where
         nth = opaque(T.floordiv(number, self.share))
-        last = opaque(self.place.first(row) + nth)
+        seen = T.Select(self.causal != 0, nth, self.place.count - 1)
+        last = opaque(self.place.first(row) + seen)
         head = opaque(group * self.share + number - nth * self.share)
         start = T.max(last - self.window + 1, i64(0))
         first = opaque(T.Select(self.window > 0, start, i64(0)))

@@ -28,6 +28,7 @@ from scalebits_compiler.codegen.tvm.rows import (
     build_bias,
     build_elementwise,
     build_embedding,
+    build_layer_norm,
     build_rms_norm,
     build_rope,
 )
@@ -48,6 +49,7 @@ BUILDERS: dict[str, Callable[[Any], Any]] = {
     "embedding": build_embedding,
     "bias": build_bias,
     "rms_norm": build_rms_norm,
+    "layer_norm": build_layer_norm,
     "rope": build_rope,
     "positions": build_positions,
     "store_keys": build_store_keys,

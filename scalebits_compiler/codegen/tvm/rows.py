@@ -9,7 +9,16 @@ from typing import Any
 from scalebits_compiler.codegen.tvm.emit import Slots, fma, i64, loop, splat
 from scalebits_compiler.codegen.tvm.spec import OpSpec
 from scalebits_compiler.codegen.tvm.step import MANY, Expr, T, kernel
-from scalebits_compiler.codegen.tvm.vectors import each_vector, reduce_lanes, silu
+from scalebits_compiler.codegen.tvm.vectors import (
+    Lanes,
+    each_vector,
+    gelu,
+    gelu_tanh,
+    reduce_lanes,
+    relu,
+    silu,
+    tanh,
+)
 from scalebits_compiler.runtime.program import ELEMENTS
 
 STORED = {"float32": "float32", "bfloat16": "uint16", "float16": "uint16"}
@@ -19,43 +28,49 @@ ELEMENTWISE: dict[str, Callable[..., Expr]] = {
     "add": add,
     "mul": mul,
     "silu": silu,
+    "gelu": gelu,
+    "gelu_tanh": gelu_tanh,
+    "relu": relu,
+    "tanh": tanh,
+    "scale": lambda x, factor: x * splat(factor),
     "silu_mul": lambda x, z: silu(x) * z,
 }
-"""Kind -> the result for float32x16 of x, and of z where the kernel has one."""
+"""Kind -> the result for float32x16 of x, and of z or factor where the kernel has one."""
 
 
 def build_elementwise(spec: OpSpec) -> Any:
-    """y f32[size] from x, or from x and z. Items are ELEMENTS numbers each."""
+    """y f32[size] from x, from x and z, or from x and factor. Items are ELEMENTS numbers each."""
     function = ELEMENTWISE[spec.kind]
     with kernel(spec.key, spec.kind) as (builder, args):
         names = [name for name in ("x", "z") if args.has(name)]
         inputs = [args.buffer(name, (MANY,), "float32") for name in names]
         y, size = args.buffer("y", (MANY,), "float32"), args.int("size")
+        constants = [args.float("factor")] if args.has("factor") else []
         spill = Slots.alloc(1, "float32")
         with loop(args.lo, args.hi) as item:
             first = T.bind(item * ELEMENTS)
-            each_vector(
-                T.bind(T.min(size - first, i64(ELEMENTS))),
-                spill,
-                lambda lanes, col: lanes.store(
-                    y, function(*(lanes.load(x, [first + col]) for x in inputs)), [first + col]
-                ),
-            )
+
+            def body(lanes: Lanes, col: Expr, first: Expr = first) -> None:
+                values = [lanes.load(x, [first + col]) for x in inputs]
+                lanes.store(y, function(*values, *constants), [first + col])
+
+            each_vector(T.bind(T.min(size - first, i64(ELEMENTS))), spill, body)
     return builder.get()
 
 
 def build_bias(spec: OpSpec) -> Any:
-    """y f32[rows, cols] += bias f32[cols]. Items are rows."""
+    """y f32[rows, cols] = x + bias f32[cols]; y may be x. Items are rows."""
     with kernel(spec.key, spec.kind) as (builder, args):
         cols = args.int("cols")
-        y, bias = args.buffer("y", (MANY, cols), "float32"), args.buffer("bias", (cols,), "float32")
+        x, y = (args.buffer(name, (MANY, cols), "float32") for name in "xy")
+        bias = args.buffer("bias", (cols,), "float32")
         spill = Slots.alloc(1, "float32")
         with loop(args.lo, args.hi) as row:
             each_vector(
                 cols,
                 spill,
                 lambda lanes, col: lanes.store(
-                    y, lanes.load(y, [row, col]) + lanes.load(bias, [col]), [row, col]
+                    y, lanes.load(x, [row, col]) + lanes.load(bias, [col]), [row, col]
                 ),
             )
     return builder.get()
@@ -89,7 +104,7 @@ def build_rms_norm(spec: OpSpec) -> Any:
         with loop(args.lo, args.hi) as row:
             total.clear()
 
-            def square(lanes: Any, col: Expr, row: Expr = row) -> None:
+            def square(lanes: Lanes, col: Expr, row: Expr = row) -> None:
                 value = lanes.load(x, [row, col])
                 total[0] = fma(value, value, total[0])
 
@@ -103,6 +118,46 @@ def build_rms_norm(spec: OpSpec) -> Any:
                     y, lanes.load(x, [row, col]) * inverse * lanes.load(gain, [col]), [row, col]
                 ),
             )
+    return builder.get()
+
+
+def build_layer_norm(spec: OpSpec) -> Any:
+    """y = (x - mean) * gain / sqrt(variance + eps) + bias over rows of x f32[rows, cols].
+
+    The variance is that of the differences from the mean, in a pass of its own. Items are rows.
+    """
+    with kernel(spec.key, spec.kind) as (builder, args):
+        cols, eps = args.int("cols"), args.float("eps")
+        x, y = (args.buffer(name, (MANY, cols), "float32") for name in "xy")
+        gain, bias = (args.buffer(name, (cols,), "float32") for name in ("gain", "bias"))
+        spill, total = (Slots.alloc(1, "float32") for _ in range(2))
+        count = T.bind(T.cast(cols, "float32"))
+        with loop(args.lo, args.hi) as row:
+            total.clear()
+
+            def collect(lanes: Lanes, col: Expr, row: Expr = row) -> None:
+                total[0] = total[0] + lanes.load(x, [row, col])
+
+            each_vector(cols, spill, collect)
+            mean = T.bind(splat(reduce_lanes(total, add) / count))
+            total.clear()
+
+            def square(lanes: Lanes, col: Expr, row: Expr = row, mean: Expr = mean) -> None:
+                value = T.bind(lanes.keep(lanes.load(x, [row, col]) - mean))
+                total[0] = fma(value, value, total[0])
+
+            each_vector(cols, spill, square)
+            spread = reduce_lanes(total, add) / count
+            inverse = T.bind(splat(T.float32(1) / T.sqrt(spread + eps)))
+
+            def store(
+                lanes: Lanes, col: Expr, row: Expr = row, mean: Expr = mean, by: Expr = inverse
+            ) -> None:
+                value = (lanes.load(x, [row, col]) - mean) * by
+                value = fma(value, lanes.load(gain, [col]), lanes.load(bias, [col]))
+                lanes.store(y, value, [row, col])
+
+            each_vector(cols, spill, store)
     return builder.get()
 
 
@@ -120,7 +175,7 @@ def build_rope(spec: OpSpec) -> Any:
         with loop(args.lo, args.hi) as item:
             position = T.bind(positions[T.floordiv(item, heads)])
 
-            def turn(lanes: Any, col: Expr, item: Expr = item, position: Expr = position) -> None:
+            def turn(lanes: Lanes, col: Expr, item: Expr = item, position: Expr = position) -> None:
                 a, b = lanes.load(x, [item, col]), lanes.load(x, [item, half + col])
                 cos, sin = (lanes.load(table, [position, i64(part), col]) for part in range(2))
                 lanes.store(y, fma(a, cos, -(b * sin)), [item, col])

@@ -132,8 +132,8 @@ class OpSpec:
 
 
 OPS = (
-    *("positions", "rms_norm", "rope", "store_keys", "store_values", "attention"),
-    *("bias", "silu", "add", "mul", "silu_mul"),
+    *("positions", "rms_norm", "layer_norm", "rope", "store_keys", "store_values", "attention"),
+    *("silu", "gelu", "gelu_tanh", "relu", "tanh", "scale", "bias", "add", "mul", "silu_mul"),
 )
 TABLE_OPS = ("embedding", "dense")
 

@@ -43,6 +43,13 @@ class Lanes:
             lane_value = self.spill.buffer[lane]
             T.buffer_store(buffer, lane_value, [*indices[:-1], indices[-1] + lane])
 
+    def keep(self, value: Expr) -> Expr:
+        """A vector with zeros beyond the row."""
+        if self.count is None:
+            return value
+        beyond = T.ramp(i64(0), i64(1), LANES) >= splat(self.count)
+        return T.Select(beyond, splat(T.float32(0)), value)
+
 
 def each_vector(cols: Expr, spill: Slots, body: Callable[[Lanes, Expr], None]) -> None:
     """Call body(lanes, first column) for every 16 columns of a row, last for those left over."""
@@ -106,6 +113,37 @@ def tanh(x: Expr) -> Expr:
     """tanh of float32x16 with an absolute error below 2e-7: 1 - 2 / (exp(2x) + 1)."""
     one, two = splat(T.float32(1)), splat(T.float32(2))
     return T.bind(one - two / (exp(x * two) + one))
+
+
+def relu(x: Expr) -> Expr:
+    """max(x, 0) of float32x16; a NaN stays."""
+    zero = splat(T.float32(0))
+    return T.Select(x < zero, zero, x)
+
+
+# Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26: absolute error below 1.5e-7.
+_ERF = (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592)
+
+
+def gelu(x: Expr) -> Expr:
+    """x * (1 + erf(x / sqrt 2)) / 2 of float32x16."""
+    one, zero = splat(T.float32(1)), splat(T.float32(0))
+    scaled = T.bind(x * splat(T.float32(0.5**0.5)))
+    size = T.bind(T.Select(scaled < zero, -scaled, scaled))
+    t = T.bind(one / fma(splat(T.float32(0.3275911)), size, one))
+    series = zero
+    for coefficient in _ERF:
+        series = T.bind((series + splat(T.float32(coefficient))) * t)
+    erf = T.bind(fma(-series, exp(-(size * size)), one))
+    erf = T.Select(scaled < zero, -erf, erf)
+    return x * ((erf + one) * splat(T.float32(0.5)))
+
+
+def gelu_tanh(x: Expr) -> Expr:
+    """The approximation of `gelu` by tanh that models were trained with, of float32x16."""
+    one = splat(T.float32(1))
+    inner = fma(splat(T.float32(0.044715)) * x * x, x, x) * splat(T.float32(0.7978845608028654))
+    return x * ((tanh(T.bind(inner)) + one) * splat(T.float32(0.5)))
 
 
 def silu(x: Expr) -> Expr:
