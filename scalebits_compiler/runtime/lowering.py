@@ -60,7 +60,7 @@ class Lowering:
                 self._drop(name)
 
     def add(
-        self, kind: str, items: int, dtype: str = "", work: int = 0, **fields: Argument
+        self, kind: str, items: int, dtype: str = "", work: int = 0, /, **fields: Argument
     ) -> None:
         """Add a step of an op's kernel. work: its multiply-adds, where they are many."""
         number = self.model.library.op_number(kind, dtype)
