@@ -59,6 +59,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ScalebitsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+    except ModuleNotFoundError as error:
+        # Running an artifact needs four packages only, and may be all that is installed.
+        if (error.name or "").partition(".")[0] == "scalebits_compiler":
+            raise
+        print(f"error: this command needs {error.name}, which is not installed", file=sys.stderr)
+        print('help: pip install "scalebits-compiler[cpu]"', file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return 130
