@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from scalebits_compiler.ir.ops import Linear
-    from scalebits_compiler.passes.base import Evaluator, LinearRule, WeightRule
+    from scalebits_compiler.passes.base import Evaluator, LinearRule, PartRule, WeightRule
 
 
 @dataclass(frozen=True)
@@ -90,3 +90,7 @@ class _Counting:
     def stream(self, batches: Sequence[torch.Tensor], weight: WeightRule) -> None:
         """As the evaluator."""
         self.evaluator.stream(batches, weight)
+
+    def stream_parts(self, batches: Sequence[torch.Tensor], rule: PartRule) -> None:
+        """As the evaluator."""
+        self.evaluator.stream_parts(batches, rule)

@@ -19,8 +19,23 @@ if TYPE_CHECKING:
     LinearRule = Callable[[Linear, torch.Tensor, torch.Tensor], torch.Tensor]
     # (op, the input of every batch, dense weight) -> the weight to go on with
     WeightRule = Callable[[Linear, Sequence[torch.Tensor], torch.Tensor], torch.Tensor]
+    # part -> the matrices to go on with, by symbol (those left out stay)
+    PartRule = Callable[["Part"], Mapping[str, torch.Tensor]]
 
 T = TypeVar("T")
+
+
+class Part(Protocol):
+    """Ops between two points where a single activation is live, such as an attention or an MLP."""
+
+    @property
+    def matrices(self) -> Sequence[str]:
+        """Symbols of the matrices of its linear ops, in the order of execution."""
+        ...
+
+    def run(self, batch: int, linear: LinearRule | None = None) -> torch.Tensor:
+        """The activation it ends with, for one of the batches; differentiable."""
+        ...
 
 
 class Evaluator(Protocol):
@@ -38,6 +53,14 @@ class Evaluator(Protocol):
 
         At each linear op `weight` sees the inputs of all batches, computed with the weights it
         gave for earlier ops, and returns the matrix to go on with.
+        """
+        ...
+
+    def stream_parts(self, batches: Sequence[torch.Tensor], rule: PartRule) -> None:
+        """Run all batches part by part, holding only live values and the matrices of one part.
+
+        `rule` may run the part on any batch, with inputs computed by the matrices that it gave for
+        earlier parts, and returns the matrices to go on with.
         """
         ...
 

@@ -12,15 +12,18 @@ import pytest
 import torch
 
 from scalebits_compiler.codegen.reference.executor import Executor
+from scalebits_compiler.codegen.reference.weights import dense
 from scalebits_compiler.errors import PassError
 from scalebits_compiler.frontend.hf import load_model, trace
 from scalebits_compiler.frontend.lower_fx import lower
 from scalebits_compiler.ir.module import Module
 from scalebits_compiler.ir.verifier import verify
+from scalebits_compiler.passes import original as predicted
 from scalebits_compiler.passes.base import PassContext, TextSplit
 from scalebits_compiler.passes.canonicalize import Canonicalize
 from scalebits_compiler.passes.round_weights import RoundWeights
 from scalebits_compiler.passes.tune_scales import TuneScales
+from scalebits_compiler.passes.tuned_matrix import using
 
 RNG = np.random.default_rng(3)
 TEXT = TextSplit(*(torch.from_numpy(RNG.integers(0, 256, (16, 24))) for _ in range(2)))
@@ -93,13 +96,10 @@ def test_tuning_windows_are_used(rounded: Module) -> None:
     assert held[1] < held[0]
 
 
-def test_tuning_twice_gives_the_same(rounded: Module) -> None:
-    first, second = (TuneScales(epochs=1).run(rounded, context()) for _ in range(2))
-    for weight in rounded.quantized():
-        for resource in (weight.codes, weight.scales, weight.zeros):
-            assert resource is not None
-            one, other = (m.resources.numpy(resource.key) for m in (first, second))
-            assert np.array_equal(one, other)
+@pytest.mark.parametrize("scope", ["model", "layer"])
+def test_tuning_twice_gives_the_same(rounded: Module, scope: str) -> None:
+    one, other = (stored(TuneScales(scope, epochs=1).run(rounded, context())) for _ in range(2))
+    assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 def test_what_does_not_help_is_not_kept(rounded: Module) -> None:
@@ -118,6 +118,93 @@ def test_settings_that_make_no_sense(rounded: Module, wrong: dict[str, Any]) -> 
         TuneScales(**wrong).run(rounded, context())
 
 
+@pytest.mark.parametrize("code_rate", [0.0, 0.01])
+def test_layer_after_layer(rounded: Module, code_rate: float) -> None:
+    """The held errors of the parts fall, and with them the divergence of the whole."""
+    ctx = context()
+    tuned = TuneScales(scope="layer", epochs=20, code_rate=code_rate).run(rounded, ctx)
+    verify(tuned)
+    report: Any = ctx.report["tune-scales"]
+    assert report["parts"] == 4  # attention and MLP of two layers
+    assert report["held_error_after"] < 0.95 * report["held_error_before"]
+    assert (report["codes_changed"] > 0) == (code_rate > 0)
+    seen = TEXT.calibration
+    assert divergence(tuned, seen) < 0.95 * divergence(rounded, seen)
+    assert tuned.weights == rounded.weights
+
+
+def test_a_part_is_tuned_on_what_the_tuned_parts_before_it_give(rounded: Module) -> None:
+    """The second part's error at the start is that of the rounded one on the first one's output."""
+    ctx = context()
+    TuneScales(scope="layer", epochs=1).run(rounded, ctx)
+    calls = []
+
+    def rule(part: Any) -> dict[str, torch.Tensor]:
+        zeros = {
+            name: torch.zeros(rounded.weights[name].type.static_shape()) for name in part.matrices
+        }
+        calls.append((part.matrices, part.run(0)))
+        return zeros if len(calls) == 2 else {}
+
+    stream = Executor(original(rounded))
+    stream.stream_parts([TEXT.calibration[:2]], rule)
+    plain, cut = calls[0][1], calls[2][1]
+    assert [len(names) for names, _ in calls[:3]] == [0, 4, 3]
+    direct: list[torch.Tensor] = []
+    Executor(original(rounded)).stream_parts(
+        [TEXT.calibration[:2]], lambda part: direct.append(part.run(0)) or {}
+    )
+    assert torch.equal(direct[0], plain)
+    assert not torch.allclose(direct[2], cut)
+    assert torch.equal(direct[-1], Executor(original(rounded)).run(TEXT.calibration[:2]))
+
+
+class CountedExecutor(Executor):
+    """Counts the tokens that are run with the module's own weights."""
+
+    tokens = 0
+
+    def run(self, ids: torch.Tensor, linear: Any = None, pad: Any = None) -> torch.Tensor:
+        CountedExecutor.tokens += 0 if linear else ids.numel()
+        return super().run(ids, linear, pad)
+
+
+def test_predictions_are_made_once(rounded: Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The original runs each window once in a compile, or whenever it is read: the same result."""
+    found, runs = [], []
+    for most in (1 << 30, 0):
+        monkeypatch.setattr(predicted, "MOST_BYTES", most)
+        CountedExecutor.tokens = 0
+        ctx = PassContext(evaluate=CountedExecutor, text=TEXT)
+        found += [stored(TuneScales(epochs=2).run(rounded, ctx)) for _ in range(2)]
+        runs.append(CountedExecutor.tokens)
+    seen, held = TEXT.calibration.numel(), TEXT.acceptance.numel()
+    assert runs == [seen + held, 2 * (2 * seen + 2 * held)]
+    for other in found[1:]:
+        assert all(torch.equal(found[0][key], other[key]) for key in other)
+
+
+def stored(module: Module) -> dict[str, torch.Tensor]:
+    keys = [k.key for w in module.quantized() for k in (w.codes, w.scales, w.zeros) if k]
+    return {key: module.resources.torch(key) for key in keys}
+
+
 def test_needs_rounded_weights(rounded: Module) -> None:
     with pytest.raises(PassError, match="is not rounded"):
         TuneScales().run(original(rounded), context())
+
+
+def test_bfloat16_products_give_about_the_same_gradient(rounded: Module) -> None:
+    evaluator, gradients = Executor(rounded), []
+    for dtype in (torch.float32, torch.bfloat16):
+        weights = {w.symbol: dense(rounded, w).requires_grad_() for w in rounded.quantized()}
+        logits = evaluator.run(TEXT.calibration[:4], using(weights, dtype))
+        torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), TEXT.calibration[:4, 1:].flatten()
+        ).backward()
+        gradients.append(
+            torch.cat([w.grad.flatten() for w in weights.values() if w.grad is not None])
+        )
+    one, other = gradients
+    assert not torch.equal(one, other)
+    assert float((one - other).norm() / one.norm()) < 0.03

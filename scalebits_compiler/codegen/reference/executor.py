@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from scalebits_compiler.errors import TargetError
 from scalebits_compiler.ir.attrs import Symbol, Value
 from scalebits_compiler.ir.module import Module
 from scalebits_compiler.ir.op import Op
-from scalebits_compiler.ir.ops import Aten, Linear
+from scalebits_compiler.ir.ops import Aten, Embedding, Linear
 
 LinearRule = Callable[[Linear, torch.Tensor, torch.Tensor], torch.Tensor]
 WeightRule = Callable[[Linear, Sequence[torch.Tensor], torch.Tensor], torch.Tensor]
@@ -47,6 +48,12 @@ class _Frame:
     def permutation(self, name: str) -> np.ndarray:
         return self._executor.module.permutation(name)
 
+    def fork(self, linear: LinearRule) -> _Frame:
+        """A frame that goes on from here with another linear rule."""
+        frame = _Frame(self._executor, self.weight, linear, self.pad)
+        frame.values = dict(self.values)
+        return frame
+
     def step(self, op: Op) -> None:
         """Run one op and drop what no later op reads."""
         rule = RULES.get(type(op))
@@ -58,6 +65,26 @@ class _Frame:
         self.values[op.result] = rule(op, self)
         for value in self._executor.dies_at.get(op.result, ()):
             del self.values[value]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Ops that end where a single activation is live; see `Executor.stream_parts`."""
+
+    ops: Sequence[Op]
+    frames: Sequence[_Frame]
+
+    @property
+    def matrices(self) -> list[str]:
+        """Symbols of the matrices of its linear ops, in the order of execution."""
+        return [op.weight.name for op in self.ops if isinstance(op, Linear)]
+
+    def run(self, batch: int, linear: LinearRule | None = None) -> torch.Tensor:
+        """The activation it ends with, for one batch; nothing of the stream changes."""
+        frame = self.frames[batch].fork(linear or _plain_linear)
+        for op in self.ops:
+            frame.step(op)
+        return frame.value(self.ops[-1].result)
 
 
 class Executor:
@@ -131,6 +158,33 @@ class Executor:
                     frame.step(op)
                 held.clear()
 
+    def stream_parts(
+        self, batches: Sequence[torch.Tensor], rule: Callable[[Part], Mapping[str, torch.Tensor]]
+    ) -> None:
+        """Run all batches part by part without gradients, holding only live values.
+
+        `rule(part)` may run the part on a batch, on what the parts before gave with the matrices it
+        returned for them; it returns the matrices to go on with, by symbol. Weights are made when
+        a part reads them and dropped after it.
+        """
+        held: dict[str, torch.Tensor] = {}
+
+        def read(symbol: Symbol) -> torch.Tensor:
+            if symbol.name not in held:
+                held[symbol.name] = dense(self.module, self.module.weight(symbol))
+            return held[symbol.name]
+
+        frames = [_Frame(self, read, _plain_linear) for _ in batches]
+        for frame, ids in zip(frames, batches, strict=True):
+            frame.values[self._argument()] = ids
+        for ops in _parts(self.module):
+            held.update(rule(Part(ops, frames)))
+            with torch.no_grad():
+                for frame in frames:
+                    for op in ops:
+                        frame.step(op)
+            held.clear()
+
     def _argument(self) -> Value:
         arguments = self.module.function.args
         if len(arguments) != 1:
@@ -138,6 +192,21 @@ class Executor:
                 f"@{self.module.name} takes {len(arguments)} arguments, token ids are expected"
             )
         return arguments[0].value
+
+
+def _parts(module: Module) -> list[list[Op]]:
+    """The ops cut wherever one value alone is live of those computed from an embedding."""
+    dies_at = _last_uses(module)
+    activations: set[Value] = set()
+    parts: list[list[Op]] = [[]]
+    for op in module.function.ops:
+        parts[-1].append(op)
+        if isinstance(op, Embedding) or not activations.isdisjoint(op.operands()):
+            activations.add(op.result)
+        activations.difference_update(dies_at.get(op.result, ()))
+        if activations == {op.result}:
+            parts.append([])
+    return [ops for ops in parts if ops]
 
 
 def _last_uses(module: Module) -> dict[Value, list[Value]]:

@@ -1,0 +1,165 @@
+"""A rounded matrix whose scales, zero points and codes can be learned (see tune-scales)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from scalebits_compiler.errors import PassError
+from scalebits_compiler.ir.module import Module, Weight
+from scalebits_compiler.numerics.quantize import grouped, stored_scale, ungrouped, zero_offset
+from scalebits_compiler.passes.round_weights import group_bits
+
+if TYPE_CHECKING:
+    from scalebits_compiler.ir.ops import Linear
+    from scalebits_compiler.passes.base import LinearRule
+
+# A code starts no nearer to its neighbour than this, else the first steps would change it.
+NEAREST_START = 0.45
+
+
+@dataclass
+class TunedMatrix:
+    """One matrix: codes [m, groups, g], scales and zeros [m, groups], and what is learned of each.
+
+    log_scale and shift are offsets of scales and zero points; place, for codes that may change, is
+    where a weight stands between them: the stored code is the nearest one.
+    """
+
+    weight: Weight
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor
+    bits: torch.Tensor
+    log_scale: torch.Tensor
+    shift: torch.Tensor
+    place: torch.Tensor | None
+
+    @staticmethod
+    def load(module: Module, weight: Weight, move_codes: bool) -> TunedMatrix:
+        """Start at the stored parameters; places at the original weights, within their codes.
+
+        Raises PassError if the matrix is not rounded.
+        """
+        if weight.codes is None or weight.scales is None or weight.zeros is None:
+            raise PassError(f"@{weight.symbol} is not rounded", help="run round-weights first")
+        assert weight.data is not None
+        store, group = module.resources, weight.group or 0
+        codes = grouped(store.torch(weight.codes.key).float(), group)
+        scales = store.torch(weight.scales.key).float()
+        zeros = store.torch(weight.zeros.key).float()
+        bits = group_bits(module, weight).float()
+        place = None
+        if move_codes:
+            wide = torch.where(scales > 0, scales, torch.ones_like(scales)).unsqueeze(-1)
+            dense = grouped(store.torch(weight.data.key).float(), group)
+            exact = dense / wide + zero_offset(zeros, bits).unsqueeze(-1)
+            offset = (exact - codes).clamp(-NEAREST_START, NEAREST_START)
+            place = (codes + offset).requires_grad_()
+        log_scale = torch.zeros_like(scales, requires_grad=True)
+        shift = torch.zeros_like(scales, requires_grad=True)
+        return TunedMatrix(weight, codes, scales, zeros, bits, log_scale, shift, place)
+
+    def parameters(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Codes, scales and zeros as they would be stored, float32; gradients pass the rounding."""
+        scales = self.scales * torch.exp(self.log_scale)
+        zeros = self.zeros + self.shift * torch.exp2(8 - self.bits)
+        codes = self.codes
+        if self.place is not None:
+            top = (torch.exp2(self.bits) - 1).unsqueeze(-1)
+            nearest = self.place.round().clamp(min=torch.zeros(()), max=top)
+            codes = _through(self.place, nearest)
+        return (
+            codes,
+            _through(scales, stored_scale(scales.detach()).float()),
+            _through(zeros, zeros.round().clamp(0, 255)),
+        )
+
+    def dense(self) -> torch.Tensor:
+        """The matrix float32 [m, n] they give; differentiable."""
+        codes, scales, zeros = self.parameters()
+        offset = (zeros * torch.exp2(self.bits - 8)).unsqueeze(-1)
+        columns = self.weight.type.static_shape()[1]
+        return ungrouped(scales.unsqueeze(-1) * (codes - offset), columns)
+
+    def changes(self) -> tuple[int, int]:
+        """How many of its codes are not what rounding made them, and how many there are."""
+        now = self.parameters()[0].detach().round()
+        return int((now != self.codes).sum()), self.codes.numel()
+
+    def stored(self) -> dict[str, torch.Tensor]:
+        """The tuned parameters by resource key: codes and zeros uint8, scales float16."""
+        # Rounded again: a float32 sum of value and difference may be off by its last bit.
+        codes, scales, zeros = (tensor.detach() for tensor in self.parameters())
+        weight, columns = self.weight, self.weight.type.static_shape()[1]
+        assert weight.codes is not None
+        assert weight.scales is not None
+        assert weight.zeros is not None
+        return {
+            weight.codes.key: ungrouped(codes.round(), columns).to(torch.uint8),
+            weight.scales.key: stored_scale(scales),
+            weight.zeros.key: zeros.round().to(torch.uint8),
+        }
+
+
+def share_changed(tuned: Iterable[TunedMatrix]) -> float:
+    """Share of the codes that are not what rounding made them."""
+    counts = [matrix.changes() for matrix in tuned]
+    return sum(changed for changed, _ in counts) / max(1, sum(total for _, total in counts))
+
+
+def descend(
+    tuned: Mapping[str, TunedMatrix],
+    rates: tuple[float, float, float],
+    count: int,
+    losses: Iterable[Callable[[Mapping[str, torch.Tensor]], torch.Tensor]],
+) -> None:
+    """One Adam step on each of `count` losses, functions of the dense matrices; cosine schedule.
+
+    rates: first step sizes of log scales, of zero points in codes, and of codes.
+    """
+    groups = [
+        {"params": [t.log_scale for t in tuned.values()], "lr": rates[0]},
+        {"params": [t.shift for t in tuned.values()], "lr": rates[1]},
+        {"params": [t.place for t in tuned.values() if t.place is not None], "lr": rates[2]},
+    ]
+    adam = torch.optim.Adam(groups, betas=(0.9, 0.95))
+    cosine = torch.optim.lr_scheduler.LambdaLR(
+        adam, lambda step: 0.5 * (1 + math.cos(math.pi * step / count))
+    )
+    for loss in losses:
+        with torch.enable_grad():
+            adam.zero_grad()
+            loss({symbol: matrix.dense() for symbol, matrix in tuned.items()}).backward()
+        adam.step()
+        cosine.step()
+
+
+def product_type() -> torch.dtype:
+    """The type to multiply in while learning: bfloat16 where this processor has products of it.
+
+    They take half the time of float32 there, and are summed in float32; the gradients differ from
+    those of float32 products by about one percent.
+    """
+    known = getattr(torch.cpu, "get_capabilities", dict)()  # new in torch 2.10
+    fast = known.get("avx512_bf16") or known.get("amx_bf16")
+    return torch.bfloat16 if fast else torch.float32
+
+
+def using(weights: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> LinearRule:
+    """A linear rule with some matrices replaced, and the factors of all products in `dtype`."""
+
+    def rule(op: Linear, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        chosen = weights.get(op.weight.name, weight)
+        return torch.nn.functional.linear(x.to(dtype), chosen.to(dtype)).to(x.dtype)
+
+    return rule
+
+
+def _through(value: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
+    """`rounded`, with the gradient of `value` (straight-through estimator)."""
+    return value + (rounded - value).detach()
