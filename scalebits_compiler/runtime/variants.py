@@ -2,8 +2,8 @@
 
 `activations` is what a user asks for: "exact" is the most exact arithmetic of the kernels that run
 here, "int8" rounds activations to 8 bits for speed. A variant lists its arithmetics as `modes`, the
-most exact first: "int16" (two int8 passes, about 3e-5 relative error), "float32", and "int8" (one
-pass, about 6e-3).
+most exact first: "int16" (activations rounded to 16 bits, about 3e-5 relative error), "float32",
+and "int8" (to 8 bits, about 6e-3).
 """
 
 from __future__ import annotations

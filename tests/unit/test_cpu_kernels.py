@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from scalebits_compiler.errors import ArtifactError, TargetError
@@ -18,6 +18,7 @@ from scalebits_compiler.runtime.cpu_features import cpu_features
 from scalebits_compiler.runtime.kernels import KernelLibrary, PackedLinear
 
 pytest.importorskip("tvm", reason="the kernel compiler needs apache-tvm")
+from scalebits_compiler.codegen.tvm import spec
 from scalebits_compiler.codegen.tvm.build import (
     build_functions,
     build_module,
@@ -25,6 +26,7 @@ from scalebits_compiler.codegen.tvm.build import (
     find_linker,
 )
 from scalebits_compiler.codegen.tvm.spec import (
+    AVX2,
     VNNI,
     KernelSpec,
     host_variants,
@@ -33,6 +35,7 @@ from scalebits_compiler.codegen.tvm.spec import (
 )
 
 TOLERANCE = {"int16": 5e-5, "int8": 2e-2, "float32": 1e-5}
+KERNELS = ["vnni int16", "vnni int8", "avx2 int16", "float32"]
 ALL = tuple(range(1, 9))
 X86 = platform.machine() in ("x86_64", "AMD64")
 
@@ -83,20 +86,40 @@ def compiled(tmp_path_factory):
     return path, dispatch
 
 
-def open_mode(compiled, mode):
-    path, dispatch = compiled
-    if mode == "float32":
-        return KernelLibrary.open(path, dispatch, cpu_features() - {"avx512_vnni"})
-    missing = set(VNNI.features) - cpu_features()
+@pytest.fixture(scope="module")
+def compiled_float32(tmp_path_factory):
+    """The same for the arithmetic that is there without integer kernels, or for large groups."""
+    path = tmp_path_factory.mktemp("kernels") / "float32.so"
+    grids = [(layout, np.array([widths], np.uint8)) for layout, widths in CASES.values()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spec, "MADD_GROUP", 0)
+        specs, dispatch = select_specs(grids)
+    dispatch["variants"] = [v for v in dispatch["variants"] if v["modes"] == ["float32"]]
+    (name,) = (variant["name"] for variant in dispatch["variants"])
+    compile_kernels({name: specs[name]}, path)
+    return path, dispatch
+
+
+def open_kernels(request, which):
+    """The library of an entry of KERNELS; skips where this processor cannot run it."""
+    if which == "float32":
+        return KernelLibrary.open(*request.getfixturevalue("compiled_float32"))
+    name, mode = which.split()
+    needed = {"vnni": VNNI, "avx2": AVX2}[name]
+    missing = set(needed.features) - cpu_features()
     if not X86 or missing:
         pytest.skip(f"this processor lacks {', '.join(sorted(missing)) or 'x86'}")
     activations = "exact" if mode == "int16" else mode
-    return KernelLibrary.open(path, dispatch, activations=activations)
+    library = KernelLibrary.open(
+        *request.getfixturevalue("compiled"), frozenset(needed.features), activations
+    )
+    assert (library.variant, library.mode) == (name, mode)
+    return library
 
 
-@pytest.fixture(params=["int16", "int8", "float32"])
-def library(compiled, request):
-    return open_mode(compiled, request.param)
+@pytest.fixture(params=KERNELS)
+def library(request):
+    return open_kernels(request, request.param)
 
 
 def error(found, expected):
@@ -143,8 +166,13 @@ def test_a_token_gives_the_same_bits_alone_and_among_others(library, case):
             np.testing.assert_array_equal(part, together[first : first + count])
 
 
-@pytest.mark.parametrize("mode", TOLERANCE)
-@settings(max_examples=15, deadline=None, derandomize=True)
+@pytest.mark.parametrize("which", KERNELS)
+@settings(
+    max_examples=15,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(
     rows=st.integers(1, 90),
     cols=st.integers(1, 300),
@@ -153,12 +181,12 @@ def test_a_token_gives_the_same_bits_alone_and_among_others(library, case):
     offset=st.integers(0, 63),
     seed=st.integers(0, 1000),
 )
-def test_any_shape(compiled, mode, rows, cols, tokens, widths, offset, seed):
+def test_any_shape(request, which, rows, cols, tokens, widths, offset, seed):
     """16-row blocks have 16-row panels at every size, so one kernel serves them all.
 
     The packed bytes may begin at any address.
     """
-    library = open_mode(compiled, mode)
+    library = open_kernels(request, which)
     matrix = make_matrix(BlockLayout(rows, cols, 16, 64, 32), tuple(sorted(widths)), seed)
     room = np.empty(matrix.arena.nbytes + 128, np.uint8)
     start = -room.ctypes.data % 64 + offset
@@ -194,14 +222,38 @@ def test_bad_activations_show(library, value, tokens):
     assert np.isfinite(y[:-1]).all()
 
 
-def test_large_group(tmp_path):
-    """One group a row, and a dispatch table that went through JSON."""
-    matrix = make_matrix(BlockLayout(48, 1100, 16, 2048, 2048), (4,))
+@pytest.mark.parametrize("group", [256, 2048])
+def test_large_group(tmp_path, group):
+    """Few groups a row, the largest sums, and a dispatch table that went through JSON."""
+    matrix = make_matrix(BlockLayout(48, 1100, 16, group, group), (8,))
     specs, dispatch = select_specs([(matrix.layout, matrix.bits)])
     compile_kernels(specs, tmp_path / "k.so")
-    library = KernelLibrary.open(tmp_path / "k.so", json.loads(json.dumps(dispatch)))
-    check(library, matrix, 1)
-    check(library, matrix, 9)
+    dispatch = json.loads(json.dumps(dispatch))
+    modes = []
+    for features in (cpu_features(), cpu_features() - {"avx512_vnni"}):
+        library = KernelLibrary.open(tmp_path / "k.so", dispatch, features)
+        modes.append(library.mode)
+        check(library, matrix, 1)
+        check(library, matrix, 9)
+        x = np.full((1, 1100), 3, np.float32)  # every product has the same sign
+        found = PackedLinear(library, matrix.layout, matrix.arena, matrix.bits)(x)
+        assert error(found, x @ matrix.weights.T) < TOLERANCE[library.mode]
+    if X86:
+        assert modes[-1] == ("int16" if group == 256 else "float32")
+
+
+def test_vnni_and_avx2_give_the_same_bits(request):
+    libraries = [open_kernels(request, which) for which in ("vnni int16", "avx2 int16")]
+    for case in CASES.values():
+        matrix = make_matrix(*case)
+        for tokens in (1, 5, 40):
+            shape = (tokens, matrix.layout.cols)
+            x = np.random.default_rng(7).normal(size=shape).astype(np.float32)
+            one, other = (
+                PackedLinear(library, matrix.layout, matrix.arena, matrix.bits)(x)
+                for library in libraries
+            )
+            np.testing.assert_array_equal(one, other)
 
 
 def test_shared_input_and_threads(library, monkeypatch):
@@ -259,8 +311,8 @@ def test_refuses_a_processor_without_the_features(compiled):
         KernelLibrary.open(path, only, frozenset())
     assert "--target reference" in caught.value.help
     assert KernelLibrary.open(path, dispatch, frozenset(VNNI.features)).variant == "vnni"
-    plain = KernelLibrary.open(path, dispatch, frozenset(VNNI.features) - {"avx512_vnni"})
-    assert (plain.variant, plain.mode) == ("plain", "float32")
+    older = KernelLibrary.open(path, dispatch, frozenset(VNNI.features) - {"avx512_vnni"})
+    assert (older.variant, older.mode) == ("avx2", "int16")
 
 
 def test_refuses_another_architecture_version_mode_and_file(compiled, tmp_path):
@@ -274,9 +326,10 @@ def test_refuses_another_architecture_version_mode_and_file(compiled, tmp_path):
         KernelLibrary.open(path, {"version": dispatch["version"]})
     with pytest.raises(TargetError, match=r"int4.*\n.*exact or int8"):
         KernelLibrary.open(path, dispatch, activations="int4")
-    plain = [variant for variant in dispatch["variants"] if variant["name"] == "plain"]
-    with pytest.raises(TargetError, match=r"\(plain\) have no int8 arithmetic, only float32"):
-        KernelLibrary.open(path, {**dispatch, "variants": plain}, activations="int8")
+    last = dispatch["variants"][-1]
+    only = rf"\({last['name']}\) have no int8 arithmetic, only {last['modes'][0]}"
+    with pytest.raises(TargetError, match=only):
+        KernelLibrary.open(path, {**dispatch, "variants": [last]}, activations="int8")
     with pytest.raises(ArtifactError, match="missing"):
         KernelLibrary.open(tmp_path / "none.so", dispatch)
     damaged = tmp_path / "damaged.so"
@@ -307,8 +360,8 @@ def test_instructions():
         module = build_module(name, build_functions(name, specs))
         assembly[name] = module.inspect_source("asm")
     assert "vpdpbusd" in assembly["vnni"]
-    assert "vfmadd" in assembly["plain"]
-    assert "zmm" not in assembly["plain"]
+    assert "vpmaddwd" in assembly["avx2"]
+    assert "zmm" not in assembly["avx2"]
 
 
 def test_compile_errors(monkeypatch, tmp_path):
@@ -361,6 +414,6 @@ def test_kernels_run_without_the_compiler(tmp_path):
     (tmp_path / "layout.json").write_text(json.dumps(list(sizes)))
     arrays = {"arena": matrix.arena, "bits": matrix.bits, "weights": matrix.weights}
     np.savez(tmp_path / "case.npz", **arrays)
-    plain = json.dumps(sorted(host_variants()["plain"].features))
-    command = [sys.executable, "-W", "error", "-c", STANDALONE, str(tmp_path), plain]
+    least = json.dumps(sorted([*host_variants().values()][-1].features))
+    command = [sys.executable, "-W", "error", "-c", STANDALONE, str(tmp_path), least]
     subprocess.run(command, check=True)

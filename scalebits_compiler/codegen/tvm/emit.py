@@ -234,38 +234,84 @@ class Tables:
 
 @dataclass(frozen=True)
 class Input:
-    """What `quantize` writes: values [groups, tokens, planes, group] and (step, sum) pairs."""
+    """What `quantize` writes: values [groups, tokens, planes, group] and (step, sum) pairs.
 
+    Planes are the high and the low bytes of the values. Where products are of 16-bit numbers
+    (`spec.madd`) they are the values of the even and those of the odd columns.
+    """
+
+    spec: KernelSpec
     values: Expr
     scales: Expr
     tokens: Expr  # padding included
 
     @classmethod
     def declare(cls, spec: KernelSpec, args: Arguments) -> Input:
-        """Declare the two buffers; values are int8, in mode float32 float32."""
+        """Declare the two buffers; values are int8 or int16, in mode float32 float32."""
         tokens = args.int("tokens")
-        dtype = "float32" if spec.mode == "float32" else "int8"
-        values = (MANY, tokens, i64(spec.planes), i64(spec.group))
-        scales = (MANY, tokens, i64(2))
-        return cls(
-            args.buffer("values", values, dtype), args.buffer("scales", scales, "float32"), tokens
-        )
+        dtype = "float32" if spec.mode == "float32" else "int16" if spec.madd else "int8"
+        group = spec.group // 2 if spec.madd else spec.group
+        values = args.buffer("values", (MANY, tokens, i64(spec.planes), i64(group)), dtype)
+        scales = args.buffer("scales", (MANY, tokens, i64(2)), "float32")
+        return cls(spec, values, scales, tokens)
 
     def step_and_sum(self, group: Expr, token: Expr) -> tuple[Expr, Expr]:
         """The step of the values of a group, and their sum."""
         return self.scales[group, token, 0], self.scales[group, token, 1]
 
-    def dword(self, group: Expr, token: Expr, plane: int, col: Expr) -> Expr:
-        """Four int8 values from `col` on, in every lane (int8x64)."""
-        four = vload(self.values, [group, token, i64(plane), col], f"int8x{STEP}")
-        return T.reinterpret(f"int8x{VECTOR_BYTES}", splat(T.reinterpret("int32", four)))
+    def four(self, group: Expr, token: Expr, col: Expr) -> list[Expr]:
+        """Four columns from `col` on, of each plane 32 bits in every lane (int32x16)."""
+        lanes, at = (2, T.floordiv(col, i64(2))) if self.spec.madd else (STEP, col)
+        dtype = f"{self.values.dtype}x{lanes}"
+        words = [
+            vload(self.values, [group, token, i64(plane), at], dtype)
+            for plane in range(self.spec.planes)
+        ]
+        return [T.bind(splat(T.reinterpret("int32", word))) for word in words]
 
 
-def dot(acc: Expr, codes: Expr, values: Expr) -> Expr:
-    """acc int32x16 += dot of unsigned codes (uint32x16 words) and int8x64 values, four a lane."""
-    unsigned = T.reinterpret(f"uint8x{VECTOR_BYTES}", codes)
-    name = "llvm.x86.avx512.vpdpbusd.512"
-    return T.call_llvm_pure_intrin("int32x16", name, acc, unsigned, values)
+class Sums:
+    """int32 sums of code * value in slots of 16 rows, of each plane or of all."""
+
+    def __init__(self, spec: KernelSpec, slots: int) -> None:
+        self.madd = spec.madd
+        count = 1 if spec.madd else spec.planes
+        self.planes = [Slots.alloc(slots, "int32") for _ in range(count)]
+
+    def clear(self) -> None:
+        """Set all to zero."""
+        for sums in self.planes:
+            sums.clear()
+
+    def operand(self, codes: Expr) -> list[Expr]:
+        """What `add` takes for codes, four bytes a lane (uint32x16)."""
+        if not self.madd:
+            return [T.bind(T.reinterpret(f"uint8x{VECTOR_BYTES}", codes))]
+        even = splat(T.uint32(0x00FF00FF))
+        odd = T.shift_right(codes, splat(T.uint32(8)))
+        return [T.bind(T.bitwise_and(part, even)) for part in (codes, odd)]
+
+    def add(self, slot: int, codes: list[Expr], values: list[Expr]) -> None:
+        """Add the products of four columns; values are those of `Input.four`."""
+        if self.madd:
+            (sums,) = self.planes
+            for part, value in zip(codes, values, strict=True):
+                sums[slot] = sums[slot] + _madd(part, value)
+            return
+        for sums, value in zip(self.planes, values, strict=True):
+            signed = T.reinterpret(f"int8x{VECTOR_BYTES}", value)
+            name = "llvm.x86.avx512.vpdpbusd.512"
+            sums[slot] = T.call_llvm_pure_intrin("int32x16", name, sums[slot], codes[0], signed)
+
+
+def _madd(codes: Expr, values: Expr) -> Expr:
+    """a0 * b0 + a1 * b1 of the 16-bit halves of every lane, as int32x16."""
+    halves = []
+    for first in (0, LANES // 2):
+        lanes = [T.int32(first + lane) for lane in range(LANES // 2)]
+        pair = (T.reinterpret("int16x16", T.Shuffle([part], lanes)) for part in (codes, values))
+        halves.append(T.call_llvm_pure_intrin("int32x8", "llvm.x86.avx2.pmadd.wd", *pair))
+    return T.Shuffle(halves, [T.int32(lane) for lane in range(LANES)])
 
 
 def add_group(total: Expr, scale: Expr, zero: Expr, sums: Expr, offset: Expr) -> Expr:

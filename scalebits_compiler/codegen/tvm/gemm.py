@@ -14,12 +14,12 @@ from scalebits_compiler.codegen.tvm.emit import (
     Input,
     Scalar,
     Slots,
+    Sums,
     T,
     Tables,
     add_group,
     ceildiv,
     code_column,
-    dot,
     fma,
     form_code,
     i64,
@@ -110,16 +110,16 @@ class _Place(NamedTuple):
 
 
 class _IntegerTile:
-    """TILE_TOKENS tokens x 16-row groups with vpdpbusd; codes are u8[row group][step][16 x 4]."""
+    """TILE_TOKENS tokens x 16-row groups in integers; codes are u8[row group][step][16 x 4]."""
 
     def __init__(self, tables: Tables, x: Input, codes: Expr, total: Expr) -> None:
         self.tables, self.spec, self.x = tables, tables.spec, x
         self.codes, self.total = codes, total
-        # 16 accumulators in all: more would not stay in registers beside the codes.
-        self.width = min(self.spec.row_groups, 16 // (TILE_TOKENS * self.spec.planes))
-        lanes = range(TILE_TOKENS)
-        planes = range(self.spec.planes)
-        self.sums = [[Slots.alloc(self.width, "int32") for _ in lanes] for _ in planes]
+        # 16 accumulators in all: more would not stay in registers beside the codes. (Of AVX2, two
+        # registers each, there are 4.)
+        most = 1 if self.spec.madd else 16 // (TILE_TOKENS * self.spec.planes)
+        self.width = min(self.spec.row_groups, most)
+        self.sums = [Sums(self.spec, self.width) for _ in range(TILE_TOKENS)]
 
     def _vector(self, row_group: Expr, step: Expr) -> Expr:
         """First byte of the codes of 16 rows x 4 columns."""
@@ -141,15 +141,14 @@ class _IntegerTile:
         """Add one group to the outputs of TILE_TOKENS tokens."""
         with T.serial(0, self.spec.row_groups // self.width) as nth:
             base = T.bind(nth * self.width)
-            for plane in self.sums:
-                for sums in plane:
-                    sums.clear()
+            for sums in self.sums:
+                sums.clear()
             with T.serial(0, units * (SUBS // self.spec.row_groups)) as step:
                 self._step(place, base, step)
             for row in range(self.width):
                 scale, zero = T.bind(footer.scale(base + row)), T.bind(footer.zero(base + row))
                 for lane in range(TILE_TOKENS):
-                    value = join_planes([lanes[lane][row] for lanes in self.sums])
+                    value = join_planes([plane[row] for plane in self.sums[lane].planes])
                     step, total_x = self.x.step_and_sum(place.group, place.token + lane)
                     at = [place.slot + lane, (base + row) * LANES]
                     total = vload(self.total, at, "float32x16")
@@ -158,16 +157,14 @@ class _IntegerTile:
 
     def _step(self, place: _Place, base: Expr, step: Expr) -> None:
         """Multiply four columns."""
-        codes = [
-            T.bind(vload(self.codes, [self._vector(base + row, step)], "uint8x64"))
-            for row in range(self.width)
-        ]
-        for lane in range(TILE_TOKENS):
-            for plane, lanes in enumerate(self.sums):
-                value = T.bind(self.x.dword(place.group, place.token + lane, plane, step * STEP))
-                sums = lanes[lane]
-                for row, code in enumerate(codes):
-                    sums[row] = dot(sums[row], code, value)
+        codes = []
+        for row in range(self.width):
+            four = T.bind(vload(self.codes, [self._vector(base + row, step)], "uint8x64"))
+            codes.append(self.sums[0].operand(T.reinterpret("uint32x16", four)))
+        for lane, sums in enumerate(self.sums):
+            values = self.x.four(place.group, place.token + lane, step * STEP)
+            for row, code in enumerate(codes):
+                sums.add(row, code, values)
 
 
 class _FloatTile:

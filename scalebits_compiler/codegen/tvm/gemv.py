@@ -12,11 +12,11 @@ from scalebits_compiler.codegen.tvm.emit import (
     Input,
     Scalar,
     Slots,
+    Sums,
     T,
     Tables,
     add_group,
     code_column,
-    dot,
     fma,
     form_code,
     join_planes,
@@ -70,7 +70,7 @@ def _group_body(
 
 
 class _IntegerSum:
-    """Sum of code * x over a group with vpdpbusd: an accumulator for each sub and plane.
+    """Sum of code * x over a group in integers: an accumulator for each sub and plane.
 
     The formed bytes hold code << shift. That costs nothing: the power of two is taken out once a
     group.
@@ -78,25 +78,24 @@ class _IntegerSum:
 
     def __init__(self, spec: KernelSpec, tables: Tables, x: Input) -> None:
         self.spec, self.tables, self.x = spec, tables, x
-        self.sums = [Slots.alloc(SUBS, "int32") for _ in range(spec.planes)]
+        self.sums = Sums(spec, SUBS)
+        # How many subs are summed in one pass: what fits into registers.
+        self.at_once = SUBS // 2 if spec.madd else SUBS
 
     def run(self, bits: int, group: Expr, token: Expr, start: Expr, units: Expr) -> None:
         """Emit the loop over the units of a group."""
-        for sums in self.sums:
-            sums.clear()
-        with T.serial(0, units) as unit:
-            words = load_words(self.tables.arena, start + unit * (bits * VECTOR_BYTES), bits)
-            for step in range(SUBS // self.spec.row_groups):
-                col = unit * self.tables.unit_cols + step * STEP
-                values = [
-                    T.bind(self.x.dword(group, token, plane, col))
-                    for plane in range(self.spec.planes)
-                ]
-                for row_group in range(self.spec.row_groups):
-                    sub = step * self.spec.row_groups + row_group
-                    codes = T.bind(form_code(words, bits, sub))
-                    for sums, value in zip(self.sums, values, strict=True):
-                        sums[sub] = dot(sums[sub], codes, value)
+        self.sums.clear()
+        for first in range(0, SUBS, self.at_once):
+            with T.serial(0, units) as unit:
+                words = load_words(self.tables.arena, start + unit * (bits * VECTOR_BYTES), bits)
+                values: dict[int, list[Expr]] = {}
+                for sub in range(first, first + self.at_once):
+                    step = sub // self.spec.row_groups
+                    if step not in values:
+                        col = unit * self.tables.unit_cols + step * STEP
+                        values[step] = self.x.four(group, token, col)
+                    codes = self.sums.operand(T.bind(form_code(words, bits, sub)))
+                    self.sums.add(sub, codes, values[step])
 
     def result(self, bits: int, group: Expr, token: Expr, row_group: int) -> Expr:
         """The sum for 16 rows, in units of code * x (float32x16)."""
@@ -104,7 +103,8 @@ class _IntegerSum:
         top = max(PIECES[bits][sub].shift for sub in subs)
         lift = {sub: splat(T.int32(top - PIECES[bits][sub].shift)) for sub in subs}
         planes = [
-            reduce(add, (T.shift_left(sums[sub], lift[sub]) for sub in subs)) for sums in self.sums
+            reduce(add, (T.shift_left(sums[sub], lift[sub]) for sub in subs))
+            for sums in self.sums.planes
         ]
         return join_planes(planes) * splat(self.x.scales[group, token, 0] * T.float32(2.0**-top))
 

@@ -67,12 +67,12 @@ class _Group:
 
     def clear_rest(self, token: Expr, group: Expr) -> None:
         """Set the last vector that x has a part of, and those behind it, to zero."""
-        dtype = self.out.values.dtype
+        dtype, wide = self.out.values.dtype, LANES // 2 if self.spec.madd else LANES
         whole = T.floordiv(T.min(self.cols - group * self.spec.group, i64(self.spec.group)), LANES)
         with loop(T.bind(whole), i64(self.spec.group // LANES)) as vector:
             for plane in range(self.spec.planes):
-                zero = splat(T.Cast(dtype, 0))
-                vstore(self.out.values, zero, [group, token, i64(plane), vector * LANES])
+                zero = splat(T.Cast(dtype, 0), wide)
+                vstore(self.out.values, zero, [group, token, i64(plane), vector * wide], wide)
 
 
 class _CopyGroup(_Group):
@@ -128,6 +128,13 @@ class _QuantizeGroup(_Group):
 
     def _store(self, value: Expr, at: list[Expr], col: Expr) -> None:
         """Split int32x16 into planes: value = 256 * high + low with low in -128..127."""
+        if self.spec.madd:
+            for plane in range(2):
+                lanes = [T.int32(lane) for lane in range(plane, LANES, 2)]
+                narrow = T.cast(T.Shuffle([value], lanes), f"int16x{LANES // 2}")
+                place = [*at, i64(plane), T.floordiv(col, i64(2))]
+                vstore(self.out.values, narrow, place, LANES // 2)
+            return
         planes = [value]
         if self.spec.planes == 2:
             high = T.bind(T.shift_right(value + splat(T.int32(128)), splat(T.int32(8))))

@@ -47,6 +47,8 @@ class Variant:
 
 _X86_64_V3 = ("avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe")
 _X86_64_V4 = (*_X86_64_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
+MADD_GROUP = 256
+"""Columns of a group up to which the sums of the AVX2 kernels in mode int16 fit int32."""
 VNNI = Variant(
     "vnni",
     "x86_64",
@@ -56,14 +58,14 @@ VNNI = Variant(
     ("int16", "int8"),
     8,
 )
-PLAIN_X86 = Variant("plain", "x86_64", "x86-64-v3", (), _X86_64_V3, ("float32",), 2)
+AVX2 = Variant("avx2", "x86_64", "x86-64-v3", (), _X86_64_V3, ("int16",), 3)
 
 
 def host_variants() -> dict[str, Variant]:
     """The variants that this machine can compile for, best first, by name."""
     machine = platform.machine()
     if machine in ("x86_64", "AMD64"):
-        return {variant.name: variant for variant in (VNNI, PLAIN_X86)}
+        return {variant.name: variant for variant in (VNNI, AVX2)}
     return {"plain": Variant("plain", machine, "", (), (), ("float32",), 2)}
 
 
@@ -110,6 +112,11 @@ class KernelSpec:
     def planes(self) -> int:
         """int8 planes of an activation: 2 (high and low byte) in int16, else 1."""
         return 2 if self.mode == "int16" else 1
+
+    @property
+    def madd(self) -> bool:
+        """Whether products are of 16-bit numbers (vpmaddwd), not of bytes (vpdpbusd)."""
+        return self.variant == AVX2.name and self.mode == "int16"
 
 
 @dataclass(frozen=True)
@@ -162,19 +169,26 @@ def select_specs(
         shapes.setdefault(shape, set()).update(np.unique(bits).tolist())
     groups = sorted({group for group, _, _ in shapes})
     specs: dict[str, list[KernelSpec | OpSpec]] = {}
-    for name, variant in host_variants().items():
+    for name in host_variants():
         kernels = specs.setdefault(name, [])
-        for mode in variant.modes:
+        for mode in _modes(name, groups):
             kernels += [KernelSpec(name, "quantize", mode, group) for group in groups]
             for (group, panel, cols), widths in sorted(shapes.items()):
                 bits = tuple(sorted(widths))
                 kernels.append(KernelSpec(name, "gemv", mode, group, panel, cols, bits))
                 kernels.append(KernelSpec(name, "gemm", mode, group, panel, cols, bits))
         kernels += op_specs(name, dtypes)
-    return specs, _dispatch(specs)
+    return specs, _dispatch(specs, groups)
 
 
-def _dispatch(specs: dict[str, list[KernelSpec | OpSpec]]) -> dict[str, Any]:
+def _modes(variant: str, groups: Sequence[int]) -> tuple[Mode, ...]:
+    """The arithmetics of a variant for matrices with these groups."""
+    if variant == AVX2.name and max(groups) > MADD_GROUP:
+        return ("float32",)
+    return host_variants()[variant].modes
+
+
+def _dispatch(specs: dict[str, list[KernelSpec | OpSpec]], groups: Sequence[int]) -> dict[str, Any]:
     variants = []
     for name, variant in host_variants().items():
         kernels = [asdict(spec) | {"symbol": spec.key} for spec in specs[name]]
@@ -187,7 +201,7 @@ def _dispatch(specs: dict[str, list[KernelSpec | OpSpec]]) -> dict[str, Any]:
                 "name": name,
                 "arch": variant.arch,
                 "features": list(variant.features),
-                "modes": list(variant.modes),
+                "modes": list(_modes(name, groups)),
                 "gemv_tokens": variant.gemv_tokens,
                 "tile_tokens": TILE_TOKENS,
                 "chunk_tokens": CHUNK_TOKENS,

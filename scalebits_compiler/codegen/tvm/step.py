@@ -24,7 +24,15 @@ T: Any = builder
 Expr = Any
 MANY = T.int64(1 << 40)
 """The first extent of a buffer whose size no kernel needs to know."""
-ELEMENT_BYTES = {"uint8": 1, "int8": 1, "uint16": 2, "int32": 4, "int64": 8, "float32": 4}
+ELEMENT_BYTES = {
+    "uint8": 1,
+    "int8": 1,
+    "int16": 2,
+    "uint16": 2,
+    "int32": 4,
+    "int64": 8,
+    "float32": 4,
+}
 
 
 def pointer(address: Expr, name: str, dtype: str) -> Expr:

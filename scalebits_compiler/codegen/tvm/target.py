@@ -22,7 +22,7 @@ LIBRARY = "kernels/cpu.so"
 
 @dataclass(frozen=True)
 class CpuTarget(Target):
-    """x86-64 with AVX-512 VNNI, and a plain vector path for other processors, in one artifact."""
+    """x86-64 with AVX-512 VNNI and with AVX2 in one artifact; elsewhere a plain vector path."""
 
     name: ClassVar[str] = "cpu"
 
