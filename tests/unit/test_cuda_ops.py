@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from scalebits_compiler.codegen.triton.target import HOST_ONLY
 from scalebits_compiler.runtime import ops as numpy_ops
 from scalebits_compiler.runtime.cache import KVCache
 from scalebits_compiler.runtime.cuda import ops
@@ -99,5 +98,25 @@ def test_attention_is_that_of_the_cpu(case, pad):
     np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_every_step_has_a_rule_or_is_refused():
-    assert ops.OPS.keys() == STEP_RULES.keys() - {*HOST_ONLY}
+def test_experts_are_those_of_the_cpu():
+    rng = np.random.default_rng(2)
+    scores = rng.normal(size=(2, 5, 4)).astype("f4")
+    scores[0, 0] = [1, 2, 2, 2]  # of equals the first are chosen
+    for normalize in (0, 1):
+        made = step("route", ["scores"], top=2, normalize=normalize)
+        routing, expected = both(made, {"scores": scores})
+        np.testing.assert_allclose(routing, expected, rtol=1e-5)
+    assert (expected[0, 0] != 0).tolist() == [False, True, True, False]
+    expected[..., 3] = 0  # no token for the last
+    values = {"x": rng.normal(size=(2, 5, 16)).astype("f4"), "r": expected}
+    for expert in range(4):
+        made = step("dispatch", "xr", expert=expert)
+        ours, theirs = both(made, values)
+        np.testing.assert_array_equal(ours, theirs)
+        values[f"p{expert}"] = theirs * (expert + 1)
+    made = step("combine", ["r", *(f"p{expert}" for expert in range(4))])
+    np.testing.assert_allclose(*both(made, values), rtol=1e-5, atol=1e-6)
+
+
+def test_every_step_has_a_rule():
+    assert ops.OPS.keys() == STEP_RULES.keys()

@@ -123,6 +123,8 @@ class TiledLinear:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[tokens, N] for x [tokens, K], both of the kernels' dtype."""
         x = x.contiguous()
+        if not x.shape[0]:  # an expert that no token is sent to
+            return x.new_empty(0, self.layout.rows)
         for bucket in self._table["buckets"]:
             if x.shape[0] <= bucket["tokens"]:
                 return self._multiply(x, bucket)

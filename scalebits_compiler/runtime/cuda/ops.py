@@ -1,8 +1,9 @@
 """The ops of a plan in torch, on a device: one function for each of `manifest.STEP_RULES`.
 
 Activations are fp16 or bf16, [batch, sequence, channels] or [batch, heads, sequence, d]; norms,
-angles and the sums inside products are float32. Nothing here reads a value back from the device, so
-that a run can be captured as a graph. What the ops mean is defined in `codegen/reference`.
+angles, routing weights and the sums inside products are float32. Only the ops of `UNCAPTURED` read
+a value back from the device, the number of tokens of an expert; a run of the others can be captured
+as a graph. What the ops mean is defined in `codegen/reference`.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ def _linear(frame: Frame, step: Step) -> torch.Tensor:
 def _qlinear(frame: Frame, step: Step) -> torch.Tensor:
     x = frame.input(step)
     y = frame.weights.packed(step.weights[0])(x.reshape(-1, x.shape[-1]))
-    return _biased(frame, step, y.view(*x.shape[:-1], -1))
+    return _biased(frame, step, y.view(*x.shape[:-1], y.shape[-1]))
 
 
 def _biased(frame: Frame, step: Step, y: torch.Tensor) -> torch.Tensor:
@@ -221,6 +222,33 @@ def attend(
     return scores.softmax(-1).to(v.dtype) @ v
 
 
+def _route(frame: Frame, step: Step) -> torch.Tensor:
+    scores = frame.input(step).float().softmax(-1)
+    best, experts = scores.sort(dim=-1, descending=True, stable=True)
+    top = int(step.attrs["top"])
+    best, experts = best[..., :top], experts[..., :top]
+    if step.attrs["normalize"]:
+        best = best / best.sum(-1, keepdim=True)
+    return torch.zeros_like(scores).scatter_(-1, experts, best)
+
+
+def _dispatch(frame: Frame, step: Step) -> torch.Tensor:
+    return frame.input(step)[frame.input(step, 1)[..., int(step.attrs["expert"])] != 0]
+
+
+def _combine(frame: Frame, step: Step) -> torch.Tensor:
+    routing, *parts = (frame.values[name] for name in step.inputs)
+    total = routing.new_zeros((*routing.shape[:2], parts[0].shape[-1]))
+    for expert, part in enumerate(parts):
+        weights = routing[..., expert]
+        seen = weights != 0
+        total[seen] += part.float() * weights[seen][:, None]
+    return total.to(parts[0].dtype)
+
+
+UNCAPTURED = ("dispatch", "combine")
+"""Ops whose sizes only the values tell: a captured graph cannot hold them."""
+
 OPS: dict[str, Callable[[Frame, Step], torch.Tensor]] = {
     "positions": _positions,
     "embedding": _embedding,
@@ -242,4 +270,7 @@ OPS: dict[str, Callable[[Frame, Step], torch.Tensor]] = {
     "rope": _rope,
     "attention": _attention,
     "permute": _permute,
+    "route": _route,
+    "dispatch": _dispatch,
+    "combine": _combine,
 }

@@ -13,7 +13,7 @@ from scalebits_compiler.runtime.artifact import Artifact
 from scalebits_compiler.runtime.cuda.cache import DeviceCache
 from scalebits_compiler.runtime.cuda.kernels import Kernels
 from scalebits_compiler.runtime.cuda.launchers import BinaryLauncher, SourceLauncher, Tell, say
-from scalebits_compiler.runtime.cuda.ops import OPS, Frame
+from scalebits_compiler.runtime.cuda.ops import OPS, UNCAPTURED, Frame
 from scalebits_compiler.runtime.cuda.weights import DeviceWeights
 from scalebits_compiler.runtime.manifest import COMPILE_AGAIN, Step
 from scalebits_compiler.runtime.session import Session, runnable
@@ -40,7 +40,12 @@ def load_cuda(artifact: Artifact, tell: Tell = say) -> CudaSession:
     sources = source_launcher(artifact)
     launcher = BinaryLauncher(artifact.path, table["kernels"], sources, tell)
     count = torch.cuda.get_device_properties(device).multi_processor_count
-    return CudaSession(artifact, DeviceWeights(artifact, Kernels(table, launcher, device, count)))
+    session = CudaSession(
+        artifact, DeviceWeights(artifact, Kernels(table, launcher, device, count))
+    )
+    if not session.captured:
+        tell("decoding runs op by op: experts' numbers of tokens do not fit a captured CUDA graph")
+    return session
 
 
 def missing_gpu() -> str:
@@ -75,7 +80,10 @@ def interpreted(artifact: Artifact, multiprocessors: int = 2) -> CudaSession:
 
 
 class CudaSession(Session):
-    """Session whose activations, weights and cache stay on a device."""
+    """Session whose activations, weights and cache stay on a device.
+
+    captured: whether decoding is a captured graph, where the device is a GPU.
+    """
 
     def __init__(self, artifact: Artifact, weights: DeviceWeights) -> None:
         self.artifact = artifact
@@ -89,6 +97,7 @@ class CudaSession(Session):
                     f"{artifact.path}: the cuda target has no op {step.op}",
                     help="run it with --target reference",
                 )
+        self.captured = not any(step.op in UNCAPTURED for step in self._plan.steps)
         self._weights = weights  # type: ignore[assignment]
         self.vocabulary = self._vocabulary()
         self.limit = artifact.limit
@@ -128,9 +137,10 @@ class CudaSession(Session):
     def decode_step(self, cache: DeviceCache) -> torch.Tensor:
         """Logits [batch, 1, vocabulary] on the device of the token ids in `cache.ids`.
 
-        On a GPU the first step of a cache is captured, and the later ones replay it.
+        On a GPU the first step of a cache is captured, and the later ones replay it, but for
+        mixtures of experts.
         """
-        if self.device.type != "cuda" or self.on_step is not None:
+        if self.device.type != "cuda" or self.on_step is not None or not self.captured:
             return self._steps(self._frame(cache.ids, cache, cache.pad, decoding=True), last=True)
         if cache.graph is None:
             self._capture(cache)
