@@ -92,7 +92,7 @@ def compiled_float32(tmp_path_factory):
     path = tmp_path_factory.mktemp("kernels") / "float32.so"
     grids = [(layout, np.array([widths], np.uint8)) for layout, widths in CASES.values()]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(spec, "MADD_GROUP", 0)
+        patch.setattr(spec, "JOINED_GROUP", 0)
         specs, dispatch = select_specs(grids)
     dispatch["variants"] = [v for v in dispatch["variants"] if v["modes"] == ["float32"]]
     (name,) = (variant["name"] for variant in dispatch["variants"])

@@ -24,6 +24,8 @@ from scalebits_compiler.numerics.layout import (
     VECTOR_BYTES,
 )
 
+AHEAD = 256
+
 
 def i64(value: int) -> Expr:
     """An int64 constant."""
@@ -128,6 +130,19 @@ def load_words(arena: Expr, at: Expr, bits: int) -> list[Expr]:
     dtype = f"uint8x{VECTOR_BYTES}"
     vectors = [vload(arena, [at + vector * VECTOR_BYTES], dtype) for vector in range(bits)]
     return [T.bind(T.reinterpret("uint32x16", vector)) for vector in vectors]
+
+
+def prefetch(arena: Expr, at: Expr, bits: int) -> None:
+    """Ask for the bytes AHEAD of those of a unit at byte `at`; beyond the end it does nothing.
+
+    The processor's own prefetcher does not keep up with a loop that also computes. Measured on
+    Zen 4, weights in memory: 256 bytes ahead takes 9 to 17 % off, 1 KB nothing, 4 KB costs time.
+    """
+    for vector in range(bits):
+        address = T.address_of(arena[at + (AHEAD + vector * VECTOR_BYTES)])
+        read, all_levels, data = T.int32(0), T.int32(3), T.int32(1)
+        name = "llvm.prefetch.p0"
+        T.evaluate(T.call_llvm_intrin("void", name, address, read, all_levels, data))
 
 
 def _mask(width: int, bit: int) -> Expr:
@@ -271,17 +286,23 @@ class Input:
 
 
 class Sums:
-    """int32 sums of code * value in slots of 16 rows, of each plane or of all."""
+    """int32 sums of code * value in slots of 16 rows, of each plane or, `joined`, of all."""
 
-    def __init__(self, spec: KernelSpec, slots: int) -> None:
+    def __init__(self, spec: KernelSpec, slots: int, joined: bool = False) -> None:
         self.madd = spec.madd
-        count = 1 if spec.madd else spec.planes
+        count = 1 if spec.madd or joined else spec.planes
         self.planes = [Slots.alloc(slots, "int32") for _ in range(count)]
 
     def clear(self) -> None:
         """Set all to zero."""
         for sums in self.planes:
             sums.clear()
+
+    def next_plane(self) -> None:
+        """After the sums of the high bytes: those of the low bytes are added next."""
+        (sums,) = self.planes
+        for slot in range(int(sums.buffer.shape[0]) // LANES):
+            sums[slot] = T.shift_left(sums[slot], splat(T.int32(8)))
 
     def operand(self, codes: Expr) -> list[Expr]:
         """What `add` takes for codes, four bytes a lane (uint32x16)."""

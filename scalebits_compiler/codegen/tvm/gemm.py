@@ -32,7 +32,7 @@ from scalebits_compiler.codegen.tvm.emit import (
     vload,
     vstore,
 )
-from scalebits_compiler.codegen.tvm.spec import CHUNK_TOKENS, TILE_TOKENS, KernelSpec
+from scalebits_compiler.codegen.tvm.spec import CHUNK_TOKENS, JOINED_GROUP, TILE_TOKENS, KernelSpec
 from scalebits_compiler.codegen.tvm.step import kernel
 from scalebits_compiler.numerics.layout import LANES, MAX_BITS, PIECES, STEP, SUBS, VECTOR_BYTES
 
@@ -115,11 +115,15 @@ class _IntegerTile:
     def __init__(self, tables: Tables, x: Input, codes: Expr, total: Expr) -> None:
         self.tables, self.spec, self.x = tables, tables.spec, x
         self.codes, self.total = codes, total
+        # The sums of both planes in one accumulator, one plane after the other, if they fit.
+        joined = self.spec.planes == 2 and not self.spec.madd and self.spec.group <= JOINED_GROUP
+        planes = slice(0, self.spec.planes)
+        self.passes = [slice(0, 1), slice(1, 2)] if joined else [planes]
         # 16 accumulators in all: more would not stay in registers beside the codes. (Of AVX2, two
         # registers each, there are 4.)
-        most = 1 if self.spec.madd else 16 // (TILE_TOKENS * self.spec.planes)
-        self.width = min(self.spec.row_groups, most)
-        self.sums = [Sums(self.spec, self.width) for _ in range(TILE_TOKENS)]
+        most = 16 // (TILE_TOKENS * (1 if joined else self.spec.planes))
+        self.width = min(self.spec.row_groups, 1 if self.spec.madd else most)
+        self.sums = [Sums(self.spec, self.width, joined) for _ in range(TILE_TOKENS)]
 
     def _vector(self, row_group: Expr, step: Expr) -> Expr:
         """First byte of the codes of 16 rows x 4 columns."""
@@ -143,8 +147,11 @@ class _IntegerTile:
             base = T.bind(nth * self.width)
             for sums in self.sums:
                 sums.clear()
-            with T.serial(0, units * (SUBS // self.spec.row_groups)) as step:
-                self._step(place, base, step)
+            for nth_pass, planes in enumerate(self.passes):
+                for sums in self.sums if nth_pass else ():
+                    sums.next_plane()
+                with T.serial(0, units * (SUBS // self.spec.row_groups)) as step:
+                    self._step(place, base, step, planes)
             for row in range(self.width):
                 scale, zero = T.bind(footer.scale(base + row)), T.bind(footer.zero(base + row))
                 for lane in range(TILE_TOKENS):
@@ -155,14 +162,14 @@ class _IntegerTile:
                     sums = value * splat(step)
                     vstore(self.total, add_group(total, scale, zero, sums, total_x * offset), at)
 
-    def _step(self, place: _Place, base: Expr, step: Expr) -> None:
-        """Multiply four columns."""
+    def _step(self, place: _Place, base: Expr, step: Expr, planes: slice) -> None:
+        """Multiply four columns of some planes."""
         codes = []
         for row in range(self.width):
             four = T.bind(vload(self.codes, [self._vector(base + row, step)], "uint8x64"))
             codes.append(self.sums[0].operand(T.reinterpret("uint32x16", four)))
         for lane, sums in enumerate(self.sums):
-            values = self.x.four(place.group, place.token + lane, step * STEP)
+            values = self.x.four(place.group, place.token + lane, step * STEP)[planes]
             for row, code in enumerate(codes):
                 sums.add(row, code, values)
 

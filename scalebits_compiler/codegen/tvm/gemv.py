@@ -22,6 +22,7 @@ from scalebits_compiler.codegen.tvm.emit import (
     join_planes,
     load_words,
     loop,
+    prefetch,
     splat,
     store_rows,
 )
@@ -87,7 +88,10 @@ class _IntegerSum:
         self.sums.clear()
         for first in range(0, SUBS, self.at_once):
             with T.serial(0, units) as unit:
-                words = load_words(self.tables.arena, start + unit * (bits * VECTOR_BYTES), bits)
+                at = T.bind(start + unit * (bits * VECTOR_BYTES))
+                words = load_words(self.tables.arena, at, bits)
+                if not first:
+                    prefetch(self.tables.arena, at, bits)
                 values: dict[int, list[Expr]] = {}
                 for sub in range(first, first + self.at_once):
                     step = sub // self.spec.row_groups

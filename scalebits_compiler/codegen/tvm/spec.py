@@ -16,7 +16,7 @@ from scalebits_compiler.numerics.layout import FORMAT_VERSION, LANES, BlockLayou
 Kind = Literal["gemv", "gemm", "quantize"]
 Mode = Literal["int16", "int8", "float32"]
 TILE_TOKENS = 4  # the gemm kernel computes this many tokens at a time
-CHUNK_TOKENS = 64  # tokens for which the gemm kernel uses an unpacked group
+CHUNK_TOKENS = 128  # tokens for which the gemm kernel uses an unpacked group
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class Variant:
 
 _X86_64_V3 = ("avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe")
 _X86_64_V4 = (*_X86_64_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
-MADD_GROUP = 256
-"""Columns of a group up to which the sums of the AVX2 kernels in mode int16 fit int32."""
+JOINED_GROUP = 256
+"""Columns of a group up to which a sum of codes times 16-bit values fits int32."""
 VNNI = Variant(
     "vnni",
     "x86_64",
@@ -183,7 +183,7 @@ def select_specs(
 
 def _modes(variant: str, groups: Sequence[int]) -> tuple[Mode, ...]:
     """The arithmetics of a variant for matrices with these groups."""
-    if variant == AVX2.name and max(groups) > MADD_GROUP:
+    if variant == AVX2.name and max(groups) > JOINED_GROUP:
         return ("float32",)
     return host_variants()[variant].modes
 
