@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from llama import FILE_TYPES, LlamaModel, bindings, quantize, write_gguf
-from measure import pin, ratio, spread
+from measure import Cores, pin, ratio, spread
 from numpy.typing import NDArray
 from random_model import Shape, write_random_artifact
 
@@ -43,10 +43,18 @@ def main() -> None:
     for model in models.values():  # reads the files
         _seconds(model, ids[: args.prompt_tokens + 1], args.prompt_tokens, clock)
     rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
+    cores, scaling = Cores(args.threads), []
     for _ in range(args.rounds):
         for name, model in models.items():
             rounds[name].append(_seconds(model, ids, args.prompt_tokens, clock))
+        scaling.append(cores.scaling())
     print(report(rounds, args), flush=True)
+    if args.threads > 1:
+        read, exps = (spread(np.array(values)) for values in zip(*scaling, strict=True))
+        print(
+            f"\nWhat {args.threads} cores do of what one does, in the same rounds: memory read"
+            f" {read}, exponentials in the cache {exps}"
+        )
     if args.json:
         args.json.write_text(json.dumps(rounds, indent=1))
 
@@ -83,6 +91,8 @@ def _models(shape: Shape, args: argparse.Namespace) -> Iterator[tuple[str, Model
     artifact = args.folder / f"ours-{name}"
     if not artifact.exists():
         write_random_artifact(shape, artifact)
+    if args.threads > 1:
+        yield f"{BASE}, one core", OurModel(artifact, "exact", 1, positions)
     for activations in ("exact", "int8"):
         yield f"ours {activations}", OurModel(artifact, activations, args.threads, positions)
     lib = bindings()

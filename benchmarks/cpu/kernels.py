@@ -16,6 +16,8 @@ from matrices import MIXES, OurKernels, random_matrix
 from measure import Case, copies, interleave, pin, ratio, spread
 from numpy.typing import NDArray
 
+from scalebits_compiler.runtime.cpu_features import cpu_features
+
 SHAPES = ("2048x2048", "5632x2048", "4096x4096", "11008x4096")
 ACTIVATIONS = ("exact", "int8")
 ONLY_ONE_TOKEN = ("uniform 5", "uniform 6", "uniform 7")
@@ -32,17 +34,18 @@ def main() -> None:
 
     torch.set_num_threads(args.threads)
     ggml = Ggml.find(args.threads)
+    features = cpu_features() - set(args.lacks)
     records = []
     with tempfile.TemporaryDirectory(prefix="scalebits-bench-") as folder:
         ours = {
-            name: OurKernels(mix, Path(folder) / str(nth), ACTIVATIONS, args.threads)
+            name: OurKernels(mix, Path(folder) / str(nth), args.activations, args.threads, features)
             for nth, (name, mix) in enumerate(MIXES.items())
             if name not in ONLY_ONE_TOKEN or (1 in args.batches and not args.few)
         }
         for shape in args.shapes:
             for batch in args.batches:
                 for place in args.places:
-                    setting = Setting(shape, batch, place == "cold", args.threads)
+                    setting = Setting(shape, batch, place == "cold", args)
                     seconds = interleave(list(setting.cases(ours, ggml)), args.rounds, args.threads)
                     records.append(setting.report(seconds))
     print(f"\n### Ratios: medians over {args.rounds} rounds\n\n{summary(records)}")
@@ -58,6 +61,8 @@ def _arguments() -> argparse.Namespace:
     add("--places", nargs="+", choices=("hot", "cold"), default=("hot", "cold"))
     add("--threads", type=int, default=1, metavar="N", help="and as many pinned cores")
     add("--rounds", type=int, default=15, metavar="N", help="default 15")
+    add("--activations", nargs="+", choices=ACTIVATIONS, default=ACTIVATIONS, help="default both")
+    add("--lacks", nargs="+", default=(), metavar="FLAG", help="do without avx512_vnni, say")
     add("--few", action="store_true", help="without the uniform widths above 4")
     add("--json", type=Path, metavar="FILE", help="also write all numbers to this file")
     return parser.parse_args()
@@ -66,10 +71,10 @@ def _arguments() -> argparse.Namespace:
 class Setting:
     """One shape and batch, with weights in the cache (hot) or in memory (cold)."""
 
-    def __init__(self, shape: str, batch: int, cold: bool, threads: int) -> None:
+    def __init__(self, shape: str, batch: int, cold: bool, args: argparse.Namespace) -> None:
         self.rows, self.cols = map(int, shape.split("x"))
-        self.batch, self.cold, self.threads = batch, cold, threads
-        self.title = f"{shape}, batch {batch}, {'cold' if cold else 'hot'}, {threads} core(s)"
+        self.batch, self.cold, self.activations = batch, cold, args.activations
+        self.title = f"{shape}, batch {batch}, {'cold' if cold else 'hot'}, {args.threads} core(s)"
         self.nbytes: dict[str, int] = {}
 
     def cases(self, built: dict[str, OurKernels], ggml: Ggml | None) -> Iterator[Case]:
@@ -80,7 +85,7 @@ class Setting:
             if name in ONLY_ONE_TOKEN and self.batch > 1:
                 continue
             packed = random_matrix(self.rows, self.cols, MIXES[name], self.cold)
-            for activations in ACTIVATIONS:
+            for activations in self.activations:
                 ours = f"{name} {activations}"
                 self.nbytes[ours] = packed.nbytes
                 yield kernels.case(ours, packed, activations, x)
@@ -134,7 +139,7 @@ class Setting:
     def _ratios(self, seconds: Seconds) -> dict[str, dict[str, float]]:
         """What the summary has for each activation mode."""
         found = {}
-        for mode in ACTIVATIONS:
+        for mode in self.activations:
             ours, uniform = seconds[f"mixed 2,3,4 {mode}"], seconds[f"uniform 3 {mode}"]
             line = {
                 "mixed 2,3,4 / uniform 3": ratio(ours, uniform),
@@ -154,7 +159,7 @@ class Setting:
 
 def summary(records: list[dict[str, Any]]) -> str:
     """One line of ratios for each setting and mode."""
-    columns = list(records[0]["ratios"][ACTIVATIONS[0]])
+    columns = list(next(iter(records[0]["ratios"].values())))
     lines = [
         f"| setting | activations | {' | '.join(columns)} |",
         "|---" * (len(columns) + 2) + "|",

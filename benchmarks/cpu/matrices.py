@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from scalebits_compiler.codegen.tvm.build import compile_kernels
 from scalebits_compiler.codegen.tvm.spec import select_specs
 from scalebits_compiler.numerics.layout import BlockLayout
-from scalebits_compiler.runtime.cpu_features import cpu_features
 from scalebits_compiler.runtime.kernels import KernelLibrary, PackedLinear
 from scalebits_compiler.runtime.program import Program, Rows
 from scalebits_compiler.runtime.variants import choose_variant
@@ -25,12 +24,12 @@ MIXES: dict[str, Mapping[int, int]] = {
     "uniform 3": {3: 1},
     "uniform 4": {4: 1},
     "mixed 2,3,4": {2: 1, 3: 2, 4: 1},
-    "mixed 1..8": {1: 5, 2: 4, 3: 2, 4: 1, 5: 1, 6: 1, 7: 1, 8: 1},
+    "mixed 1..8": {1: 6, 2: 3, 3: 2, 4: 1, 5: 1, 6: 1, 7: 1, 8: 1},
     "uniform 5": {5: 1},
     "uniform 6": {6: 1},
     "uniform 7": {7: 1},
 }
-"""Widths by share of the blocks. The means of the mixed ones are 3 and 3.0625 bits."""
+"""Widths by share of the blocks. The mean of the mixed ones is 3 bits: the bytes of uniform 3."""
 
 
 @dataclass(frozen=True)
@@ -68,16 +67,22 @@ class OurKernels:
     """The kernels of one set of widths, in each of the activation modes asked for."""
 
     def __init__(
-        self, mix: Mapping[int, int], folder: Path, activations: tuple[str, ...], threads: int
+        self,
+        mix: Mapping[int, int],
+        folder: Path,
+        activations: Sequence[str],
+        threads: int,
+        features: frozenset[str],
     ) -> None:
+        """features: processor flags; the first variant of kernels that they allow is taken."""
         folder.mkdir()
         layout = BlockLayout(BLOCK, BLOCK, BLOCK, BLOCK, GROUP)
         specs, dispatch = select_specs([(layout, np.array([list(mix)], np.uint8))])
-        here = choose_variant(dispatch["variants"], cpu_features())["name"]
+        here = choose_variant(dispatch["variants"], features)["name"]
         compile_kernels({here: specs[here]}, folder / "k.so")
         self.libraries: dict[str, KernelLibrary] = {}
         for name in activations:
-            self.libraries[name] = KernelLibrary.open(folder / "k.so", dispatch, activations=name)
+            self.libraries[name] = KernelLibrary.open(folder / "k.so", dispatch, features, name)
             self.libraries[name].threads = threads
 
     def case(

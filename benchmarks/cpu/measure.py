@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +37,30 @@ def pin(cores: int) -> None:
     if len(allowed) < cores:
         raise SystemExit(f"asked for {cores} cores, this process may use {len(allowed)}")
     os.sched_setaffinity(0, allowed[-cores:])
+
+
+class Cores:
+    """How much faster several cores are than one, at what needs nothing but cores or memory."""
+
+    def __init__(self, count: int) -> None:
+        self._pool = ThreadPoolExecutor(count)
+        self._count = count
+        self._data = [np.ones(COLD_BYTES // 8) for _ in range(count)]
+
+    def scaling(self) -> tuple[float, float]:
+        """(Reading memory, exponentials of what is in the cache) by all cores over by one."""
+        return self._compare(np.sum), self._compare(self._exponentials)
+
+    def _exponentials(self, data: NDArray[np.float64]) -> None:
+        for _ in range(200):
+            np.exp(data[:8192])
+
+    def _compare(self, work: Callable[[Any], object]) -> float:
+        start = time.perf_counter()
+        work(self._data[0])
+        middle = time.perf_counter()
+        list(self._pool.map(work, self._data))
+        return self._count * (middle - start) / (time.perf_counter() - middle)
 
 
 def copies(nbytes: int, cold: bool) -> int:
