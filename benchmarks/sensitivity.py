@@ -112,7 +112,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--budgets", type=float, nargs="*", default=[2.3], help="budgets of the searched points")
     add("--blocks", type=int, default=48, help="blocks in each sample")
     add("--windows", type=int, default=64, help="windows for gradients and measurement")
-    add("--loss", choices=st.LOSSES, default="ce")
+    add("--loss", choices=("ce", "kl"), default="ce")
     add("--seed", type=int, default=0)
     add("--threads", type=int, default=2)
     return parser.parse_args(argv)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from scalebits_compiler.driver import evaluator
+from scalebits_compiler.inputs import traced_module
 from scalebits_compiler.passes.base import PassContext
 from scalebits_compiler.passes.canonicalize import Canonicalize
 from scalebits_compiler.passes.order_classes import describe
@@ -19,17 +20,17 @@ def analyse(path: str | Path) -> dict[str, Any]:
     not recognised -> how many), and those of `order_classes.describe`. Raises FrontendError for a
     folder that is no model or cannot be traced.
     """
-    from scalebits_compiler.frontend.hf import empty_model, trace
-    from scalebits_compiler.frontend.lower_fx import lower
+    from scalebits_compiler.frontend.hf import empty_model
 
     empty = empty_model(path)
     ctx = PassContext(evaluate=evaluator)
-    module = Canonicalize().run(lower(trace(empty.model), empty), ctx)
+    module = Canonicalize().run(traced_module(empty), ctx)
     report: Any = ctx.report[Canonicalize.name]
     return {
         "model": empty.name,
         "matrices": {w.symbol: list(w.type.static_shape()) for w in module.quantized()},
         "dense": report["dense"],
         "aten": report["aten"],
+        "not_traced": report["not_traced"],
         **describe(module),
     }

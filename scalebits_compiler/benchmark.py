@@ -57,6 +57,11 @@ def bench(
     """
     options = options or BenchOptions()
     session = load(path, activations=options.activations, threads=options.threads)
+    if not session.generates:
+        raise UsageError(
+            f"{path} is of the kind {session.task}: it does not decode token by token",
+            help="measure a causal language model",
+        )
     length = options.prompt_tokens + options.new_tokens
     session.check_length(length, "prompt and new tokens together")
     ids = np.random.default_rng(0).integers(0, session.vocabulary, length)

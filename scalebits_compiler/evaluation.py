@@ -1,26 +1,34 @@
-"""Quality of a model on a text: perplexity, KL divergence, top-1 agreement (layer L3)."""
+"""Quality of a model on a text: perplexity, or how near it is to the original (layer L3)."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from scalebits_compiler.errors import FrontendError, UsageError
-from scalebits_compiler.frontend.calibration import load_tokenizer, read_windows
-from scalebits_compiler.numerics.metrics import QualityMeter
+from scalebits_compiler.frontend.calibration import framed, load_tokenizer, read_windows
+from scalebits_compiler.numerics.metrics import PlaceMeter, QualityMeter
 from scalebits_compiler.passes.base import Progress, no_progress
 from scalebits_compiler.plugins import Registry
+from scalebits_compiler.pretrained import call
 from scalebits_compiler.runtime.artifact import position_limit
 from scalebits_compiler.runtime.manifest import MANIFEST
 from scalebits_compiler.runtime.variants import EXACT
+from scalebits_compiler.tasks import CAUSAL, ENCODER, MASKED
 
-Logits = Callable[[torch.Tensor], torch.Tensor]
 BATCH_TOKENS = 2048
 DEFAULT_WINDOW = 512
+
+
+class Model(NamedTuple):
+    """run: ids i64[b, s] -> f32[b, s, n], logits, of an encoder states; task: see tasks.TASKS."""
+
+    run: Callable[[torch.Tensor], torch.Tensor]
+    task: str
 
 
 def is_artifact(path: Path) -> bool:
@@ -28,13 +36,13 @@ def is_artifact(path: Path) -> bool:
     return (path / MANIFEST).is_file()
 
 
-def logits_of(
+def open_model(
     path: Path,
     target: str | None = None,
     activations: str = EXACT,
     registry: Registry | None = None,
-) -> Logits:
-    """A function ids i64[b, s] -> logits f32[b, s, v] of an artifact or a Hugging Face folder.
+) -> Model:
+    """An artifact or a Hugging Face folder as a function of token ids.
 
     `target` picks how an artifact is run: None as it was compiled, or "reference"; `registry` knows
     the ops that its module may have.
@@ -43,18 +51,14 @@ def logits_of(
         from scalebits_compiler.sessions import open_session
 
         session = open_session(path, target, activations, torch.get_num_threads(), registry)
-        return lambda ids: torch.from_numpy(session.forward(ids.numpy()))
+        return Model(lambda ids: torch.from_numpy(session.forward(ids.numpy())), session.task)
     for option, value in (("--target", target), ("--activations", activations)):
         if value not in (None, EXACT):
             raise UsageError(f"{path} is no artifact, {option} does not apply to it")
-    return _model_logits(path)
-
-
-def _model_logits(path: Path) -> Logits:
     from scalebits_compiler.frontend.hf import load_model
 
-    model = load_model(path).model
-    return lambda ids: model(input_ids=ids, use_cache=False).logits
+    source = load_model(path)
+    return Model(lambda ids: call(source.model, source.task, ids), source.task)
 
 
 def evaluate(
@@ -72,21 +76,37 @@ def evaluate(
     """Score a text with windows of `seq_len` tokens, no overlap, all but the first token scored.
 
     windows: how many from the start of the text (None: all). versus: the original model. Gives the
-    keys perplexity, kl_divergence, top1_agreement, tokens, protocol.
+    keys perplexity, kl_divergence, top1_agreement, tokens, protocol; of a model that does not
+    predict the next token those of `PlaceMeter` instead, and `versus` is needed.
     """
     limit = _limit(path)
     length = seq_len or min(DEFAULT_WINDOW, limit)
     if length > limit:
         raise UsageError(f"--seq-len {length} is more than the model's {limit} positions")
-    tokens = read_windows(text, load_tokenizer(path), length)[:windows]
-    ours = logits_of(path, target, activations, registry)
-    original = None if versus is None else logits_of(versus)
-    meter = QualityMeter()
+    tokenizer = load_tokenizer(path)
+    tokens = read_windows(text, tokenizer, length)[:windows]
+    ours = open_model(path, target, activations, registry)
+    if ours.task in (ENCODER, MASKED):
+        tokens = framed(tokens, tokenizer)
+    original = None if versus is None else open_model(versus)
+    if ours.task != CAUSAL and original is None:
+        raise UsageError(
+            f"{path} is of the kind {ours.task}: text alone does not score it",
+            help="give the original model to compare with: --vs MODEL",
+        )
+    if original is not None and original.task != ours.task:
+        raise UsageError(f"{path} is of the kind {ours.task}, {versus} of the kind {original.task}")
+    parts = tokens.split(max(1, BATCH_TOKENS // length))
+    meter = QualityMeter() if ours.task == CAUSAL else PlaceMeter(ours.task == ENCODER)
     with torch.no_grad():
-        parts = tokens.split(max(1, BATCH_TOKENS // length))
         for ids in progress(parts, "evaluating", len(parts)):
-            meter.update(ours(ids), ids, None if original is None else original(ids))
-    return {**meter.result(), "protocol": _protocol(length, len(tokens), text, versus)}
+            theirs = None if original is None else original.run(ids)
+            if isinstance(meter, QualityMeter):
+                meter.update(ours.run(ids), ids, theirs)
+            elif theirs is not None:
+                meter.update(ours.run(ids), theirs)
+    protocol = _protocol(length, len(tokens), text, versus, ours.task)
+    return {**meter.result(), "protocol": protocol}
 
 
 def _limit(path: Path) -> int:
@@ -99,9 +119,10 @@ def _limit(path: Path) -> int:
         ) from error
 
 
-def _protocol(length: int, windows: int, text: Path, versus: Path | None) -> str:
+def _protocol(length: int, windows: int, text: Path, versus: Path | None, task: str) -> str:
+    told = f"{windows} windows of {length} tokens of {text.name}, no overlap"
+    if task == ENCODER:
+        return f"{told}; cosine of the states of every token, and of their means over a window"
     compared = "" if versus is None else "; KL(original || model) in nats per token"
-    return (
-        f"{windows} windows of {length} tokens of {text.name}, no overlap, all but the first token"
-        f" of a window scored{compared}"
-    )
+    scored = "all but the first token of a window" if task == CAUSAL else "every token"
+    return f"{told}, {scored} scored{compared}"

@@ -8,13 +8,14 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from scalebits_compiler.errors import UsageError
+from scalebits_compiler.errors import FrontendError, UsageError
 from scalebits_compiler.ir.attrs import Resource
 from scalebits_compiler.ir.module import Module
 from scalebits_compiler.runtime.artifact import position_limit
+from scalebits_compiler.tasks import ENCODER, MASKED
 
 if TYPE_CHECKING:
-    from scalebits_compiler.frontend.hf import SourceModel
+    from scalebits_compiler.frontend.hf import EmptyModel, SourceModel
 
 # Longest default window; a model's own limit may be shorter.
 WINDOW = 512
@@ -52,13 +53,31 @@ def source_digest(source: SourceModel) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def traced_module(source: SourceModel | EmptyModel) -> Module:
+    """The module of a model: its graph of ATen calls, or one op where it cannot be traced.
+
+    FrontendError for a model that can neither be traced nor called.
+    """
+    from scalebits_compiler.frontend.capture import capture
+    from scalebits_compiler.frontend.hf import trace
+    from scalebits_compiler.frontend.lower_fx import lower
+
+    try:
+        return lower(trace(source.model, source.task), source)
+    except FrontendError as error:
+        return capture(source, error.message)
+
+
 def input_module(source: SourceModel, text: TextOptions, seed: int) -> Module:
     """The traced model as ATen calls, with the token windows that passes will look at."""
     import torch
 
-    from scalebits_compiler.frontend.calibration import load_tokenizer, read_windows, split_text
-    from scalebits_compiler.frontend.hf import trace
-    from scalebits_compiler.frontend.lower_fx import lower
+    from scalebits_compiler.frontend.calibration import (
+        framed,
+        load_tokenizer,
+        read_windows,
+        split_text,
+    )
 
     tokenizer = load_tokenizer(source.path)
     limit = position_limit(source.config) or WINDOW
@@ -75,13 +94,15 @@ def input_module(source: SourceModel, text: TextOptions, seed: int) -> Module:
             accepted = read_windows(text.accept_file, tokenizer, seq_len, text.acceptance, seed)
             seen, _, tuned = split_text(file, tokenizer, seq_len, counts[0], 0, seed, more)
             windows = (seen, accepted, tuned)
+    if source.task in (ENCODER, MASKED):
+        windows = tuple(framed(part, tokenizer) for part in windows)
     vocabulary = source.config.get("vocab_size")
     if vocabulary is not None and int(torch.cat(windows).max()) >= vocabulary:
         raise UsageError(
             f"{source.path}: tokenizer.json gives token ids beyond the model's {vocabulary}",
             help="put the tokenizer that belongs to the model into its folder",
         )
-    module = lower(trace(source.model), source)
+    module = traced_module(source)
     names = ("calibration", "acceptance", "tuning")
     texts = {name: part.int() for name, part in zip(names, windows, strict=True) if len(part)}
     return replace(

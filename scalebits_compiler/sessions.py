@@ -20,11 +20,17 @@ def open_session(
 ) -> Session:
     """An artifact as it was compiled, or (target "reference") by torch definitions.
 
-    Torch is imported for the reference target only; `registry` knows the ops that it may meet.
+    Torch is imported for the reference target, and for an artifact without a plan: its ops are run
+    by torch, its packed matrices by its kernels. `registry` knows the ops that it may meet.
     Raises ArtifactError for a damaged artifact, UsageError for options that do not go together.
     """
-    if "reference" not in (target, read_manifest(path).target["kind"]):
-        return load(path, activations=activations, threads=threads)
+    manifest = read_manifest(path)
+    if "reference" not in (target, manifest.target["kind"]):
+        if manifest.plan is not None or manifest.target["kind"] != "cpu":
+            return load(path, activations=activations, threads=threads)
+        from scalebits_compiler.reference_session import load_with_kernels
+
+        return load_with_kernels(path, activations, threads, registry)
     if activations != EXACT:
         raise UsageError(
             f"activations {activations} are for compiled kernels, not for the reference target",

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import Any
 
 import numpy as np
 
 from scalebits_compiler.ir.module import Module, Weight
+from scalebits_compiler.ir.ops import Aten
 from scalebits_compiler.numerics.layout import BlockLayout
+from scalebits_compiler.passes.roles import dense_matrices, untraced
 
 
 def matrix_summary(weight: Weight, bits: np.ndarray) -> dict[str, Any]:
@@ -43,8 +46,10 @@ def summarize(module: Module) -> dict[str, Any]:
     weights, code_bits (mean width of the codes) and effective_bits (all stored bits: codes, scales,
     zero points, bit table, padding; per weight) are of the matrices whose widths are searched: head
     and embedding have a width of their own, and are in matrix_bytes only. dense_bytes: everything
-    that stays unquantized.
+    that stays unquantized. dense: every matrix that is not quantized, and why; not_recognised:
+    calls that are left to torch, and how many; not_traced: why all of the model is.
     """
+    aten = Counter(op.target for op in module.function.ops if isinstance(op, Aten))
     matrices = {w.symbol: matrix_summary(w, module.bits(w)) for w in module.quantized()}
     searched = [matrices[w.symbol] for w in module.searched()]
     weights = sum(math.prod(m["shape"]) for m in searched)
@@ -58,4 +63,8 @@ def summarize(module: Module) -> dict[str, Any]:
         "matrix_bytes": sum(m["bytes"] for m in matrices.values()),
         "dense_bytes": sum(module.resources.byte_size(w.data.key) for w in dense if w.data),
         "matrices": matrices,
+        "dense": dense_matrices(module),
+        "not_recognised": dict(aten),
+        "not_traced": untraced(module),
+        "task": module.task,
     }

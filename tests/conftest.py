@@ -81,12 +81,16 @@ def _save_tokenizer(folder: Path) -> None:
 
 def _save_model(folder: Path, kind: str, changes: dict[str, Any], seed: int) -> None:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
+    from scalebits_compiler.pretrained import model_class
+
+    architecture = changes.pop("architecture", None)
     config = AutoConfig.for_model(kind, **{**_SIZES, **_KINDS.get(kind, {}), **changes})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        config.architectures = [architecture] if architecture else None
+        model = model_class(config)[0]._from_config(config, dtype=torch.float32).eval()
         # The initial gains are 1 and biases 0, which would hide a gain or bias that is left out.
         with torch.no_grad():
             for parameter in model.parameters():
@@ -99,6 +103,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`tiny_llama(kind="llama", seed=0, **config)` -> folder of a small random model.
 
     Kinds: any model type of transformers; llama, mistral, qwen2 and qwen3 have fitting defaults.
+    `architecture` is the name of its class, if not the first that `model_class` has for the type.
     The folder has a byte-level tokenizer (256 tokens). Equal calls share one folder: do not write.
     """
     made: dict[str, Path] = {}
@@ -108,7 +113,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         if key not in made:
             folder = tmp_path_factory.mktemp("model") / f"tiny-{kind}"
             folder.mkdir()
-            _save_model(folder, kind, config, seed)
+            _save_model(folder, kind, dict(config), seed)
             _save_tokenizer(folder)
             made[key] = folder
         return made[key]

@@ -15,6 +15,15 @@ if TYPE_CHECKING:
     from argparse import _SubParsersAction
 
 
+_LINES = {
+    "perplexity": "perplexity      {:.4f}",
+    "kl_divergence": "KL divergence   {:.6f} nats per token",
+    "top1_agreement": "top-1 agreement {:.2%}",
+    "cosine": "cosine          {:.6f} of the states of tokens",
+    "pooled_cosine": "pooled cosine   {:.6f} of their means over a window",
+}
+
+
 def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command `eval`."""
     parser = subparsers.add_parser("eval", help="perplexity, KL divergence, top-1 agreement")
@@ -55,10 +64,9 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(result, indent=2))
         return 0
-    print(f"perplexity      {result['perplexity']:.4f}")
-    if args.vs is not None:
-        print(f"KL divergence   {result['kl_divergence']:.6f} nats per token")
-        print(f"top-1 agreement {result['top1_agreement']:.2%}")
+    for key, line in _LINES.items():
+        if result.get(key) is not None:
+            print(line.format(result[key]))
     print(f"tokens scored   {result['tokens']:,}")
     print(f"protocol        {result['protocol']}")
     return 0

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 # Of the members of a class, so many are named; --json has all.
 MOST_NAMED = 6
+BY_TORCH = "torch, and kernels for the products; there is no key-value cache"
 
 
 def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -94,8 +95,11 @@ def _kernels(variants: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _execution(artifact: Artifact) -> dict[str, Any]:
     """How a session on this machine runs a step, and on how many threads."""
     from scalebits_compiler.errors import ArtifactError
+    from scalebits_compiler.runtime.cpu_features import default_threads
     from scalebits_compiler.runtime.session import load
 
+    if artifact.manifest.plan is None:
+        return {"execution": BY_TORCH, "threads": default_threads()}
     try:
         session = load(artifact.path)
     except ArtifactError as error:
@@ -119,6 +123,7 @@ def as_text(found: dict[str, Any]) -> str:
     ]
     if "kernels" in found:
         lines += _kernel_lines(found["kernels"])
+    lines += _kept_lines(found)
     width = max(map(len, found["matrices"]))
     lines.append(f"{'matrix':<{width}}  {'shape':>13}  {'block':>9}  group  bits   blocks by width")
     for name, matrix in found["matrices"].items():
@@ -147,11 +152,18 @@ def analysis_lines(found: dict[str, Any]) -> Iterator[str]:
     """What `analyse` found, for people."""
     yield f"model {found['model']}, by its config alone"
     yield f"quantized       {len(found['matrices'])} matrices"
-    for symbol, why in found["dense"].items():
-        yield f"dense           {symbol}: {why}"
-    if found["aten"]:
-        yield f"not recognised  {found['aten']}: left to torch"
+    yield from _kept_lines({**found, "not_recognised": found["aten"]})
     yield from _class_lines(found)
+
+
+def _kept_lines(found: Mapping[str, Any]) -> Iterator[str]:
+    """What is not quantized or not ours, and why; nothing is left out in silence."""
+    if found.get("not_traced"):
+        yield f"not traced      {found['not_traced']}: its code runs it, channels keep their order"
+    if found.get("not_recognised"):
+        yield f"not recognised  {calls(found['not_recognised'])}: left to torch"
+    for symbol, why in found.get("dense", {}).items():
+        yield f"dense           {symbol}: {why}"
 
 
 def _class_lines(found: dict[str, Any]) -> Iterator[str]:
@@ -167,6 +179,14 @@ def _class_lines(found: dict[str, Any]) -> Iterator[str]:
         yield f"  fixed, {entry['why']}: {_places(entry['members'])}"
     for place in found["permutes_left"]:
         yield f"  permuted at run time: {place}"
+
+
+def calls(found: Mapping[str, int]) -> str:
+    """`3 x aten.softmax.int, ...`: the most frequent first, of many kinds a few."""
+    ranked = sorted(found, key=lambda name: (-found[name], name))
+    named = ", ".join(f"{found[name]} x {name}" for name in ranked[:MOST_NAMED])
+    more = f" and {len(ranked) - MOST_NAMED} more kinds" if ranked[MOST_NAMED:] else ""
+    return named + more
 
 
 def _places(members: Sequence[Mapping[str, Any]]) -> str:

@@ -1,4 +1,4 @@
-"""`scalebitsc run`: generate text with an artifact."""
+"""`scalebitsc run`: generate text with an artifact, or embed it with an encoder."""
 
 from __future__ import annotations
 
@@ -11,14 +11,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scalebits_compiler.runtime.variants import ACTIVATIONS, EXACT
+from scalebits_compiler.tasks import ENCODER
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
 
+    from scalebits_compiler.runtime.session import Session
+
+# Of an embedding, so many numbers are shown to people; --json has all.
+SHOWN = 6
+
 
 def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command `run`."""
-    parser = subparsers.add_parser("run", help="generate text with an artifact")
+    parser = subparsers.add_parser("run", help="generate text with an artifact, or embed it")
     add = parser.add_argument
     add("artifact", type=Path, metavar="OUT", help="a folder that compile wrote")
     add("--prompt", action="append", required=True, help="give it several times for a batch")
@@ -36,15 +42,17 @@ def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Generate and print; a single prompt is printed as it is written."""
+    """Generate and print; a single prompt is printed as it is written. An encoder embeds."""
     from scalebits_compiler.plugins import load_plugins
     from scalebits_compiler.sessions import open_session
 
     session = open_session(
         args.artifact, args.target, args.activations, args.threads, load_plugins(args.plugin)
     )
-    if session.execution.startswith("step by step: "):
+    if session.execution.startswith(("step by step: ", "by torch: ")):
         print(f"note: runs {session.execution}", file=sys.stderr)
+    if session.task == ENCODER:
+        return _embed(session, args)
     live = _after(args.prompt[0]) if len(args.prompt) == 1 and not args.json else None
     done = session.generate(
         args.prompt,
@@ -69,6 +77,25 @@ def run(args: argparse.Namespace) -> int:
     else:
         for text, generation in zip(args.prompt, done, strict=True):
             print(f"{text}{generation.text}\n---")
+    return 0
+
+
+def _embed(session: Session, args: argparse.Namespace) -> int:
+    """Print the embedding of every prompt; of several also how near each is to the first."""
+    vectors = session.embed(args.prompt)
+    if args.json:
+        rows = [
+            {"prompt_text": text, "embedding": vector.tolist()}
+            for text, vector in zip(args.prompt, vectors, strict=True)
+        ]
+        told = {"variant": session.variant, "execution": session.execution, "embeddings": rows}
+        print(json.dumps(told, indent=2))
+        return 0
+    print(f"embeddings of {vectors.shape[1]} channels: mean of the states, of length one")
+    for text, vector in zip(args.prompt, vectors, strict=True):
+        first = " ".join(f"{value:.4f}" for value in vector[:SHOWN])
+        near = f"cosine to the first {float(vector @ vectors[0]):.4f}, " if len(vectors) > 1 else ""
+        print(f"{text}: {near}{first} ...")
     return 0
 
 

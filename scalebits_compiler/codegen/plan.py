@@ -24,7 +24,11 @@ def make_plan(module: Module) -> Plan:
     that the runtime does not execute, naming the op and its place in the original model.
     """
     function = module.function
-    _check_ops(function)
+    missing = missing_ops(function)
+    if missing:
+        raise TargetError(
+            missing, help="use --target reference, which runs every op by its torch definition"
+        )
     if len(function.args) != 1:
         raise TargetError(
             f"@{module.name} takes {len(function.args)} arguments, the runtime gives token ids",
@@ -46,21 +50,19 @@ def make_plan(module: Module) -> Plan:
     return Plan("ids", tuple(steps), names[function.result])
 
 
-def _check_ops(function: Function) -> None:
-    """Name what the runtime does not execute, first those ops that have a place in the model."""
+def missing_ops(function: Function) -> str:
+    """What the runtime does not execute, first those ops that have a place in the model; or ""."""
     places: dict[str, str] = {}
     for op in function.ops:
         if op.name not in STEP_RULES:
             what = op.target if isinstance(op, Aten) else op.name
             places[what] = places.get(what) or op.loc
     named = sorted(places, key=lambda what: not places[what])
-    if named:
-        told = [f"{what} ({places[what]})" if places[what] else what for what in named[:MOST_NAMED]]
-        more = f" and {len(named) - MOST_NAMED} more kinds of op" if named[MOST_NAMED:] else ""
-        raise TargetError(
-            f"the runtime has no op for {', '.join(told)}{more}",
-            help="use --target reference, which runs every op by its torch definition",
-        )
+    if not named:
+        return ""
+    told = [f"{what} ({places[what]})" if places[what] else what for what in named[:MOST_NAMED]]
+    more = f" and {len(named) - MOST_NAMED} more kinds of op" if named[MOST_NAMED:] else ""
+    return f"the runtime has no op for {', '.join(told)}{more}"
 
 
 def _last_uses(function: Function) -> dict[Value, int]:

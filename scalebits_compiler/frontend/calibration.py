@@ -19,7 +19,10 @@ _PIECE = 1 << 16
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer.json of a model folder; FrontendError if it is missing or broken."""
+    """The tokenizer.json of a model folder; FrontendError if it is missing or broken.
+
+    It neither pads nor cuts, as those of encoders are often told to.
+    """
     from tokenizers import Tokenizer
 
     file = Path(folder) / "tokenizer.json"
@@ -29,11 +32,14 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             help="save the model's fast tokenizer there: tokenizer.save_pretrained(folder)",
         )
     try:
-        return Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception for a broken file
         raise FrontendError(
             f"{file} cannot be read: {error}", help="save the model's fast tokenizer there again"
         ) from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
 
 
 def read_windows(
@@ -64,6 +70,25 @@ def split_text(
     needed = calibration + acceptance
     windows = _draw(Path(text), tokenizer, seq_len, needed, seed, tuning)
     return windows[:calibration].clone(), windows[calibration:needed].clone(), windows[needed:]
+
+
+def framed(windows: torch.Tensor, tokenizer: Tokenizer) -> torch.Tensor:
+    """Windows i64[n, s] whose ends are the special tokens that the tokenizer puts around a text.
+
+    What an encoder has learned to see; the same windows for a tokenizer that puts none.
+    """
+    inner = tokenizer.encode("a", add_special_tokens=False).ids
+    whole = tokenizer.encode("a").ids
+    starts = [i for i in range(len(whole)) if whole[i : i + len(inner)] == inner]
+    if not inner or not starts:
+        return windows
+    before, after = whole[: starts[0]], whole[starts[0] + len(inner) :]
+    if len(before) + len(after) >= windows.shape[1]:
+        return windows
+    changed = windows.clone()
+    changed[:, : len(before)] = torch.tensor(before, dtype=torch.long)
+    changed[:, changed.shape[1] - len(after) :] = torch.tensor(after, dtype=torch.long)
+    return changed
 
 
 def _draw(

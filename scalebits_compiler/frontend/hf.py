@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging as python_logging
 import re
-import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,15 @@ import torch
 from torch import nn
 
 from scalebits_compiler.errors import FrontendError
+from scalebits_compiler.pretrained import (
+    call,
+    empty,
+    is_causal,
+    model_class,
+    parameters_on_meta,
+    quiet,
+)
+from scalebits_compiler.tasks import CAUSAL, MASKED
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -34,15 +40,17 @@ _DTYPES = {"F64": "f64", "F32": "f32", "F16": "f16", "BF16": "bf16", "I64": "i64
 class SourceModel:
     """A model as found on disk.
 
-    model: float32, eval mode, no gradients. dtypes: tensor name in the files -> dtype it is stored
-    in (`bf16`), for honest sizes. hashes: weight file name -> sha256. tokenizer_files: the text
-    files that belong beside a compiled model (those that exist).
+    model: float32, eval mode, no gradients. task: what it is for, one of `tasks.TASKS`. dtypes:
+    tensor name in the files -> dtype it is stored in (`bf16`), for honest sizes. hashes: weight
+    file name -> sha256. tokenizer_files: the text files that belong beside a compiled model (those
+    that exist).
     """
 
     path: Path
     name: str
     config: Mapping[str, Any]
     model: nn.Module
+    task: str
     dtypes: Mapping[str, str]
     hashes: Mapping[str, str]
     tokenizer_files: tuple[Path, ...]
@@ -62,13 +70,14 @@ def load_model(path: str | Path) -> SourceModel:
     folder = _folder(path)
     config = _config(folder)
     files = _weight_files(folder)
-    model = _load(folder)
+    model, task = _load(folder)
     _check_finite(folder, model)
     return SourceModel(
         path=folder,
         name=re.sub(r"[^A-Za-z0-9_.\-]+", "-", _display_name(path, folder)).strip("-") or "model",
         config=config,
         model=model,
+        task=task,
         dtypes=_stored_dtypes(files),
         hashes={file.name: _sha256(file) for file in files},
         tokenizer_files=tuple(
@@ -81,82 +90,69 @@ def load_model(path: str | Path) -> SourceModel:
 class EmptyModel:
     """A model of which only the shapes are known: parameters without data, on the meta device.
 
-    buffers: path -> the tensors that the config alone determines (frequencies, positions).
+    task: what its class is for. buffers: path -> the tensors that the config alone determines
+    (frequencies, positions).
     """
 
     name: str
     model: nn.Module
+    task: str
     buffers: Mapping[str, torch.Tensor]
 
 
 def empty_model(path: str | Path) -> EmptyModel:
     """The model that a folder's config.json describes, without weights; takes no memory for them.
 
-    Raises FrontendError for a config that describes no causal language model.
+    Raises FrontendError for a config that describes no model of text.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     folder = _folder(path)
     _config(folder)
     try:
-        with _quiet(), _parameters_on_meta():
+        with quiet(), parameters_on_meta():
             config = AutoConfig.from_pretrained(folder, local_files_only=True)
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            _, task = model_class(config)
+            model = empty(config)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise FrontendError(f"{folder} describes no model: {error}", help=DOWNLOAD_AGAIN) from error
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    return EmptyModel(folder.name, model.to("meta").eval().requires_grad_(False), buffers)
+    return EmptyModel(folder.name, model.to("meta"), task, buffers)
 
 
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Parameters of modules made here have no data; buffers are real."""
-    register = nn.Module.register_parameter
-
-    def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and not param.is_meta:
-            param = nn.Parameter(param.to("meta"), requires_grad=False)
-        register(self, name, param)
-
-    nn.Module.register_parameter = on_meta
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register
-
-
-def trace(model: nn.Module) -> torch.export.ExportedProgram:
-    """The graph of logits for token ids i64[batch, sequence], both axes dynamic.
+def trace(model: nn.Module, task: str = CAUSAL) -> torch.export.ExportedProgram:
+    """The graph of `pretrained.call` for token ids i64[batch, sequence], both axes dynamic.
 
     The one place that knows how a graph is obtained. FrontendError if torch.export cannot.
     """
     dynamic = torch.export.Dim.DYNAMIC
     try:
-        with _quiet():
+        with quiet():
             exported = torch.export.export(
-                _Logits(model).eval(),
+                _Forward(model, task).eval(),
                 (torch.zeros(2, 7, dtype=torch.long, device=next(model.parameters()).device),),
                 dynamic_shapes={"ids": {0: dynamic, 1: dynamic}},
                 strict=False,
             )
             return _functional(exported)
     except Exception as error:  # torch.export raises errors of many kinds, all mean the same here
-        reason = str(error).strip().splitlines()
+        reason = str(error).strip(" \n'\"").splitlines()
         raise FrontendError(
             f"{type(model).__name__} cannot be traced: {reason[0] if reason else error!r}",
-            help="the model must be a causal language model that torch.export accepts",
+            help="the model must be one of text that torch.export accepts",
         ) from error
 
 
-class _Logits(nn.Module):
-    """Token ids in, logits out; the attribute name is known to `lower_fx`."""
+class _Forward(nn.Module):
+    """Token ids in, logits or states out; the attribute name `hf` is known to `lower_fx`."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, task: str) -> None:
         super().__init__()
         self.hf = model
+        self.task = task
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.hf(input_ids=ids, use_cache=False).logits
+        return call(self.hf, self.task, ids)
 
 
 def _functional(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
@@ -166,24 +162,6 @@ def _functional(exported: torch.export.ExportedProgram) -> torch.export.Exported
         if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
             return exported.run_decompositions({})
     return exported
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No bars, logs or warnings of the libraries; their state and the RNG are restored."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(python_logging.CRITICAL)
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _folder(path: str | Path) -> Path:
@@ -279,13 +257,15 @@ def _stored_dtypes(files: list[Path]) -> dict[str, str]:
     return found
 
 
-def _load(folder: Path) -> nn.Module:
+def _load(folder: Path) -> tuple[nn.Module, str]:
+    """The model and its task: a causal class whose attention sees later tokens is a masked one."""
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     try:
-        with _quiet():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+        with quiet():
+            cls, task = model_class(AutoConfig.from_pretrained(folder, local_files_only=True))
+            loaded: Any = cls.from_pretrained(
                 folder,
                 dtype=torch.float32,
                 local_files_only=True,
@@ -295,14 +275,31 @@ def _load(folder: Path) -> nn.Module:
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise FrontendError(f"{folder} cannot be loaded: {error}", help=DOWNLOAD_AGAIN) from error
     model, info = loaded
-    if info["missing_keys"]:
-        names = sorted(info["missing_keys"])
+    model.eval().requires_grad_(False)
+    names = sorted(info["missing_keys"])
+    if names and _reads(model, task, names):
         raise FrontendError(
             f"{folder} has no tensor {names[0]} in its weight files",
             help=DOWNLOAD_AGAIN,
             notes=[f"{len(names)} tensors are missing"],
         )
-    return model.eval().requires_grad_(False)
+    if task == CAUSAL and not is_causal(model, torch.zeros(1, 8, dtype=torch.long)):
+        task = MASKED
+    return model, task
+
+
+def _reads(model: nn.Module, task: str, names: list[str]) -> bool:
+    """Whether the result depends on some tensors (a pooling layer's are often left out).
+
+    They are zero afterwards.
+    """
+    tensors = [tensor for name, tensor in model.state_dict().items() if name in names]
+    for tensor in tensors:
+        tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor.zero_()
+    finite = bool(torch.isfinite(call(model, task, torch.zeros(1, 8, dtype=torch.long))).all())
+    for tensor in tensors:
+        tensor.zero_()
+    return len(tensors) < len(names) or not finite
 
 
 def _check_finite(folder: Path, model: nn.Module) -> None:

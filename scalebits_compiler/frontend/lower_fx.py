@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.export.graph_signature import OutputKind
 
 from scalebits_compiler.errors import FrontendError
@@ -18,6 +18,7 @@ from scalebits_compiler.ir.op import Op
 from scalebits_compiler.ir.ops import Aten
 from scalebits_compiler.ir.resources import ResourceStore
 from scalebits_compiler.ir.types import TensorType, TupleType, Type
+from scalebits_compiler.pretrained import linear_layers
 
 DTYPES = {
     torch.float64: "f64",
@@ -58,7 +59,25 @@ def lower(
     if not isinstance(final, TensorType):
         raise FrontendError(f"{source.name} does not give one tensor of logits")
     function = Function("forward", tuple(lowering.arguments), tuple(ops), result, final)
-    return Module(source.name, function, weights, resources=ResourceStore(tensors))
+    return Module(
+        source.name,
+        function,
+        weights,
+        task=source.task,
+        unread=_unread(source.model, weights),
+        resources=ResourceStore(tensors),
+    )
+
+
+def _unread(model: nn.Module, weights: Mapping[str, Weight]) -> tuple[str, ...]:
+    """The matrices of linear layers that the result does not depend on."""
+    paths: dict[int, list[str]] = {}
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        paths.setdefault(id(parameter), []).append(path)
+    read = {weight.loc for weight in weights.values()}
+    tied = (names for names in paths.values() if read.isdisjoint(names))
+    free = {path for names in tied for path in names}
+    return tuple(short_name(path) for path in linear_layers(model) if path in free)
 
 
 def _live(ops: list[Op], result: Value) -> list[Op]:

@@ -19,6 +19,7 @@ from scalebits_compiler.ir.op import FieldSpec, Op, op_fields
 from scalebits_compiler.ir.printer import print_attr
 from scalebits_compiler.ir.source import Source
 from scalebits_compiler.ir.types import DYNAMIC, Dim, Factor, TensorType, TupleType, Type
+from scalebits_compiler.tasks import CAUSAL, TASKS
 
 # Of a value that is wrong, so much stands in the message.
 MOST_SHOWN = 60
@@ -218,9 +219,12 @@ def build_module(raw: RawModule, source: Source, ops: Mapping[str, type[Op]]) ->
     """The module a text describes; fills `source.places`. `Located` at the first wrong thing."""
     header = dict(raw.header or {})
     facts = _header_strings(header, "facts", raw.name)
-    model = header.pop("source", "")
+    model, task = header.pop("source", ""), header.pop("task", CAUSAL)
     if not isinstance(model, str):
         raise Located("source of the header must be a string", raw.name)
+    if task not in TASKS:
+        raise Located(f"task of the header must be one of {', '.join(TASKS)}", raw.name)
+    unread = _header_strings(header, "unread", raw.name)
     history = _header_strings(header, "history", raw.name)
     tensors = _header_strings(header, "tensors", raw.name)
     texts = {name: header.pop(name, None) for name in TEXTS}
@@ -228,7 +232,7 @@ def build_module(raw: RawModule, source: Source, ops: Mapping[str, type[Op]]) ->
         if value is not None and not isinstance(value, Resource):
             raise Located(f'{name} of the header must be resource("key")', raw.name)
     if header:
-        known = ", ".join(("source", "facts", "history", "tensors", *texts))
+        known = ", ".join(("source", "task", "facts", "unread", "history", "tensors", *texts))
         raise Located(f"unknown header attribute '{next(iter(header))}'; known: {known}", raw.name)
     weights: dict[str, Weight] = {}
     perms: dict[str, Perm] = {}
@@ -249,6 +253,8 @@ def build_module(raw: RawModule, source: Source, ops: Mapping[str, type[Op]]) ->
         weights=weights,
         perms=perms,
         source=model,
+        task=task,
+        unread=unread,
         facts=frozenset(facts),
         history=history,
         tensors=tensors,

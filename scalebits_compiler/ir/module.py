@@ -12,6 +12,7 @@ from scalebits_compiler.ir.attrs import INLINE_GRID_BLOCKS, Grid, Resource, Symb
 from scalebits_compiler.ir.op import Op
 from scalebits_compiler.ir.resources import ResourceStore
 from scalebits_compiler.ir.types import TensorType, Type
+from scalebits_compiler.tasks import CAUSAL
 
 # What can have been established about a module, in pipeline order.
 FACTS = (
@@ -113,6 +114,7 @@ class Module:
     """A model on its way to a target.
 
     source: digest of the model's weight files, so that a dump is only joined with its own model.
+    task: what the result is, one of tasks.TASKS. unread: matrices that it does not depend on.
     facts: which passes' work is in it (see FACTS). history: the passes that were run, with their
     options. tensors: files beside the text. calibration, tuning, acceptance (TEXTS): token windows
     int64 [n, sequence], what gradients may see, what only tuning sees besides, and what accepts or
@@ -130,6 +132,8 @@ class Module:
     calibration: Resource | None = None
     tuning: Resource | None = None
     acceptance: Resource | None = None
+    task: str = CAUSAL
+    unread: tuple[str, ...] = ()
     resources: ResourceStore = field(default_factory=ResourceStore, compare=False, repr=False)
 
     def quantized(self) -> list[Weight]:

@@ -15,6 +15,7 @@ from typing import ClassVar
 
 from scalebits_compiler.ir.attrs import AttrValue, Symbol, Value, walk
 from scalebits_compiler.ir.experts import Combine, Dispatch, Route
+from scalebits_compiler.ir.host import Host
 from scalebits_compiler.ir.op import Op, Typing, channel_axis, check, check_float, vector_axis
 from scalebits_compiler.ir.pointwise import (
     ELEMENTWISE_CALLS,
@@ -357,6 +358,6 @@ def _natural(t: Typing, tensor: Type, what: str) -> None:
 _CLASSES: tuple[type[Op], ...] = (
     Positions, Embedding, Linear, QLinear, RmsNorm, LayerNorm, Silu, Gelu, GeluTanh, Relu, Tanh,
     Scale, Bias, Add, Mul, SplitHeads, MergeHeads, Rope, Attention, Route, Dispatch, Combine,
-    Permute, Aten,
+    Permute, Host, Aten,
 )  # fmt: skip
 OPS: dict[str, type[Op]] = {cls.name: cls for cls in _CLASSES}

@@ -9,6 +9,7 @@ from dataclasses import MISSING, fields
 from scalebits_compiler.ir.attrs import Grid, Resource, Symbol, Value, substitute
 from scalebits_compiler.ir.module import FACTS, TEXTS, Function, Module, Perm, Weight
 from scalebits_compiler.ir.op import Op, op_fields
+from scalebits_compiler.tasks import CAUSAL
 
 
 def print_attr(value: object) -> str:
@@ -89,10 +90,12 @@ def _fields(op: Op) -> dict[str, object]:
 def module_lines(module: Module) -> list[str]:
     """The text of a module, line by line."""
     header: dict[str, object] = {"source": module.source} if module.source else {}
+    if module.task != CAUSAL:
+        header["task"] = module.task
     if module.facts:
         known = [fact for fact in FACTS if fact in module.facts]
         header["facts"] = tuple(known + sorted(module.facts - set(FACTS)))
-    for name in ("history", "tensors", *TEXTS):
+    for name in ("unread", "history", "tensors", *TEXTS):
         if getattr(module, name):
             header[name] = getattr(module, name)
     function = renumbered(module.function)

@@ -12,6 +12,58 @@ import torch
 from scalebits_compiler.errors import UsageError
 
 
+class PlaceMeter:
+    """Compares what two models give at the same places: logits, or states of an encoder.
+
+    For models that do not predict the next token, so that text alone does not score them.
+    """
+
+    def __init__(self, states: bool) -> None:
+        self.states = states
+        self._sums = {name: 0.0 for name in (_STATES if states else _LOGITS)}
+        self._tokens = 0
+        self._windows = 0
+
+    def update(self, found: torch.Tensor, original: torch.Tensor) -> None:
+        """Compare windows, [batch, sequence, n] each; UsageError for shapes that differ."""
+        if found.shape != original.shape:
+            raise UsageError(
+                f"the original gives {tuple(original.shape)}, the model {tuple(found.shape)}",
+                help="compare models of one kind",
+            )
+        ours, theirs = found.detach().double(), original.detach().double()
+        terms = _state_terms(ours, theirs) if self.states else _logit_terms(ours, theirs)
+        for name, value in terms.items():
+            self._sums[name] += float(value.sum())
+        self._tokens += ours.shape[0] * ours.shape[1]
+        self._windows += ours.shape[0]
+
+    def result(self) -> dict[str, float | int]:
+        """Means: of states cosine (token by token) and pooled_cosine (of the means over a window);
+        of logits kl_divergence and top1_agreement. tokens: how many were compared.
+        """
+        counts = {"pooled_cosine": self._windows}
+        means = {name: s / counts.get(name, self._tokens) for name, s in self._sums.items()}
+        return {**means, "tokens": self._tokens}
+
+
+_STATES = ("cosine", "pooled_cosine")
+_LOGITS = ("kl_divergence", "top1_agreement")
+
+
+def _state_terms(ours: torch.Tensor, theirs: torch.Tensor) -> dict[str, torch.Tensor]:
+    cosine = torch.nn.functional.cosine_similarity
+    pooled = cosine(ours.mean(1), theirs.mean(1), dim=-1)
+    return {"cosine": cosine(ours, theirs, dim=-1), "pooled_cosine": pooled}
+
+
+def _logit_terms(ours: torch.Tensor, theirs: torch.Tensor) -> dict[str, torch.Tensor]:
+    log_ours, log_theirs = ours.log_softmax(-1), theirs.log_softmax(-1)
+    terms = log_theirs.exp() * (log_theirs - log_ours)
+    agreed = ours.argmax(-1) == theirs.argmax(-1)
+    return {"kl_divergence": terms.nansum(-1), "top1_agreement": agreed}
+
+
 class QualityMeter:
     """Accumulates over windows, in float64."""
 

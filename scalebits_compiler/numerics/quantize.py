@@ -29,10 +29,6 @@ class GroupParams:
     scales: Tensor
     zeros: Tensor
 
-    def to(self, device: torch.device | str) -> GroupParams:
-        """The same on a device."""
-        return GroupParams(self.scales.to(device), self.zeros.to(device))
-
 
 @dataclass(frozen=True)
 class Quantized:
@@ -40,10 +36,6 @@ class Quantized:
 
     codes: Tensor
     params: GroupParams
-
-    def to(self, device: torch.device | str) -> Quantized:
-        """The same on a device."""
-        return Quantized(self.codes.to(device), self.params.to(device))
 
 
 def grouped(matrix: Tensor, group: int) -> Tensor:
@@ -59,7 +51,7 @@ def ungrouped(groups: Tensor, columns: int) -> Tensor:
 
 def zero_offset(zeros: Tensor, bits: Tensor | int) -> Tensor:
     """The zero point in code units, float32: zero * 2**b / 256."""
-    power = torch.as_tensor(bits, dtype=torch.float32, device=zeros.device)
+    power = torch.as_tensor(bits, dtype=torch.float32)
     return zeros.float() * torch.exp2(power - 8)
 
 
@@ -74,9 +66,9 @@ def _encode(values: Tensor, scale: Tensor, offset: Tensor, bits: Tensor | int) -
     """Codes (as float) nearest to values [..., g] for scale, offset and width [...]."""
     # A group of zeros has scale 0; any code stands for 0 there.
     safe = torch.where(scale > 0, scale, torch.ones_like(scale)).unsqueeze(-1)
-    top = torch.exp2(torch.as_tensor(bits, dtype=torch.float32, device=scale.device)) - 1
+    top = torch.exp2(torch.as_tensor(bits, dtype=torch.float32)) - 1
     codes = (values / safe + offset.unsqueeze(-1)).round()
-    return codes.clamp(min=0).minimum(top.unsqueeze(-1))
+    return codes.clamp(min=torch.zeros(()), max=top.unsqueeze(-1))
 
 
 def stored_scale(scale: Tensor, up: bool = False) -> Tensor:
@@ -94,7 +86,7 @@ def stored_scale(scale: Tensor, up: bool = False) -> Tensor:
 
 def params_from_range(low: Tensor, high: Tensor, bits: Tensor | int) -> GroupParams:
     """Parameters whose levels span [low, high] (widened to contain 0), as they will be stored."""
-    top = torch.exp2(torch.as_tensor(bits, dtype=torch.float32, device=low.device)) - 1
+    top = torch.exp2(torch.as_tensor(bits, dtype=torch.float32)) - 1
     low, high = low.clamp(max=0), high.clamp(min=0)
     # Upwards: a range cut short hurts more than coarser steps.
     scales = stored_scale((high - low) / top, up=True)
@@ -103,40 +95,12 @@ def params_from_range(low: Tensor, high: Tensor, bits: Tensor | int) -> GroupPar
     return GroupParams(scales, zeros)
 
 
-def _fit_two_levels(groups: Tensor, weight: Tensor) -> GroupParams:
-    """The two levels of least squared error: the best of all splits of the sorted weights.
-
-    A level is the mean of its side, so that the best split leaves the least variance. What is
-    stored keeps the middle of the two; where both have one sign, it may be 0 and the mean of all.
-    """
-    values, order = groups.double().sort(-1)
-    mass = weight.gather(-1, order).double()
-    left, left_sum = mass.cumsum(-1), (mass * values).cumsum(-1)
-    right, right_sum = left[..., -1:] - left, left_sum[..., -1:] - left_sum
-    means = [part / size.clamp(min=1e-12) for part, size in ((left_sum, left), (right_sum, right))]
-    split = (left_sum * means[0] + right_sum * means[1]).argmax(-1, keepdim=True)
-    low, high = (mean.gather(-1, split)[..., 0].float() for mean in means)
-    mean = (left_sum[..., -1] / left[..., -1].clamp(min=1e-12)).float()
-    best = GroupParams(stored_scale(mean.abs()), torch.where(mean < 0, 128, 0).to(torch.uint8))
-    for tried in (_centred(low, high, up) for up in (False, True)):
-        better = _error(groups, weight, tried, 1) < _error(groups, weight, best, 1)
-        best = _chosen(better, tried, best)
-    return best
-
-
-def _centred(low: Tensor, high: Tensor, up: bool) -> GroupParams:
-    """Two levels around the middle of low and high."""
-    scales = stored_scale(high - low, up)
-    wide = torch.where(scales > 0, scales.float(), torch.ones_like(low))
-    zeros = (64 - (low + high) / wide * 64).round().clamp(0, 255).to(torch.uint8)
-    return GroupParams(scales, zeros)
-
-
-def _chosen(first: Tensor, one: GroupParams, other: GroupParams) -> GroupParams:
-    """`one` where `first` [...] is true, else `other`."""
-    return GroupParams(
-        torch.where(first, one.scales, other.scales), torch.where(first, one.zeros, other.zeros)
-    )
+def _two_level_range(groups: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """mean ± mean|w - mean|: the least-squares two levels for a split at the mean."""
+    total = weight.sum(-1).clamp(min=1e-12)
+    mean = (groups * weight).sum(-1) / total
+    spread = ((groups - mean.unsqueeze(-1)).abs() * weight).sum(-1) / total
+    return mean - spread, mean + spread
 
 
 def _error(groups: Tensor, weight: Tensor, params: GroupParams, bits: int) -> Tensor:
@@ -149,14 +113,15 @@ def _error(groups: Tensor, weight: Tensor, params: GroupParams, bits: int) -> Te
 def fit_groups(groups: Tensor, bits: int, weight: Tensor, clip: bool = True) -> GroupParams:
     """Scales and zeros for groups [..., g] at one width.
 
-    Without `clip` the min-max range. With it, the shrunken range with the least squared error under
-    the column importance `weight` (broadcast to groups; 0 on padding). At 1 bit always the two
-    levels of least error.
+    Without `clip` the min-max range (1 bit: mean ± mean|w-mean|). With it, the shrunken range with
+    the least squared error under the column importance `weight` (broadcast to groups; 0 on
+    padding).
     """
     weight = weight.expand_as(groups)
     if bits == 1:
-        return _fit_two_levels(groups, weight)
-    low, high = groups.amin(-1), groups.amax(-1)
+        low, high = _two_level_range(groups, weight)
+    else:
+        low, high = groups.amin(-1), groups.amax(-1)
     best = params_from_range(low, high, bits)
     if not clip:
         return best
@@ -166,14 +131,16 @@ def fit_groups(groups: Tensor, bits: int, weight: Tensor, clip: bool = True) -> 
         error = _error(groups, weight, tried, bits)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
-        best = _chosen(better, tried, best)
+        best = GroupParams(
+            torch.where(better, tried.scales, best.scales),
+            torch.where(better, tried.zeros, best.zeros),
+        )
     return best
 
 
-def column_weight(importance: Tensor | None, matrix: Tensor, group: int) -> Tensor:
-    """Importance of a matrix' columns as [groups, group], 0 on the padding of the last group."""
-    columns = matrix.shape[-1]
-    flat = torch.ones(columns, device=matrix.device) if importance is None else importance.float()
+def column_weight(importance: Tensor | None, columns: int, group: int) -> Tensor:
+    """Importance of the columns as [groups, group], 0 on the padding of the last group."""
+    flat = torch.ones(columns) if importance is None else importance.float()
     return grouped(flat, group)
 
 
@@ -190,14 +157,10 @@ class LevelTable:
     ) -> LevelTable:
         """Fit all widths for a matrix [m, n]; `importance` [n] weighs squared errors of columns."""
         groups = grouped(matrix.float(), group)
-        weight = column_weight(importance, matrix, group)
+        weight = column_weight(importance, matrix.shape[-1], group)
         fits = [fit_groups(groups, bits, weight, clip) for bits in WIDTHS]
         scales = torch.stack([fit.scales for fit in fits])
         return LevelTable(group, GroupParams(scales, torch.stack([fit.zeros for fit in fits])))
-
-    def to(self, device: torch.device | str) -> LevelTable:
-        """The same on a device."""
-        return LevelTable(self.group, self.params.to(device))
 
     def at(self, bits: Tensor) -> GroupParams:
         """Parameters for a width per group: bits [m, groups] in 1..8 (others are clamped)."""

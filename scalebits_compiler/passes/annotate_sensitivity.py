@@ -39,6 +39,7 @@ class AnnotateSensitivity(Pass):
         import torch
 
         from scalebits_compiler.passes import statistics as st
+        from scalebits_compiler.passes.objectives import loss_of
 
         if not 1 <= self.bits <= 8:
             raise PassError(f"the reference width {self.bits} is not within 1..8")
@@ -47,10 +48,11 @@ class AnnotateSensitivity(Pass):
         matrices = st.load_matrices(module, ctx)
         grids = {s: torch.full(m.weight.grid_shape(), self.bits) for s, m in matrices.items()}
         lines = st.LineScores.empty(matrices)
-        scores = st.move_scores(evaluator, matrices, grids, windows, ctx, lines=lines)
+        loss = loss_of(module)
+        scores = st.move_scores(evaluator, matrices, grids, windows, ctx, lines=lines, loss=loss)
         weights, tensors = [], {}
         for symbol, matrix in matrices.items():
-            rows, columns = lines.rows[symbol].cpu(), lines.columns[symbol].cpu()
+            rows, columns = lines.rows[symbol], lines.columns[symbol]
             blocks = torch.stack([scores.up[symbol], scores.down[symbol]], -1)
             made: dict[str, torch.Tensor] = {
                 "row_scores": rows.float(),
@@ -77,8 +79,9 @@ class _Counting:
     tokens: Counter[str] = field(default_factory=Counter)
 
     def run(self, ids: torch.Tensor, linear: LinearRule | None = None) -> torch.Tensor:
-        """As the evaluator, which must be given a rule for linear ops."""
-        assert linear is not None
+        """As the evaluator; counts where it is given a rule for linear ops."""
+        if linear is None:
+            return self.evaluator.run(ids)
 
         def counted(op: Linear, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
             if x.dim() == 2:  # [tokens, channels]: those that were sent to an expert

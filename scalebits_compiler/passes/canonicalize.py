@@ -10,11 +10,11 @@ from typing import ClassVar
 
 from scalebits_compiler.errors import PassError
 from scalebits_compiler.ir.attrs import Value
+from scalebits_compiler.ir.host import Host
 from scalebits_compiler.ir.module import Argument, Function, Module, Weight
 from scalebits_compiler.ir.op import Op
 from scalebits_compiler.ir.ops import Aten, Linear
 from scalebits_compiler.ir.types import DYNAMIC, TensorType
-from scalebits_compiler.numerics.placement import Placement
 from scalebits_compiler.passes.base import Pass, PassContext
 from scalebits_compiler.passes.blocks import default_block
 from scalebits_compiler.passes.patterns import check_pattern, matching
@@ -31,6 +31,7 @@ from scalebits_compiler.passes.roles import (
     head_matrix,
     head_value,
     router_values,
+    untraced,
 )
 
 
@@ -82,6 +83,7 @@ class Canonicalize(Pass):
             "group": group,
             "quantized": len(marked),
             "aten": dict(left),
+            "not_traced": untraced(raised),
             "matrices": [weight.symbol for weight in changed],
             "dense": dense_matrices(made),
         }
@@ -232,8 +234,7 @@ def _raise_chain(graph: Graph, ctx: PassContext, op: Op) -> Replacement:
     probe = Function("probe", (Argument(x, op.type),), tuple(ops), op.result, op.type)
     points = torch.linspace(-12, 12, 4001).reshape((1,) * (op.type.rank - 1) + (-1,))
     with torch.no_grad():
-        probed = replace(graph.module, function=probe)
-        evaluator = ctx.evaluator(probed, "canonicalize", Placement())
+        evaluator = ctx.evaluator(replace(graph.module, function=probe), "canonicalize")
         cls = known_activation(points, evaluator.run(points))
     return None if cls is None else one(graph, cls(result=op.result, type=op.type, loc=op.loc, x=x))
 
@@ -266,9 +267,15 @@ def _matrices(module: Module) -> list[Weight]:
     for op in module.function.ops:
         for symbol in op.symbols():
             readers.setdefault(symbol.name, []).append(op)
+
+    def is_product(name: str, op: Op) -> bool:
+        if isinstance(op, Host):
+            found = {symbol.name for symbol in op.product_symbols().values()}
+            return name in found and name not in dict(op.dense)
+        return isinstance(op, Linear) and op.result not in dense
+
     return [
         weight
         for name, weight in module.weights.items()
-        if weight.type.rank == 2
-        and all(isinstance(op, Linear) and op.result not in dense for op in readers.get(name, []))
+        if weight.type.rank == 2 and all(is_product(name, op) for op in readers.get(name, []))
     ]

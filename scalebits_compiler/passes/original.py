@@ -9,6 +9,7 @@ import torch
 
 from scalebits_compiler.ir.module import Module, Weight
 from scalebits_compiler.passes.base import Evaluator, PassContext
+from scalebits_compiler.tasks import ENCODER
 
 # Beyond this, predictions are computed whenever they are read.
 MOST_BYTES = 1 << 30
@@ -26,20 +27,25 @@ def without_rounding(module: Module, but: Collection[str] = ()) -> Module:
 
 @dataclass
 class Predictions:
-    """Log-probabilities of the original model for windows i64[n, s]; kept if they all fit."""
+    """Log-probabilities of the original model for windows i64[n, s]; kept if they all fit.
+
+    states: it gives states instead, as they are.
+    """
 
     windows: torch.Tensor
     evaluator: Evaluator
     weights: dict[str, torch.Tensor]
+    states: bool = False
     kept: torch.Tensor | None = None
     known: torch.Tensor | None = None
 
     def of(self, index: torch.Tensor) -> torch.Tensor:
         """float32 [len(index), s, vocabulary] of some windows."""
         if self.kept is not None and self.known is not None and bool(self.known[index].all()):
-            return self.kept[index.to(self.kept.device)]
+            return self.kept[index]
         with torch.no_grad():
-            made = self.evaluator.run(self.windows[index]).log_softmax(-1)
+            made = self.evaluator.run(self.windows[index])
+        made = made if self.states else made.log_softmax(-1)
         self._keep(index, made)
         return made
 
@@ -50,7 +56,7 @@ class Predictions:
         if self.kept is None or self.known is None:
             self.kept = made.new_empty(len(self.windows), *made.shape[1:])
             self.known = torch.zeros(len(self.windows), dtype=torch.bool)
-        self.kept[index.to(made.device)], self.known[index] = made, True
+        self.kept[index], self.known[index] = made, True
 
     def is_of(self, windows: torch.Tensor, weights: dict[str, torch.Tensor]) -> bool:
         """Whether it was made for these very windows and matrices."""
@@ -73,6 +79,7 @@ def predictions(
     cached = ctx.cache.get(needed_by)
     if isinstance(cached, Predictions) and cached.is_of(windows, found):
         return cached
-    made = Predictions(windows, ctx.evaluator(without_rounding(module), needed_by), found)
+    evaluator = ctx.evaluator(without_rounding(module), needed_by)
+    made = Predictions(windows, evaluator, found, module.task == ENCODER)
     ctx.cache[needed_by] = made
     return made

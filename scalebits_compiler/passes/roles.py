@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from scalebits_compiler.ir.attrs import Value
 from scalebits_compiler.ir.experts import Route
+from scalebits_compiler.ir.host import Host
 from scalebits_compiler.ir.module import Module
 from scalebits_compiler.ir.op import FLOATS, Op
 from scalebits_compiler.ir.ops import Aten, Embedding, Linear
@@ -39,6 +40,11 @@ def router_values(module: Module) -> set[Value]:
     return {op.scores for op in module.function.ops if isinstance(op, Route)}
 
 
+def untraced(module: Module) -> str | None:
+    """Why the model's own code runs it, and its channels keep their order; None if it is traced."""
+    return next((op.reason for op in module.function.ops if isinstance(op, Host)), None)
+
+
 def dense_matrices(module: Module) -> dict[str, str]:
     """Symbol -> why, of every matrix (or stack of them) that is not quantized."""
     readers: dict[str, list[Op]] = {}
@@ -46,17 +52,21 @@ def dense_matrices(module: Module) -> dict[str, str]:
         for symbol in op.symbols():
             readers.setdefault(symbol.name, []).append(op)
     scores, head = router_values(module), head_value(module)
-    return {
-        name: _why_dense(readers.get(name, []), head, scores)
+    unread = dict.fromkeys(module.unread, "the result does not depend on it")
+    return unread | {
+        name: _why_dense(name, readers.get(name, []), head, scores)
         for name, weight in module.weights.items()
         if not weight.quantize and weight.type.rank >= 2 and weight.type.dtype in FLOATS
     }
 
 
-def _why_dense(readers: list[Op], head: Value, scores: set[Value]) -> str:
+def _why_dense(name: str, readers: list[Op], head: Value, scores: set[Value]) -> str:
     calls = sorted({op.target for op in readers if isinstance(op, Aten)})
     if calls:
         return f"not recognised: read by {', '.join(calls)}"
+    for op in readers:
+        if isinstance(op, Host) and name in dict(op.dense):
+            return dict(op.dense)[name]
     if any(isinstance(op, Embedding) for op in readers):
         return "table of an embedding"
     if any(op.result == head for op in readers):

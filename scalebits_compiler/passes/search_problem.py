@@ -10,6 +10,7 @@ import numpy as np
 
 from scalebits_compiler.ir.module import Module, Weight
 from scalebits_compiler.passes import statistics as st
+from scalebits_compiler.passes.objectives import loss_of
 from scalebits_compiler.passes.search import Moves
 from scalebits_compiler.passes.starts import Costs, Floats, Ints
 
@@ -27,7 +28,7 @@ class SearchProblem:
     """All searched matrices with their level tables; blocks in the order of the module.
 
     curves: float64 [8, blocks], predicted loss (nats) of each block at widths 1..8, at full
-    precision. full_precision: held loss (nats) there.
+    precision. full_precision: held loss (nats) there. loss: its kind (objectives.py).
     """
 
     evaluator: Evaluator
@@ -36,6 +37,7 @@ class SearchProblem:
     full_precision: float
     text: TextSplit
     ctx: PassContext
+    loss: str = "ce"
 
     @staticmethod
     def load(module: Module, ctx: PassContext, needed_by: str) -> SearchProblem:
@@ -46,10 +48,11 @@ class SearchProblem:
             return cached
         evaluator = ctx.evaluator(module, needed_by)
         matrices = st.load_matrices(module, ctx)
-        curves = st.width_curves(evaluator, matrices, text.calibration, ctx)
+        loss = loss_of(module)
+        curves = st.width_curves(evaluator, matrices, text.calibration, ctx, loss)
         flat = np.concatenate([curve.flatten(1).numpy() for curve in curves.values()], 1)
-        exact = st.held_loss(evaluator, {}, text.acceptance)
-        made = SearchProblem(evaluator, matrices, flat, exact, text, ctx)
+        exact = st.held_loss(evaluator, {}, text.acceptance, loss)
+        made = SearchProblem(evaluator, matrices, flat, exact, text, ctx, loss)
         ctx.cache[needed_by] = made
         return made
 
@@ -66,7 +69,7 @@ class SearchProblem:
         now = [text.calibration, text.acceptance]
         now += [module.resources.torch(w.data.key).float() for w in known if w.data]
         then = [self.text.calibration, self.text.acceptance]
-        then += [matrix.dense.cpu() for matrix in self.matrices.values()]
+        then += [matrix.dense for matrix in self.matrices.values()]
         return all(torch.equal(one, other) for one, other in zip(now, then, strict=True))
 
     def gradient_passes(self, scored: int, held: int) -> float:
@@ -94,7 +97,12 @@ class SearchProblem:
     def score(self, bits: Ints, costs: Costs) -> Moves:
         """Scores of all moves at these widths; inf where a limit forbids one."""
         scores = st.move_scores(
-            self.evaluator, self.matrices, self.grids(bits), self.text.calibration, self.ctx
+            self.evaluator,
+            self.matrices,
+            self.grids(bits),
+            self.text.calibration,
+            self.ctx,
+            loss=self.loss,
         )
         up, down, error_up, error_down = (
             np.concatenate([tensor.flatten().numpy() for tensor in table.values()])
@@ -110,4 +118,4 @@ class SearchProblem:
     def held(self, bits: Ints) -> float:
         """Loss on the acceptance windows at these widths (nats)."""
         weights = st.rounded(self.matrices, self.grids(bits))
-        return st.held_loss(self.evaluator, weights, self.text.acceptance)
+        return st.held_loss(self.evaluator, weights, self.text.acceptance, self.loss)

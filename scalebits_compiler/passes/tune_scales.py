@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, ClassVar
 
 from scalebits_compiler.errors import PassError
 from scalebits_compiler.ir.module import Module
-from scalebits_compiler.numerics.placement import Placement
 from scalebits_compiler.passes.base import Evaluator, Pass, PassContext
 from scalebits_compiler.passes.roles import embedding_tables
 
@@ -102,8 +101,7 @@ class TuneScales(Pass):
         held = text.acceptance.split(BATCH_WINDOWS)
         numbers = range(len(seen)), range(len(seen), len(seen) + len(held))
         ticks = iter(ctx.progress(wanted, "tuning layer by layer", len(wanted)))
-        how = (self._rates(), self.epochs, ctx.seed, *numbers)
-        tuning = PartTuning(module, ctx.place, ticks, wanted, *how)
+        tuning = PartTuning(module, ticks, wanted, self._rates(), self.epochs, ctx.seed, *numbers)
         exact = without_rounding(module, embedding_tables(module))
         ctx.evaluator(exact, self.name).stream_parts([*seen, *held], tuning.rule)
         next(ticks, None)
@@ -116,13 +114,16 @@ class TuneScales(Pass):
 
 @dataclass
 class _Problem:
-    """Divergence of the rounded model from the original one, as a function of the parameters."""
+    """Divergence of the rounded model from the original one, as a function of the parameters.
+
+    states: the result is hidden states; their relative squared error stands for the divergence.
+    """
 
     evaluator: Evaluator
     original: Predictions
     tuned: dict[str, TunedMatrix]
-    where: Placement
     held: int  # the last so many of the original's windows accept or reject
+    states: bool
 
     @staticmethod
     def load(
@@ -139,10 +140,9 @@ class _Problem:
         windows = torch.cat([part for part in parts if part is not None])
         original = predictions(module, windows, ctx, settings.name)
         weights = [module.weights[symbol] for symbol in wanted]
-        moving, where = settings.code_rate > 0, ctx.place
-        tuned = {w.symbol: TunedMatrix.load(module, w, moving, where) for w in weights}
+        tuned = {w.symbol: TunedMatrix.load(module, w, settings.code_rate > 0) for w in weights}
         evaluator = ctx.evaluator(module, settings.name)
-        return _Problem(evaluator, original, tuned, where, len(text.acceptance))
+        return _Problem(evaluator, original, tuned, len(text.acceptance), original.states)
 
     def optimize(self, settings: TuneScales, ctx: PassContext) -> None:
         """One Adam step per batch of windows."""
@@ -159,20 +159,19 @@ class _Problem:
         ]
         shown = ctx.progress(steps, "tuning to the original", len(steps))
         tokens = self.original.windows.shape[1]
-        dtype = product_type(self.where.device)
         losses = (
-            (lambda w, i=index: self._divergence(i, w, dtype) / (len(i) * tokens))
+            (lambda w, i=index: self._divergence(i, w, product_type()) / (len(i) * tokens))
             for index in shown
         )
-        descend(self.tuned, self.where, settings._rates(), len(steps), losses)
+        descend(self.tuned, settings._rates(), len(steps), losses)
 
     def held_divergence(self) -> float:
-        """Mean KL(original || model) of next-token predictions on the acceptance windows, nats."""
+        """Mean KL(original || model) on the acceptance windows, nats; of states their error."""
         import torch
 
         windows = self.original.windows
         with torch.no_grad():
-            weights = self.where.table(self.tuned, lambda symbol: self.tuned[symbol].dense())
+            weights = {symbol: matrix.dense() for symbol, matrix in self.tuned.items()}
             held = torch.arange(len(windows))[len(windows) - self.held :]
             parts = [float(self._divergence(i, weights)) for i in held.split(BATCH_WINDOWS)]
         return sum(parts) / (self.held * windows.shape[1])
@@ -186,9 +185,13 @@ class _Problem:
         """Summed over the tokens of some windows."""
         import torch
 
+        from scalebits_compiler.passes.objectives import relative_error
         from scalebits_compiler.passes.tuned_matrix import using
 
         target = self.original.of(index)
         rule = using(weights, dtype or torch.float32)
-        ours = self.evaluator.run(self.original.windows[index], rule).log_softmax(-1)
+        ours = self.evaluator.run(self.original.windows[index], rule)
+        if self.states:
+            return relative_error(ours, target)
+        ours = ours.log_softmax(-1)
         return torch.nn.functional.kl_div(ours, target, reduction="sum", log_target=True)

@@ -143,7 +143,7 @@ class Provenance:
 class Manifest:
     """manifest.json.
 
-    plan is None where only `--target reference` can run the model. summary is open, but has at
+    plan is None where torch has to run the ops of the model. summary is open, but has at
     least `code_bits` and `effective_bits` (bits per quantized weight).
     """
 

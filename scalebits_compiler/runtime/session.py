@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -19,6 +19,7 @@ from scalebits_compiler.runtime.manifest import COMPILE_AGAIN, Plan, Step
 from scalebits_compiler.runtime.ops import Frame
 from scalebits_compiler.runtime.variants import ACTIVATIONS, EXACT
 from scalebits_compiler.runtime.weights import Weights
+from scalebits_compiler.tasks import CAUSAL, ENCODER
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
 Cache: TypeAlias = KVCache | NativeCache
+_NO_TEXT = "does not continue a text"
+_INSTEAD = {ENCODER: "use embed, or scalebitsc run OUT --prompt TEXT, which prints the embedding"}
 
 
 def load(
@@ -57,11 +60,7 @@ def load(
     artifact = Artifact.open(path)
     if artifact.manifest.target["kind"] == "cuda":
         return _open_cuda(artifact, activations)
-    library = _open_kernels(artifact, activations, features)
-    if library is not None:
-        wanted = default_threads() if threads is None else threads
-        library.threads = wanted if library.threads_meet else 1
-    return Session(artifact, library)
+    return Session(artifact, open_kernels(artifact, activations, threads, features))
 
 
 def _open_cuda(artifact: Artifact, activations: str) -> Session:
@@ -75,9 +74,13 @@ def _open_cuda(artifact: Artifact, activations: str) -> Session:
     return load_cuda(artifact)
 
 
-def _open_kernels(
-    artifact: Artifact, activations: str, features: frozenset[str] | None
+def open_kernels(
+    artifact: Artifact,
+    activations: str,
+    threads: int | None,
+    features: frozenset[str] | None = None,
 ) -> KernelLibrary | None:
+    """The kernels of an artifact for the CPU, None if it has none; raises as `load`."""
     kernels = artifact.manifest.kernels
     if kernels is None:
         return None
@@ -95,11 +98,16 @@ def _open_kernels(
             help='pip install "scalebits-compiler[cpu]"',
         ) from error
     path = artifact.path / kernels.library
-    return KernelLibrary.open(path, dict(kernels.dispatch), features, activations)
+    library = KernelLibrary.open(path, dict(kernels.dispatch), features, activations)
+    wanted = default_threads() if threads is None else threads
+    library.threads = wanted if library.threads_meet else 1
+    return library
 
 
 class Session:
     """Runs one artifact. Made by `load`; safe to use for several caches in turn.
+
+    Where logits are spoken of, an encoder gives its states f32[batch, sequence, channels].
 
     variant: which compiled kernels run ("reference": none, packed matrices are dequantized).
     threads: how many share a step of a large model.
@@ -174,8 +182,31 @@ class Session:
         from scalebits_compiler.runtime.generate import generate
         from scalebits_compiler.runtime.sampling import Sampling
 
+        if not self.generates:
+            what = "gives states, not the next token" if self.task == ENCODER else _NO_TEXT
+            raise UsageError(
+                f"{self.artifact.path} is of the kind {self.task}: it {what}",
+                help=_INSTEAD.get(self.task, "use forward, or scalebitsc eval OUT --vs MODEL"),
+            )
+
         sampling = Sampling(temperature, top_k, top_p, seed)
         return generate(self, prompts, max_new_tokens, sampling, stream)
+
+    @property
+    def task(self) -> str:
+        """What `forward` gives, one of tasks.TASKS: logits of the next token, or something else."""
+        return self.artifact.manifest.summary.get("task", CAUSAL)
+
+    @property
+    def generates(self) -> bool:
+        """Whether the model continues a text."""
+        return self.task == CAUSAL
+
+    def embed(self, texts: Sequence[str]) -> F32:
+        """Unit vectors f32[texts, channels] by an encoder; see `embed.embed`."""
+        from scalebits_compiler.runtime.embed import embed
+
+        return embed(self, texts)
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
@@ -295,6 +326,6 @@ def runnable(artifact: Artifact) -> Plan:
         raise ArtifactError(
             f"{artifact.path} was compiled for the target '{artifact.manifest.target['kind']}' and"
             " has no plan that this runtime executes",
-            help="run it with --target reference",
+            help="open it with sessions.open_session (scalebitsc run): torch runs its ops",
         )
     return plan

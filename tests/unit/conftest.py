@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from scalebits_compiler.codegen.plan import make_plan
+from scalebits_compiler.codegen.plan import make_plan, missing_ops
 from scalebits_compiler.codegen.writer import write_artifact
 from scalebits_compiler.ir.parser import parse_module
 from scalebits_compiler.ir.resources import ResourceStore
@@ -220,11 +220,11 @@ def write(tmp_path):
             out,
             module,
             target={"kind": "cpu" if kernels else "reference"},
-            plan=make_plan(module),
+            plan=None if missing_ops(module.function) else make_plan(module),
             kernels=kernels,
             files={"generation_config.json": b'{"eos_token_id": 0}', **(files or {})},
             config={"model_type": "llama", "max_position_embeddings": limit},
-            summary={"code_bits": 4.5, "effective_bits": 5.0},
+            summary={"code_bits": 4.5, "effective_bits": 5.0, "task": module.task},
             provenance=provenance(),
             force=force,
         )

@@ -4,7 +4,12 @@ import pytest
 import torch
 
 from scalebits_compiler.errors import FrontendError
-from scalebits_compiler.frontend.calibration import load_tokenizer, read_windows, split_text
+from scalebits_compiler.frontend.calibration import (
+    framed,
+    load_tokenizer,
+    read_windows,
+    split_text,
+)
 
 
 @pytest.fixture
@@ -87,3 +92,25 @@ def test_missing_and_broken_tokenizer(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(FrontendError, match="cannot be read"):
         load_tokenizer(tmp_path)
+
+
+def test_framed_windows_have_the_special_tokens(tokenizer, text):
+    from tokenizers.processors import TemplateProcessing
+
+    windows = read_windows(text, tokenizer, 10)
+    assert torch.equal(framed(windows, tokenizer), windows)
+    tokenizer.post_processor = TemplateProcessing(
+        single="X $A Y Y", special_tokens=[("X", 7), ("Y", 9)]
+    )
+    seen = framed(windows, tokenizer)
+    assert torch.equal(seen[:, 1:-2], windows[:, 1:-2])
+    assert seen[:, [0, -2, -1]].unique(dim=0).tolist() == [[7, 9, 9]]
+    assert torch.equal(framed(windows[:, :3], tokenizer), windows[:, :3])
+
+
+def test_a_tokenizer_that_pads_or_cuts_is_told_not_to(tiny_llama, text, tmp_path):
+    tokenizer = load_tokenizer(tiny_llama())
+    tokenizer.enable_padding(length=2000)
+    tokenizer.enable_truncation(5)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert read_windows(text, load_tokenizer(tmp_path), 10).shape == (100, 10)

@@ -20,6 +20,7 @@ from scalebits_compiler.ir.parser import parse_module, parse_pipeline
 from scalebits_compiler.ir.printer import print_attrs, print_module
 from scalebits_compiler.ir.types import DYNAMIC, Dim, Factor, TensorType, TupleType
 from scalebits_compiler.ir.verifier import Rigid, verify
+from scalebits_compiler.tasks import TASKS
 
 NAMES = st.from_regex(r"[A-Za-z_][A-Za-z0-9_.]{0,8}", fullmatch=True)
 TEXTS = st.text(max_size=12)
@@ -49,6 +50,10 @@ ATTRS = st.recursive(
     max_leaves=6,
 )
 PAIRS = st.tuples(st.integers(1, 512), st.integers(1, 512))
+_LISTS: dict[object, Any] = {
+    tuple[str, ...]: st.lists(TEXTS, max_size=3).map(tuple),
+    tuple[tuple[str, str], ...]: st.lists(st.tuples(TEXTS, TEXTS), max_size=3).map(tuple),
+}
 MAYBE_RESOURCE = st.none() | st.builds(Resource, TEXTS)
 
 
@@ -60,6 +65,7 @@ def field_values(
         float: FLOATS,
         str: TEXTS,
         bool: st.booleans(),
+        **_LISTS,
     }
     values: dict[str, Any] = {}
     for spec in op_fields(op_class):
@@ -69,6 +75,9 @@ def field_values(
             values[spec.name] = draw(several if spec.variadic else one)
         elif spec.role == "symbol":
             made = st.builds(Symbol, NAMES)
+            if spec.variadic:
+                values[spec.name] = draw(st.lists(made, min_size=1, max_size=3).map(tuple))
+                continue
             values[spec.name] = draw(st.none() | made if spec.optional else made)
         elif spec.name == "args":
             values["args"] = draw(st.lists(ATTRS, max_size=4).map(tuple))
@@ -107,6 +116,7 @@ def modules(draw: Callable[[Any], Any]) -> Module:
         draw(NAMES), function, {w.symbol: w for w in weights}, {p.symbol: p for p in perms},
         draw(TEXTS), draw(st.frozensets(NAMES, max_size=3)),
         draw(st.lists(TEXTS, max_size=2).map(tuple)),
+        task=draw(st.sampled_from(TASKS)), unread=draw(_LISTS[tuple[str, ...]]),
     )  # fmt: skip
 
 
@@ -273,14 +283,14 @@ def test_every_typing_rule_refuses_with_an_error_of_ours(name: str, data: st.Dat
     weights = {n: Weight(symbol=n, type=data.draw(SMALL)) for n in ("u", "v")}
     fields: dict[str, Any] = {}
     one = st.sampled_from([arg.value for arg in args])
+    symbol = st.builds(Symbol, st.sampled_from("uv"))
+    by_hint = {int: st.integers(-5, 5), float: FLOATS, bool: st.booleans(), **_LISTS}
     for spec in op_fields(cls):
         fields[spec.name] = data.draw(
             {
                 "value": st.lists(one, min_size=1).map(tuple) if spec.variadic else one,
-                "symbol": st.builds(Symbol, st.sampled_from("uv")),
-                "attr": {int: st.integers(-5, 5), float: FLOATS, bool: st.booleans()}.get(
-                    spec.hint, st.sampled_from(["4@p", "8", "", "x", "4@p*2"])
-                )
+                "symbol": st.lists(symbol, min_size=1).map(tuple) if spec.variadic else symbol,
+                "attr": by_hint.get(spec.hint, st.sampled_from(["4@p", "8", "", "x", "4@p*2"]))
                 if spec.name not in ("args", "kwargs")
                 else st.just(() if spec.name == "args" else {}),
             }[spec.role]

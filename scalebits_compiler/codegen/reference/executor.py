@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
-from scalebits_compiler.codegen.reference.rules import RULES
+from scalebits_compiler.codegen.reference.host import run_host, run_together
+from scalebits_compiler.codegen.reference.rules import RULES, product_op
 from scalebits_compiler.codegen.reference.weights import dense
 from scalebits_compiler.errors import TargetError
 from scalebits_compiler.ir.attrs import Symbol, Value
+from scalebits_compiler.ir.host import Host
 from scalebits_compiler.ir.module import Module
 from scalebits_compiler.ir.op import Op
-from scalebits_compiler.ir.ops import Aten, Embedding, Linear
-from scalebits_compiler.numerics.placement import Placement
+from scalebits_compiler.ir.ops import Aten, Embedding, Linear, QLinear
 
 LinearRule = Callable[[Linear, torch.Tensor, torch.Tensor], torch.Tensor]
-Weights = Callable[[Symbol], torch.Tensor]
+PackedProduct = Callable[[str, torch.Tensor], torch.Tensor]
 WeightRule = Callable[[Linear, Sequence[torch.Tensor], torch.Tensor], torch.Tensor]
 
 
 def _plain_linear(_: Linear, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return F.linear(x, weight.to(x.device))
+    return F.linear(x, weight)
 
 
 class _Frame:
@@ -36,8 +36,7 @@ class _Frame:
     def __init__(
         self,
         executor: Executor,
-        weight: Weights,
-        matrix: Weights,
+        weight: Callable[[Symbol], torch.Tensor],
         linear: LinearRule,
         pad: torch.Tensor | None = None,
     ) -> None:
@@ -45,8 +44,6 @@ class _Frame:
         self.pad = pad
         self.linear = linear
         self.weight = weight
-        self.matrix = matrix
-        self.device = executor.place.device
         self._executor = executor
 
     def value(self, value: Value) -> Any:
@@ -57,39 +54,35 @@ class _Frame:
 
     def fork(self, linear: LinearRule) -> _Frame:
         """A frame that goes on from here with another linear rule."""
-        frame = _Frame(self._executor, self.weight, self.matrix, linear, self.pad)
+        frame = _Frame(self._executor, self.weight, linear, self.pad)
         frame.values = dict(self.values)
         return frame
 
+    def product(self, op: Linear | QLinear, x: torch.Tensor) -> torch.Tensor:
+        if isinstance(op, Linear):
+            return self.linear(op, x, self.weight(op.weight))
+        if self._executor.packed is not None:
+            return self._executor.packed(op.weight.name, x)
+        return F.linear(x, self.weight(op.weight))
+
+    def is_packed(self, symbol: Symbol) -> bool:
+        return self._executor.module.weight(symbol).type.is_packed
+
     def step(self, op: Op) -> None:
-        """Run one op and drop what no later op reads."""
+        """Run one op."""
         rule = RULES.get(type(op))
         if rule is None:
             raise TargetError(
                 f"the reference target has no rule for the op {op.name}",
                 help="a plugin that adds an op must add its rule to codegen.reference.rules.RULES",
             )
-        self.values[op.result] = rule(op, self)
+        self.finish(op, rule(op, self))
+
+    def finish(self, op: Op, result: Any) -> None:
+        """Keep the result of an op and drop what no later op reads."""
+        self.values[op.result] = result
         for value in self._executor.dies_at.get(op.result, ()):
             del self.values[value]
-
-    def part(self, ops: Sequence[Op]) -> None:
-        """Run some ops; what their gradients need is computed again in the backward pass."""
-        names, left = tuple(self.values), list[Value]()
-        given = tuple(self.values.values())
-        empty = copy(self)  # a graph that knew our values would keep itself alive
-        empty.values = {}
-
-        def run(*given: Any) -> tuple[Any, ...]:
-            frame = copy(empty)
-            frame.values = dict(zip(names, given, strict=True))
-            for op in ops:
-                frame.step(op)
-            left[:] = frame.values
-            return tuple(frame.values.values())
-
-        made = checkpoint(run, *given, use_reentrant=False, preserve_rng_state=False)
-        self.values = dict(zip(left, made, strict=True))
 
 
 @dataclass(frozen=True)
@@ -101,8 +94,14 @@ class Part:
 
     @property
     def matrices(self) -> list[str]:
-        """Symbols of the matrices of its linear ops, in the order of execution."""
-        return [op.weight.name for op in self.ops if isinstance(op, Linear)]
+        """Symbols of the matrices of its products, in the order of execution."""
+        found: list[str] = []
+        for op in self.ops:
+            if isinstance(op, Linear):
+                found.append(op.weight.name)
+            elif isinstance(op, Host):
+                found += [symbol.name for symbol in op.product_symbols().values()]
+        return found
 
     def run(self, batch: int, linear: LinearRule | None = None) -> torch.Tensor:
         """The activation it ends with, for one batch; nothing of the stream changes."""
@@ -113,33 +112,24 @@ class Part:
 
 
 class Executor:
-    """Computes a module's function in float32, one op after the other.
+    """Computes a module's function in float32 on the CPU, one op after the other.
 
     Works on every stage: raw ATen calls, raised ops, permuted, rounded and packed weights. Dense
-    weights are made once and kept on the device for the life of the Executor. Streamed, matrices
-    come to it when an op reads them, and with gradients every layer runs twice: only the values
-    between layers are kept, and the backward pass makes those inside, and the matrices, again.
-    Slow by intent: no KV cache.
+    weights are made once and kept for the life of the Executor. Slow by intent: no KV cache.
+    packed: computes x Wᵀ for a packed matrix (by symbol); None dequantizes it.
     """
 
-    def __init__(self, module: Module, place: Placement | None = None) -> None:
+    def __init__(self, module: Module, packed: PackedProduct | None = None) -> None:
         self.module = module
-        self.place = place or Placement()
+        self.packed = packed
         self.dies_at = _last_uses(module)
         self._dense: dict[str, torch.Tensor] = {}
 
-    def read(self, symbol: Symbol) -> torch.Tensor:
-        """The dense float32 tensor of a weight in stored order, on the host (`weights.dense`)."""
-        return dense(self.module, self.module.weight(symbol))
-
     def weight(self, symbol: Symbol) -> torch.Tensor:
-        """The same on the device."""
-        if symbol.name in self._dense:
-            return self._dense[symbol.name]
-        made = self.place.here(self.read(symbol))
-        if not self.place.streamed or made.dim() < 2:
-            self._dense[symbol.name] = made
-        return made
+        """The dense float32 tensor of a weight in stored order; see `weights.dense`."""
+        if symbol.name not in self._dense:
+            self._dense[symbol.name] = dense(self.module, self.module.weight(symbol))
+        return self._dense[symbol.name]
 
     def run(
         self,
@@ -152,25 +142,19 @@ class Executor:
         `linear(op, x, dense weight)` replaces the product of every linear op (the bias is added
         to what it returns). `pad` i64[batch] counts padding tokens on the left of each row:
         positions start after them and no token attends to them. Raises TargetError for padding on
-        a module with raw ATen calls, whose masks cannot be changed.
+        a module with ATen or host ops, whose masks cannot be changed.
         """
         if pad is not None and not bool(pad.any()):
             pad = None
-        if pad is not None and any(isinstance(op, Aten) for op in self.module.function.ops):
+        if pad is not None and any(isinstance(op, (Aten, Host)) for op in self.module.function.ops):
             raise TargetError(
-                f"@{self.module.name} has raw ATen calls, its attention cannot skip padding",
+                f"@{self.module.name} has ops that are not ours, its attention cannot skip padding",
                 help="run prompts of different length one by one",
             )
-        matrix = self.read if self.place.streamed else self.weight
-        pad = None if pad is None else self.place.here(pad)
-        frame = _Frame(self, self.weight, matrix, linear or _plain_linear, pad)
-        frame.values[self._argument()] = self.place.here(ids)
-        if self.place.streamed and torch.is_grad_enabled():
-            for part in _parts(self.module):
-                frame.part(part)
-        else:
-            for op in self.module.function.ops:
-                frame.step(op)
+        frame = _Frame(self, self.weight, linear or _plain_linear, pad)
+        frame.values[self._argument()] = ids
+        for op in self.module.function.ops:
+            frame.step(op)
         return frame.values[self.module.function.result]
 
     def stream(self, batches: Sequence[torch.Tensor], weight: WeightRule) -> None:
@@ -184,20 +168,23 @@ class Executor:
 
         def read(symbol: Symbol) -> torch.Tensor:
             if symbol.name not in held:
-                held[symbol.name] = self.place.here(self.read(symbol))
+                held[symbol.name] = dense(self.module, self.module.weight(symbol))
             return held[symbol.name]
 
-        frames = [_Frame(self, read, read, _plain_linear) for _ in batches]
+        frames = [_Frame(self, read, _plain_linear) for _ in batches]
         with torch.no_grad():
             for frame, ids in zip(frames, batches, strict=True):
-                frame.values[self._argument()] = self.place.here(ids)
+                frame.values[self._argument()] = ids
             for op in self.module.function.ops:
                 if isinstance(op, Linear):
                     inputs = [frame.value(op.x) for frame in frames]
                     held[op.weight.name] = weight(op, inputs, read(op.weight))
                     del inputs
-                for frame in frames:
-                    frame.step(op)
+                if isinstance(op, Host):
+                    self._stream_host(op, frames, read, weight)
+                else:
+                    for frame in frames:
+                        frame.step(op)
                 held.clear()
 
     def stream_parts(
@@ -213,12 +200,12 @@ class Executor:
 
         def read(symbol: Symbol) -> torch.Tensor:
             if symbol.name not in held:
-                held[symbol.name] = self.place.here(self.read(symbol))
+                held[symbol.name] = dense(self.module, self.module.weight(symbol))
             return held[symbol.name]
 
-        frames = [_Frame(self, read, read, _plain_linear) for _ in batches]
+        frames = [_Frame(self, read, _plain_linear) for _ in batches]
         for frame, ids in zip(frames, batches, strict=True):
-            frame.values[self._argument()] = self.place.here(ids)
+            frame.values[self._argument()] = ids
         for ops in _parts(self.module):
             held.update(rule(Part(ops, frames)))
             with torch.no_grad():
@@ -226,6 +213,24 @@ class Executor:
                     for op in ops:
                         frame.step(op)
             held.clear()
+
+    def _stream_host(
+        self,
+        op: Host,
+        frames: Sequence[_Frame],
+        read: Callable[[Symbol], torch.Tensor],
+        weight: WeightRule,
+    ) -> None:
+        """`stream` for one host op: its products are the linear ops."""
+        symbols = op.product_symbols()
+
+        def decide(name: str, inputs: list[torch.Tensor]) -> torch.Tensor:
+            return weight(product_op(Linear, op, symbols[name]), inputs, read(symbols[name]))
+
+        runs = [partial(run_host, op, frame.value(op.ids), read) for frame in frames]
+        results = run_together(runs, decide)
+        for frame, result in zip(frames, results, strict=True):
+            frame.finish(op, result)
 
     def _argument(self) -> Value:
         arguments = self.module.function.args

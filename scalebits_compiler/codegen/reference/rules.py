@@ -6,16 +6,18 @@ import math
 import operator
 from collections.abc import Callable
 from types import BuiltinFunctionType, FunctionType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch._ops import OpOverload, OpOverloadPacket
 
+from scalebits_compiler.codegen.reference.host import run_host
 from scalebits_compiler.errors import TargetError
 from scalebits_compiler.ir.attrs import Symbol, Value
 from scalebits_compiler.ir.experts import Combine, Dispatch, Route
+from scalebits_compiler.ir.host import Host
 from scalebits_compiler.ir.op import Op
 from scalebits_compiler.ir.ops import (
     Add,
@@ -42,6 +44,8 @@ from scalebits_compiler.ir.ops import (
     parse_dim,
 )
 
+LinearT = TypeVar("LinearT", Linear, QLinear)
+
 
 class Scope(Protocol):
     """What a rule may read."""
@@ -57,29 +61,22 @@ class Scope(Protocol):
         """Gives the dense tensor of a weight."""
         ...
 
-    @property
-    def matrix(self) -> Callable[[Symbol], torch.Tensor]:
-        """Gives the dense tensor of a matrix of a linear op; on the host if it is streamed."""
-        ...
-
     def permutation(self, name: str) -> np.ndarray:
         """int64[n], natural index of every stored element."""
         ...
 
-    @property
-    def device(self) -> str:
-        """Where values and weights are."""
+    def product(self, op: Linear | QLinear, x: torch.Tensor, /) -> torch.Tensor:
+        """x Wᵀ of an op, or what the caller put in its place."""
         ...
 
-    @property
-    def linear(self) -> Callable[[Linear, torch.Tensor, torch.Tensor], torch.Tensor]:
-        """(op, x, dense weight as `matrix` gives it) -> x Wᵀ, or what the caller wants instead."""
+    def is_packed(self, symbol: Symbol, /) -> bool:
+        """Whether a weight is a packed matrix."""
         ...
 
 
 def _positions(op: Positions, scope: Scope) -> torch.Tensor:
     ids = scope.value(op.ids)
-    positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+    positions = torch.arange(ids.shape[1]).expand(ids.shape)
     return positions if scope.pad is None else (positions - scope.pad[:, None]).clamp(min=0)
 
 
@@ -91,13 +88,8 @@ def _biased(y: torch.Tensor, bias: Symbol | None, scope: Scope) -> torch.Tensor:
     return y if bias is None else y + scope.weight(bias)
 
 
-def _linear(op: Linear, scope: Scope) -> torch.Tensor:
-    y = scope.linear(op, scope.value(op.x), scope.matrix(op.weight))
-    return _biased(y, op.bias, scope)
-
-
-def _qlinear(op: QLinear, scope: Scope) -> torch.Tensor:
-    return _biased(F.linear(scope.value(op.x), scope.weight(op.weight)), op.bias, scope)
+def _linear(op: Linear | QLinear, scope: Scope) -> torch.Tensor:
+    return _biased(scope.product(op, scope.value(op.x)), op.bias, scope)
 
 
 def _rms_norm(op: RmsNorm, scope: Scope) -> torch.Tensor:
@@ -166,20 +158,15 @@ def _rope(op: Rope, scope: Scope) -> torch.Tensor:
 
 
 def attention_mask(
-    sequence: int,
-    window: int,
-    pad: torch.Tensor | None,
-    causal: bool = True,
-    device: torch.device | None = None,
+    sequence: int, window: int, pad: torch.Tensor | None, causal: bool = True
 ) -> torch.Tensor:
     """bool[batch or 1, 1, s, s], true where a query sees a key.
 
     `pad` i64[batch] counts padding on the left; padding is seen only by itself, so that its rows
     stay finite.
     """
-    places = torch.arange(sequence, device=device)
-    query, key = places[:, None], places[None, :]
-    seen = key <= query if causal else torch.ones_like(key <= query)
+    query, key = torch.arange(sequence)[:, None], torch.arange(sequence)[None, :]
+    seen = (key <= query) if causal else torch.ones(sequence, sequence, dtype=torch.bool)
     if window:
         seen = seen & (key > query - window)
     if pad is None:
@@ -190,9 +177,7 @@ def attention_mask(
 def _attention(op: Attention, scope: Scope) -> torch.Tensor:
     q, k, v = scope.value(op.q), scope.value(op.k), scope.value(op.v)
     plain = not op.window and scope.pad is None
-    mask = None
-    if not plain:
-        mask = attention_mask(q.shape[2], op.window, scope.pad, op.causal, q.device)
+    mask = None if plain else attention_mask(q.shape[2], op.window, scope.pad, op.causal)
     if op.softcap:
         return _capped_attention(op, q, k, v, mask)
     causal = op.causal and plain
@@ -205,7 +190,7 @@ def _capped_attention(
     op: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
 ) -> torch.Tensor:
     if mask is None:
-        mask = attention_mask(q.shape[2], op.window, None, op.causal, q.device)
+        mask = attention_mask(q.shape[2], op.window, None, op.causal)
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     scores = torch.tanh(q @ k.transpose(2, 3) * (op.scale / op.softcap)) * op.softcap
     return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
@@ -245,7 +230,7 @@ def _permute(op: Permute, scope: Scope) -> torch.Tensor:
     if op.inverse:
         index = np.argsort(index)
     x = scope.value(op.x)
-    return x.index_select(op.axis, torch.from_numpy(index).to(x.device))
+    return x.index_select(op.axis, torch.from_numpy(index))
 
 
 # What traces contain. A text must not reach the rest of Python, such as operator.attrgetter.
@@ -300,25 +285,31 @@ def _aten(op: Aten, scope: Scope) -> Any:
     if op.target in _VIEWS:
         # The IR has values, not strides: a tensor that a pass made need not be viewable.
         return torch.reshape(args[0], args[1])
-    called = aten_callable(op.target)
-    if _makes_tensors(called):
-        kwargs["device"] = scope.device
-    return called(*args, **kwargs)
+    return aten_callable(op.target)(*args, **kwargs)
 
 
-def _makes_tensors(called: Callable[..., Any]) -> bool:
-    """Whether an operator has no tensor among its parameters that says where its result is."""
-    if not isinstance(called, OpOverload):
-        return False
-    kinds = {argument.name: str(argument.type) for argument in called._schema.arguments}
-    return "device" in kinds and not any("Tensor" in kind for kind in kinds.values())
+def product_op(kind: type[LinearT], op: Host, symbol: Symbol) -> LinearT:
+    """A product of a host op as the linear op that it is; x and the result have no names."""
+    return kind(result=op.result, type=op.type, loc=op.loc, x=op.ids, weight=symbol)
+
+
+def _host(op: Host, scope: Scope) -> torch.Tensor:
+    symbols = op.product_symbols()
+
+    def product(name: str, x: torch.Tensor) -> torch.Tensor:
+        symbol = symbols[name]
+        if scope.is_packed(symbol):
+            return scope.product(product_op(QLinear, op, symbol), x)
+        return scope.product(product_op(Linear, op, symbol), x)
+
+    return run_host(op, scope.value(op.ids), scope.weight, product)
 
 
 RULES: dict[type[Op], Callable[[Any, Scope], Any]] = {
     Positions: _positions,
     Embedding: _embedding,
     Linear: _linear,
-    QLinear: _qlinear,
+    QLinear: _linear,
     RmsNorm: _rms_norm,
     LayerNorm: _layer_norm,
     Silu: _silu,
@@ -338,5 +329,6 @@ RULES: dict[type[Op], Callable[[Any, Scope], Any]] = {
     Dispatch: _dispatch,
     Combine: _combine,
     Permute: _permute,
+    Host: _host,
     Aten: _aten,
 }

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from scalebits_compiler.codegen.plan import make_plan
+from scalebits_compiler.codegen.plan import make_plan, missing_ops
 from scalebits_compiler.codegen.target import Built, Target
 from scalebits_compiler.errors import TargetError
 from scalebits_compiler.numerics.layout import BlockLayout
@@ -37,16 +37,15 @@ class CpuTarget(Target):
 
         find_linker()
 
-    def check_module(self, module: Module) -> None:
-        """Every op needs a step of the runtime."""
-        make_plan(module)
-
     def build(self, module: Module, folder: Path) -> Built:
-        """Select, compile and link the kernels that the module's matrices need."""
+        """Select, compile and link the kernels that the module's matrices need.
+
+        There is no plan where the runtime lacks an op: torch runs the ops then.
+        """
         from scalebits_compiler.codegen.tvm.build import compile_kernels
         from scalebits_compiler.codegen.tvm.spec import select_specs
 
-        plan = make_plan(module)
+        plan = None if missing_ops(module.function) else make_plan(module)
         matrices = []
         for weight in module.quantized():
             if weight.block is None or weight.group is None:
