@@ -16,7 +16,15 @@ from numpy.typing import NDArray
 from scalebits_compiler.errors import ArtifactError, TargetError
 from scalebits_compiler.numerics.layout import FORMAT_VERSION, BlockLayout
 from scalebits_compiler.runtime.cpu_features import cpu_features
-from scalebits_compiler.runtime.program import COUNTER_STRIDE, Argument, Program, Rows
+from scalebits_compiler.runtime.program import (
+    COUNTER_STRIDE,
+    TOOK,
+    WAITED,
+    Argument,
+    Program,
+    Rows,
+)
+from scalebits_compiler.runtime.team import Team
 from scalebits_compiler.runtime.variants import EXACT, choose_mode, choose_variant
 
 THREAD_WORK = 1 << 23
@@ -46,7 +54,7 @@ class KernelLibrary:
     """The kernels of an artifact that this processor can run; made by `open`.
 
     variant: name of the chosen variant. mode: its arithmetic, as `variants` explains it.
-    threads: how many threads large programs are split over, 1 unless threads_meet. gemv_tokens: up
+    threads: how many threads large programs are split over at most. gemv_tokens: up
     to so many tokens use the gemv kernel; beyond, gemm works on multiples of tile_tokens,
     chunk_tokens at a time.
     """
@@ -58,6 +66,7 @@ class KernelLibrary:
         self.tile_tokens: int = variant["tile_tokens"]
         self.chunk_tokens: int = variant["chunk_tokens"]
         self.threads = 1
+        self._team = Team()
         self.threads_meet: bool = variant["threads"]
         self._run = run
         self._scratch: dict[tuple[str, int, int], NDArray[np.uint8]] = {}
@@ -185,9 +194,9 @@ class KernelLibrary:
         table = program.table
         last = len(table) if last is None else last
         if threads is None:
-            threads = self.threads if program.work >= THREAD_WORK else 1
-        counters = np.zeros((threads, COUNTER_STRIDE), np.int64)
-        table, counters = (tvm_ffi.from_dlpack(array) for array in (table, counters))
+            threads = self._team.size(self.threads) if program.work >= THREAD_WORK else 1
+        counts = np.zeros((threads, COUNTER_STRIDE), np.int64)
+        table, counters = (tvm_ffi.from_dlpack(array) for array in (table, counts))
         futures = [
             self._pool.submit(self._run, table, first, last, thread, threads, counters)
             for thread in range(1, threads)
@@ -195,6 +204,9 @@ class KernelLibrary:
         self._run(table, first, last, 0, threads, counters)
         for future in futures:
             future.result()
+        if threads > 1:
+            waited = counts[:, WAITED].sum() / counts[:, TOOK].sum()
+            self._team.tell(float(waited))
 
     @cached_property
     def _pool(self) -> ThreadPoolExecutor:

@@ -102,8 +102,9 @@ PAST, CAPACITY, SCORES, PADS = 0, 1, 2, 3
 """The state of a cache, int64: positions held, padding included; room for positions; the address of
 the scores f32[threads, SCORE_ROWS, capacity]; then the padding of each row of the batch, and the
 addresses of the arrays of keys and of values of each layer."""
-COUNTER_STRIDE = 8
-"""int64 between the counters of two threads: a cache line each."""
+ARRIVED, WAITED, TOOK, COUNTER_STRIDE = 0, 1, 2, 8
+"""What a thread counts, in a cache line of its own: meetings that it has come to; and of the whole
+run the processor's cycles in which it waited for others, and all."""
 
 
 @dataclass

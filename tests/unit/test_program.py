@@ -10,6 +10,7 @@ from scalebits_compiler.runtime.cpu_features import default_threads
 from scalebits_compiler.runtime.manifest import Step
 from scalebits_compiler.runtime.native_ops import together
 from scalebits_compiler.runtime.program import ALONE, ALONE_NUMBERS, SYNC, Program
+from scalebits_compiler.runtime.team import FIRST_PAUSE, LONGEST_PAUSE, Team
 
 
 def steps(*sizes):
@@ -63,6 +64,47 @@ def test_products_of_one_input_come_together_and_values_live_until_their_last_re
         ("rope", "r", ("p", "q")),
         ("add", "y", ("k", "r")),
     ]
+
+
+def test_a_team_pauses_after_waiting_and_longer_each_time():
+    team = Team()
+    assert [team.size(4) for _ in range(3)] == [4, 4, 4]
+    for pause in (FIRST_PAUSE, 2 * FIRST_PAUSE):
+        team.tell(0.6)
+        assert [team.size(4) for _ in range(pause + 1)] == [1] * pause + [4]
+    for _ in range(20):
+        team.tell(0.6)
+    assert [team.size(4) for _ in range(LONGEST_PAUSE + 1)] == [1] * LONGEST_PAUSE + [4]
+    team.tell(0.05)
+    assert team.size(4) == 4
+    team.tell(0.6)
+    assert [team.size(4) for _ in range(FIRST_PAUSE + 1)] == [1] * FIRST_PAUSE + [4]
+
+
+def test_a_thread_that_waits_is_counted(tmp_path):
+    """Of two threads one has all the work: the other waits for about half of their time."""
+    pytest.importorskip("tvm", reason="the kernel compiler needs apache-tvm")
+    from scalebits_compiler.codegen.tvm.build import compile_kernels
+    from scalebits_compiler.codegen.tvm.spec import select_specs
+    from scalebits_compiler.numerics.layout import BlockLayout
+    from scalebits_compiler.runtime.kernels import KernelLibrary
+
+    grid = (BlockLayout(16, 32, 16, 32, 32), np.array([[3]], np.uint8))
+    specs, dispatch = select_specs([grid])
+    compile_kernels(specs, tmp_path / "k.so")
+    library = KernelLibrary.open(tmp_path / "k.so", dispatch)
+    if not library.threads_meet:
+        pytest.skip("one thread here")
+    told = []
+    library._team.tell = told.append
+    program, x, y = Program(), *np.zeros((2, 1 << 20), np.float32)
+    number = library.op_number("gelu", "")
+    for source, target in ((x, y), (y, x), (x, y)):
+        fields = {"x": source, "y": target, "size": x.size}
+        program.add(number, "gelu", 1 << 10, fields)
+    program.table[:, ALONE] = 1
+    library.run(program, threads=2)
+    assert told[0] > 0.2
 
 
 def test_default_threads_are_physical_cores(tmp_path, monkeypatch):

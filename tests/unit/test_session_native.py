@@ -8,7 +8,7 @@ import pytest
 from scalebits_compiler.ir.parser import parse_module
 from scalebits_compiler.ir.resources import ResourceStore
 from scalebits_compiler.numerics.layout import BlockLayout
-from scalebits_compiler.runtime import kernels, native
+from scalebits_compiler.runtime import kernels, native, team
 from scalebits_compiler.runtime.cpu_features import cpu_features
 from scalebits_compiler.runtime.manifest import Kernels
 from scalebits_compiler.runtime.native_ops import NotNative
@@ -97,6 +97,7 @@ def test_a_row_is_the_same_bit_for_bit_however_it_is_computed(session, ids):
 
 def test_threads_change_nothing(case, ids, monkeypatch):
     monkeypatch.setattr(kernels, "THREAD_WORK", 0)
+    monkeypatch.setattr(team, "MOST_WAITING", 1.0)  # also where no core is free
     alone = load(case[0], threads=1)
     for threads in (2, 3):
         session = load(case[0], threads=threads)

@@ -15,7 +15,17 @@ from tvm.tirx import Var
 
 from scalebits_compiler.codegen.tvm.emit import Scalar, i64, loop
 from scalebits_compiler.codegen.tvm.step import Expr, T
-from scalebits_compiler.runtime.program import ALONE, CODE, COUNTER_STRIDE, ITEMS, SYNC, WIDTH
+from scalebits_compiler.runtime.program import (
+    ALONE,
+    ARRIVED,
+    CODE,
+    COUNTER_STRIDE,
+    ITEMS,
+    SYNC,
+    TOOK,
+    WAITED,
+    WIDTH,
+)
 
 SPINS = 2000
 """Looks at a counter (about 20 us) before the thread offers its core to others between looks."""
@@ -39,6 +49,7 @@ def build_run(symbol: str, kernels: Sequence[GlobalVar], threads_meet: bool) -> 
         )
         counters = T.arg("counters", T.buffer((slots, i64(COUNTER_STRIDE)), "int64", align=8))
         barrier = _Barrier(counters, thread, threads)
+        start = _cycles() if threads_meet else i64(0)
         with loop(first, last) as step:
             if threads_meet:
                 with T.If(T.And(threads > 1, program[step, SYNC] != 0)), T.Then():
@@ -51,6 +62,9 @@ def build_run(symbol: str, kernels: Sequence[GlobalVar], threads_meet: bool) -> 
                 row = T.bind(program[step, CODE])
                 arguments = [T.address_of(program[step, CODE]), lo, hi, thread]
                 _dispatch(kernels, row, arguments, 0)
+        if threads_meet:
+            T.buffer_store(counters, barrier.waited.get(), [thread, WAITED])
+            T.buffer_store(counters, _cycles() - start, [thread, TOOK])
     return builder.get()
 
 
@@ -75,24 +89,32 @@ class _Barrier:
 
     def __init__(self, counters: Expr, thread: Expr, threads: Expr) -> None:
         self.counters, self.thread, self.threads = counters, thread, threads
-        self.arrivals, self.looks = Scalar(), Scalar()
+        self.arrivals, self.looks, self.waited = Scalar(), Scalar(), Scalar()
         self.arrivals.set(i64(0))
+        self.waited.set(i64(0))
 
     def wait(self) -> None:
         """Emit the code that counts this thread and waits for all others."""
         self.arrivals.set(self.arrivals.get() + 1)
         _fence()
-        T.buffer_store(self.counters, self.arrivals.get(), [self.thread, 0])
+        T.buffer_store(self.counters, self.arrivals.get(), [self.thread, ARRIVED])
+        start = _cycles()
         with T.serial(0, self.threads) as other:
             self.looks.set(i64(0))
-            with T.While(self.counters[other, 0] < self.arrivals.get()):
+            with T.While(self.counters[other, ARRIVED] < self.arrivals.get()):
                 self.looks.set(self.looks.get() + 1)
                 with T.If(self.looks.get() < SPINS):
                     with T.Then():
                         _fence()
                     with T.Else():
                         T.evaluate(T.call_extern("int32", "sched_yield"))
+        self.waited.set(self.waited.get() + _cycles() - start)
         _fence()
+
+
+def _cycles() -> Expr:
+    """The processor's cycle counter."""
+    return T.bind(T.call_llvm_intrin("int64", "llvm.readcyclecounter"))
 
 
 def _fence() -> None:
