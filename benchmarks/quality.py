@@ -29,6 +29,7 @@ from scalebits_compiler.frontend.calibration import load_tokenizer, read_windows
 from scalebits_compiler.frontend.hf import load_model
 from scalebits_compiler.ir.module import Module
 from scalebits_compiler.numerics.metrics import QualityMeter
+from scalebits_compiler.numerics.placement import Placement
 from scalebits_compiler.passes.assign_bits import AssignBits, block_costs
 from scalebits_compiler.passes.base import PassContext
 from scalebits_compiler.passes.pipeline import parse_passes, run_pipeline
@@ -36,7 +37,7 @@ from scalebits_compiler.passes.starts import Costs
 from scalebits_compiler.summary import summarize
 
 if TYPE_CHECKING:
-    from scalebits_compiler.passes.base import LinearRule, WeightRule
+    from scalebits_compiler.passes.base import LinearRule, PartRule, WeightRule
 
 ORDER = "annotate-sensitivity,reorder-channels,fold-permutes"
 NEAREST = 'round-weights{method = "rtn"}'
@@ -85,8 +86,8 @@ METHODS = {
 class CountedEvaluator:
     """Counts the tokens that the passes run; `gradient_tokens` with, `tokens` without gradients."""
 
-    def __init__(self, module: Module, meter: WorkMeter) -> None:
-        self.inner = driver.evaluator(module)
+    def __init__(self, module: Module, meter: WorkMeter, place: Placement | None = None) -> None:
+        self.inner = driver.evaluator(module, place)
         self.meter = meter
 
     def run(self, ids: torch.Tensor, linear: LinearRule | None = None) -> torch.Tensor:
@@ -101,6 +102,10 @@ class CountedEvaluator:
         """As `Evaluator.stream`."""
         self.meter.tokens += sum(ids.numel() for ids in batches)
         self.inner.stream(batches, weight)
+
+    def stream_parts(self, batches: Sequence[torch.Tensor], rule: PartRule) -> None:
+        """As `Evaluator.stream_parts`."""
+        self.inner.stream_parts(batches, rule)
 
 
 @dataclass
@@ -151,7 +156,7 @@ class Subject:
         if key not in self.stages:
             meter, began = WorkMeter(), time.perf_counter()
             ctx = PassContext(
-                evaluate=lambda m: CountedEvaluator(m, meter),
+                evaluate=lambda m, place: CountedEvaluator(m, meter, place),
                 seed=self.seed,
                 progress=progress_for(),
             )

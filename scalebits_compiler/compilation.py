@@ -18,12 +18,14 @@ from scalebits_compiler.errors import PassError, ScalebitsError, UsageError
 from scalebits_compiler.inputs import TextOptions, input_module, load_source, source_digest
 from scalebits_compiler.ir.module import Module
 from scalebits_compiler.ir.parser import Source, read_module
+from scalebits_compiler.numerics.placement import Placement
 from scalebits_compiler.passes.assign_bits import AssignBits
 from scalebits_compiler.passes.base import Pass, PassContext, Progress, no_progress
 from scalebits_compiler.passes.observers import Continued, RoundTrip, Timing, VerifyEach
 from scalebits_compiler.passes.patterns import parse_pin
 from scalebits_compiler.passes.pipeline import Observer, parse_passes, run_pipeline
 from scalebits_compiler.passes.table import PIPELINES, PassTable
+from scalebits_compiler.placement import check_device, computing_on, place_for
 from scalebits_compiler.plugins import Registry
 from scalebits_compiler.runtime.manifest import Manifest, Provenance
 from scalebits_compiler.search_state import SearchFolder, state_folder
@@ -45,7 +47,8 @@ class CompileOptions:
     artifact, instead. block: (rows, columns); group: columns per scale; both chosen by the size of
     the model if None. pins: PATTERN=4..8, widths that some matrices may have; exclude: patterns of
     matrices that stay dense; head_bits, embedding_bits: width of head and embedding (None: dense).
-    tune_scales: run that pass. resume: go on with the search of a killed run.
+    tune_scales: run that pass. device: what passes compute on, cpu or cuda. resume: go on with the
+    search of a killed run.
     """
 
     target: str = "cpu"
@@ -61,6 +64,7 @@ class CompileOptions:
     seed: int = 0
     text: TextOptions = field(default_factory=TextOptions)
     tune_scales: bool = True
+    device: str = "cpu"
     force: bool = False
     resume: bool = False
 
@@ -80,19 +84,23 @@ class Hooks:
 
 @dataclass(frozen=True)
 class CompileReport:
-    """What a compile did: the artifact's summary, seconds per stage, reports of the passes."""
+    """What a compile did: the artifact's summary, seconds per stage, reports of the passes.
+
+    place: where the passes have computed.
+    """
 
     out: Path
     manifest: Manifest
     seconds: dict[str, float]
     passes: dict[str, Any]
+    place: Placement
 
 
-def evaluator(module: Module) -> Evaluator:
+def evaluator(module: Module, place: Placement | None = None) -> Evaluator:
     """The reference target's executor, as passes are given it."""
     from scalebits_compiler.codegen.reference.executor import Executor
 
-    return Executor(module)
+    return Executor(module, place)
 
 
 class Compilation:
@@ -129,6 +137,7 @@ class Compilation:
         self.passes: list[Pass] = passes
         self.ctx = PassContext(
             evaluate=evaluator,
+            place=place_for(options.device, module),
             seed=options.seed,
             progress=hooks.progress,
             checkpoint=self.search,
@@ -167,7 +176,8 @@ class Compilation:
             watch = [Continued(observer) for observer in watch]
         self._started = True
         try:
-            module = run_pipeline(module, passes, self.ctx, watch, registry.passes)
+            with computing_on(self.ctx.place.device):
+                module = run_pipeline(module, passes, self.ctx, watch, registry.passes)
         except ScalebitsError as error:
             if error is early.refusal:
                 error.notes.clear()  # they blame the pass that ran last
@@ -189,7 +199,8 @@ class Compilation:
             if self.hooks.on_kernels is not None:
                 self.hooks.on_kernels(built)
             manifest = self.stages.run("write", lambda: self._write(module, built, out, most_bytes))
-        return CompileReport(out, manifest, self.stages.seconds, self.ctx.report)
+        ctx = self.ctx
+        return CompileReport(out, manifest, self.stages.seconds, ctx.report, ctx.place)
 
     def _write(self, module: Module, built: Built, out: Path, most_bytes: int | None) -> Manifest:
         source, target = self.source, self.target
@@ -201,7 +212,11 @@ class Compilation:
             tool_version=__version__,
             model=source.name,
             source_sha256=dict(source.hashes),
-            options={"calibration_windows": windows[0], "seq_len": windows[1]},
+            options={
+                "calibration_windows": windows[0],
+                "seq_len": windows[1],
+                "device": self.options.device,
+            },
         )
         extra = {path.name: path for path in source.tokenizer_files}
         return write_artifact(
@@ -299,6 +314,7 @@ def _prepare(model: Path, out: Path, options: CompileOptions, registry: Registry
             help="try --avg-bits 3",
         )
     Canonicalize(**_block_options(options)).check()
+    check_device(options.device)
     for pin in options.pins:
         parse_pin(pin)
     for file in (options.text.file, options.text.accept_file):

@@ -60,7 +60,7 @@ class ReferenceSession(Session):
         if library is not None:
             self.execution = f"by torch: {why_torch(module)}"
         weights = Weights(artifact, library)
-        self.executor = Executor(module, None if library is None else _kernels(weights))
+        self.executor = Executor(module, packed=None if library is None else _kernels(weights))
         self.vocabulary = vocabulary(module, artifact.config)
         self.limit = artifact.limit
 

@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from scalebits_compiler.cli.inspect import calls
 from scalebits_compiler.cli.progress import progress_for
 from scalebits_compiler.cli.targets import add_target, target_options
 from scalebits_compiler.errors import Interrupted, UsageError
+from scalebits_compiler.numerics.placement import Placement
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
@@ -55,6 +57,7 @@ def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
     told = "leave scales, zero points and codes as rounding made them"
     add("--no-tuning", dest="tune_scales", action="store_false", help=told)
     add("--seed", type=int, default=0, help="picks the calibration windows (default 0)")
+    add("--device", default="cpu", metavar="NAME", help="where passes compute: cpu (default), cuda")
     add("--resume", action="store_true", help="go on with the search of a killed compile")
     add("--force", action="store_true", help="replace OUT if it exists")
     add("--from", dest="start", type=Path, metavar="FILE.sbir", help="go on from a dump")
@@ -151,6 +154,7 @@ def _options(args: argparse.Namespace) -> CompileOptions:
         seed=args.seed,
         text=text,
         tune_scales=args.tune_scales,
+        device=args.device,
         force=args.force,
         resume=args.resume,
     )
@@ -162,6 +166,7 @@ def _observers(args: argparse.Namespace, registry: Registry) -> list[Observer]:
     from scalebits_compiler.passes.table import PIPELINES, find_pass
 
     flags = f" --seed {args.seed}" if args.seed else ""
+    flags += f" --device {args.device}" if args.device != "cpu" else ""
     flags += "".join(f" --plugin {shlex.quote(str(path))}" for path in args.plugin)
     watch: list[Observer] = []
     if args.dump_ir is not None:
@@ -211,6 +216,7 @@ def as_json(report: CompileReport) -> dict[str, Any]:
         **report.manifest.summary,
         "file_bytes": report.manifest.file_bytes,
         "seconds": report.seconds,
+        "device": asdict(report.place),
         "passes": report.passes,
     }
 
@@ -248,6 +254,9 @@ def as_text(report: CompileReport) -> str:
         f"  files           {report.manifest.file_bytes:,} bytes"
         f" ({summary['matrix_bytes']:,} quantized, {summary['dense_bytes']:,} dense)",
     ]
+    if report.place != Placement():
+        how = ", the model streamed to it" if report.place.streamed else ""
+        lines.append(f"  passes on       {report.place.device}{how}")
     times = ", ".join(f"{name} {took:.1f}" for name, took in report.seconds.items())
     lines.append(f"  seconds         {times}; total {sum(report.seconds.values()):.1f}")
     return "\n".join(lines)

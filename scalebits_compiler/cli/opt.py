@@ -15,6 +15,7 @@ from scalebits_compiler.errors import ParseError, ScalebitsError, UsageError
 from scalebits_compiler.ir.module import Module
 from scalebits_compiler.ir.printer import print_module
 from scalebits_compiler.ir.save import resource_keys, save_module
+from scalebits_compiler.numerics.placement import Placement
 from scalebits_compiler.passes.base import Evaluator, Pass, PassContext
 from scalebits_compiler.passes.observers import (
     DumpIR,
@@ -26,6 +27,7 @@ from scalebits_compiler.passes.observers import (
 )
 from scalebits_compiler.passes.pipeline import Observer, parse_passes, run_pipeline
 from scalebits_compiler.passes.reproducer import MODULE, REPRODUCER, Reproducer, read_pipeline
+from scalebits_compiler.placement import check_device, computing_on, place_for
 from scalebits_compiler.plugins import Registry, load_plugins
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
     add("-o", "--output", type=Path, metavar="OUT", help=told)
     add("--stop-after", metavar="NAME", help="leave out what comes after this pass")
     add("--seed", type=int, default=0, metavar="N", help="for the passes that draw numbers")
+    add("--device", default="cpu", metavar="NAME", help="where passes compute: cpu (default), cuda")
     add("--plugin", type=Path, action="append", default=[], metavar="FILE", help="load a plugin")
     add("--reproduce", type=Path, metavar="DIR", help="replay the bundle of a failed pass")
     add("--dump-ir", type=Path, metavar="DIR", help="write the module after every pass")
@@ -70,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
         args.file = str(args.reproduce / MODULE)
         args.pipeline = args.pipeline or [read_pipeline(args.reproduce)]
     _check_output(args)
+    check_device(args.device)
     registry = load_plugins(args.plugin)
     pipeline = ",".join(filter(str.strip, args.pipeline))
     passes = _stop(parse_passes(pipeline, registry.passes), args.stop_after)
@@ -149,8 +153,13 @@ def _process(
     module = with_tensors(module, Path() if args.file == "-" else Path(path).parent)
     timing = Timing()
     observers = [*_observers(args, registry, source), timing]
-    ctx = PassContext(evaluate=lambda changed: _evaluator(changed, registry), seed=args.seed)
-    made = run_pipeline(module, passes, ctx, observers, registry.passes)
+    ctx = PassContext(
+        evaluate=lambda changed, place: _evaluator(changed, registry, place),
+        place=place_for(args.device, module),
+        seed=args.seed,
+    )
+    with computing_on(args.device):
+        made = run_pipeline(module, passes, ctx, observers, registry.passes)
     if args.time_passes:
         print(timing.table(), file=sys.stderr)
     if args.report:
@@ -168,6 +177,7 @@ def _process(
 
 def _observers(args: argparse.Namespace, registry: Registry, text: Source) -> list[Observer]:
     flags = f" --seed {args.seed}" if args.seed else ""
+    flags += f" --device {args.device}" if args.device != "cpu" else ""
     flags += "".join(f" --plugin {shlex.quote(str(path))}" for path in args.plugin)
     source = None if args.file == "-" else Path(args.file)
     watch: list[Observer] = []
@@ -192,9 +202,9 @@ def _names(listed: str | None) -> frozenset[str] | None:
     return frozenset(listed.split(",")) if listed else None
 
 
-def _evaluator(module: Module, registry: Registry) -> Evaluator:
+def _evaluator(module: Module, registry: Registry, place: Placement) -> Evaluator:
     """The driver, and with it torch, comes in only when a pass evaluates."""
     from scalebits_compiler.driver import evaluator
 
     registry.install_rules()
-    return evaluator(module)
+    return evaluator(module, place)

@@ -30,8 +30,9 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     diagonal = h.diagonal()
     diagonal[diagonal == 0] = 1.0
     mean = diagonal.mean()
+    identity = torch.eye(len(h), dtype=h.dtype, device=h.device)
     for attempt in range(6):
-        damped = h + torch.eye(len(h), dtype=h.dtype) * (damping * 10**attempt * mean)
+        damped = h + identity * (damping * 10**attempt * mean)
         lower, info = torch.linalg.cholesky_ex(damped)
         if int(info) == 0:
             inverse = torch.cholesky_inverse(lower)
@@ -43,8 +44,8 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
 
 def fit_mixed(groups: Tensor, bits: Tensor, weight: Tensor, clip: bool) -> GroupParams:
     """Parameters of one group per row, groups [m, g], at a width per row, bits [m]."""
-    scales = torch.zeros(len(groups), dtype=torch.float16)
-    zeros = torch.zeros(len(groups), dtype=torch.uint8)
+    scales = torch.zeros(len(groups), dtype=torch.float16, device=groups.device)
+    zeros = torch.zeros(len(groups), dtype=torch.uint8, device=groups.device)
     for width in bits.unique().tolist():
         rows = bits == width
         fitted = fit_groups(groups[rows], int(width), weight, clip)
@@ -69,10 +70,11 @@ def gptq(
     work = matrix.double().clone()
     upper = inverse_factor(hessian, damping)
     importance = hessian.diagonal().float().clamp(min=1e-12)
-    weight = column_weight(importance, columns, group)
-    codes = torch.zeros(rows, columns, dtype=torch.uint8)
-    scales = torch.zeros(rows, bits.shape[1], dtype=torch.float16)
-    zeros = torch.zeros(rows, bits.shape[1], dtype=torch.uint8)
+    weight = column_weight(importance, matrix, group)
+    device = matrix.device
+    codes = torch.zeros(rows, columns, dtype=torch.uint8, device=device)
+    scales = torch.zeros(rows, bits.shape[1], dtype=torch.float16, device=device)
+    zeros = torch.zeros(rows, bits.shape[1], dtype=torch.uint8, device=device)
     for index, start in enumerate(range(0, columns, group)):
         stop = min(start + group, columns)
         width = bits[:, index]
@@ -97,10 +99,10 @@ def _round_group(
     safe = torch.where(scale > 0, scale, torch.ones_like(scale))
     offset = zero_offset(params.zeros, bits).double()
     top = torch.exp2(bits.double()) - 1
-    errors = torch.zeros(len(work), stop - start, dtype=work.dtype)
+    errors = torch.zeros(len(work), stop - start, dtype=work.dtype, device=work.device)
     for column in range(start, stop):
         value = work[:, column]
-        code = (value / safe + offset).round().clamp(min=torch.zeros(()).double(), max=top)
+        code = (value / safe + offset).round().clamp(min=0).minimum(top)
         codes[:, column] = code.to(torch.uint8)
         error = (value - scale * (code - offset)) / upper[column, column]
         errors[:, column - start] = error

@@ -29,6 +29,10 @@ class GroupParams:
     scales: Tensor
     zeros: Tensor
 
+    def to(self, device: torch.device | str) -> GroupParams:
+        """The same on a device."""
+        return GroupParams(self.scales.to(device), self.zeros.to(device))
+
 
 @dataclass(frozen=True)
 class Quantized:
@@ -36,6 +40,10 @@ class Quantized:
 
     codes: Tensor
     params: GroupParams
+
+    def to(self, device: torch.device | str) -> Quantized:
+        """The same on a device."""
+        return Quantized(self.codes.to(device), self.params.to(device))
 
 
 def grouped(matrix: Tensor, group: int) -> Tensor:
@@ -51,7 +59,7 @@ def ungrouped(groups: Tensor, columns: int) -> Tensor:
 
 def zero_offset(zeros: Tensor, bits: Tensor | int) -> Tensor:
     """The zero point in code units, float32: zero * 2**b / 256."""
-    power = torch.as_tensor(bits, dtype=torch.float32)
+    power = torch.as_tensor(bits, dtype=torch.float32, device=zeros.device)
     return zeros.float() * torch.exp2(power - 8)
 
 
@@ -66,9 +74,9 @@ def _encode(values: Tensor, scale: Tensor, offset: Tensor, bits: Tensor | int) -
     """Codes (as float) nearest to values [..., g] for scale, offset and width [...]."""
     # A group of zeros has scale 0; any code stands for 0 there.
     safe = torch.where(scale > 0, scale, torch.ones_like(scale)).unsqueeze(-1)
-    top = torch.exp2(torch.as_tensor(bits, dtype=torch.float32)) - 1
+    top = torch.exp2(torch.as_tensor(bits, dtype=torch.float32, device=scale.device)) - 1
     codes = (values / safe + offset.unsqueeze(-1)).round()
-    return codes.clamp(min=torch.zeros(()), max=top.unsqueeze(-1))
+    return codes.clamp(min=0).minimum(top.unsqueeze(-1))
 
 
 def stored_scale(scale: Tensor, up: bool = False) -> Tensor:
@@ -86,7 +94,7 @@ def stored_scale(scale: Tensor, up: bool = False) -> Tensor:
 
 def params_from_range(low: Tensor, high: Tensor, bits: Tensor | int) -> GroupParams:
     """Parameters whose levels span [low, high] (widened to contain 0), as they will be stored."""
-    top = torch.exp2(torch.as_tensor(bits, dtype=torch.float32)) - 1
+    top = torch.exp2(torch.as_tensor(bits, dtype=torch.float32, device=low.device)) - 1
     low, high = low.clamp(max=0), high.clamp(min=0)
     # Upwards: a range cut short hurts more than coarser steps.
     scales = stored_scale((high - low) / top, up=True)
@@ -138,9 +146,10 @@ def fit_groups(groups: Tensor, bits: int, weight: Tensor, clip: bool = True) -> 
     return best
 
 
-def column_weight(importance: Tensor | None, columns: int, group: int) -> Tensor:
-    """Importance of the columns as [groups, group], 0 on the padding of the last group."""
-    flat = torch.ones(columns) if importance is None else importance.float()
+def column_weight(importance: Tensor | None, matrix: Tensor, group: int) -> Tensor:
+    """Importance of a matrix' columns as [groups, group], 0 on the padding of the last group."""
+    columns = matrix.shape[-1]
+    flat = torch.ones(columns, device=matrix.device) if importance is None else importance.float()
     return grouped(flat, group)
 
 
@@ -157,10 +166,14 @@ class LevelTable:
     ) -> LevelTable:
         """Fit all widths for a matrix [m, n]; `importance` [n] weighs squared errors of columns."""
         groups = grouped(matrix.float(), group)
-        weight = column_weight(importance, matrix.shape[-1], group)
+        weight = column_weight(importance, matrix, group)
         fits = [fit_groups(groups, bits, weight, clip) for bits in WIDTHS]
         scales = torch.stack([fit.scales for fit in fits])
         return LevelTable(group, GroupParams(scales, torch.stack([fit.zeros for fit in fits])))
+
+    def to(self, device: torch.device | str) -> LevelTable:
+        """The same on a device."""
+        return LevelTable(self.group, self.params.to(device))
 
     def at(self, bits: Tensor) -> GroupParams:
         """Parameters for a width per group: bits [m, groups] in 1..8 (others are clamped)."""

@@ -52,7 +52,7 @@ class AnnotateSensitivity(Pass):
         scores = st.move_scores(evaluator, matrices, grids, windows, ctx, lines=lines, loss=loss)
         weights, tensors = [], {}
         for symbol, matrix in matrices.items():
-            rows, columns = lines.rows[symbol], lines.columns[symbol]
+            rows, columns = lines.rows[symbol].cpu(), lines.columns[symbol].cpu()
             blocks = torch.stack([scores.up[symbol], scores.down[symbol]], -1)
             made: dict[str, torch.Tensor] = {
                 "row_scores": rows.float(),

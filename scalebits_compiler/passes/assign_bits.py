@@ -275,7 +275,7 @@ class _Saved:
         self.identity = {
             "model": module.source,
             "text": hashlib.sha256(windows).hexdigest(),
-            "setting": f"{pipeline} with seed {ctx.seed}",
+            "setting": f"{pipeline} with seed {ctx.seed} on {ctx.place.device}",
             "module": hashlib.sha256(
                 print_module(replace(module, tensors=())).encode()
             ).hexdigest(),

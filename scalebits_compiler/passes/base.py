@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 from scalebits_compiler.errors import PassError
+from scalebits_compiler.numerics.placement import Placement
 
 if TYPE_CHECKING:
     import torch
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
     from scalebits_compiler.ir.module import Module
     from scalebits_compiler.ir.ops import Linear
 
-    # (op, input [batch, sequence, n], dense weight [m, n]) -> output [batch, sequence, m]
+    # (op, input [batch, sequence, n], dense weight [m, n]) -> output [batch, sequence, m]; a
+    # streamed weight is on the host
     LinearRule = Callable[[Linear, torch.Tensor, torch.Tensor], torch.Tensor]
     # (op, the input of every batch, dense weight) -> the weight to go on with
     WeightRule = Callable[[Linear, Sequence[torch.Tensor], torch.Tensor], torch.Tensor]
@@ -44,7 +46,8 @@ class Evaluator(Protocol):
     def run(self, ids: torch.Tensor, linear: LinearRule | None = None) -> torch.Tensor:
         """The function's result for token ids i64[batch, sequence]; differentiable.
 
-        `linear` replaces the rule of every linear op (its result has no bias added yet).
+        `linear` replaces the rule of every linear op (its result has no bias added yet). Streamed,
+        gradients run it again in the backward pass.
         """
         ...
 
@@ -109,10 +112,12 @@ class Checkpoint(Protocol):
 class PassContext:
     """What the driver gives to passes; `report` collects what a pass wants to tell, by its name.
 
-    cache: what one pass may reuse when it runs again in the same compile.
+    place: where passes compute; the tensors of modules, and text, are on the host always. cache:
+    what one pass may reuse when it runs again in the same compile.
     """
 
-    evaluate: Callable[[Module], Evaluator] | None = None
+    evaluate: Callable[[Module, Placement], Evaluator] | None = None
+    place: Placement = field(default_factory=Placement)
     text: TextSplit | None = None
     seed: int = 0
     progress: Progress = no_progress
@@ -120,11 +125,16 @@ class PassContext:
     cache: dict[str, object] = field(default_factory=dict)
     report: dict[str, object] = field(default_factory=dict)
 
-    def evaluator(self, module: Module, needed_by: str) -> Evaluator:
-        """The injected evaluator for a module; PassError where there is none."""
+    def evaluator(
+        self, module: Module, needed_by: str, place: Placement | None = None
+    ) -> Evaluator:
+        """The injected evaluator for a module, at `place` (None: the context's).
+
+        PassError where there is none.
+        """
         if self.evaluate is None:
             raise PassError(f"{needed_by} evaluates the model, and no evaluator was given")
-        return self.evaluate(module)
+        return self.evaluate(module, place or self.place)
 
     def windows(self, module: Module, needed_by: str) -> TextSplit:
         """The text of the module (or of the context, which wins); PassError where there is none."""

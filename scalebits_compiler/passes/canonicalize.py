@@ -15,6 +15,7 @@ from scalebits_compiler.ir.module import Argument, Function, Module, Weight
 from scalebits_compiler.ir.op import Op
 from scalebits_compiler.ir.ops import Aten, Linear
 from scalebits_compiler.ir.types import DYNAMIC, TensorType
+from scalebits_compiler.numerics.placement import Placement
 from scalebits_compiler.passes.base import Pass, PassContext
 from scalebits_compiler.passes.blocks import default_block
 from scalebits_compiler.passes.patterns import check_pattern, matching
@@ -234,7 +235,8 @@ def _raise_chain(graph: Graph, ctx: PassContext, op: Op) -> Replacement:
     probe = Function("probe", (Argument(x, op.type),), tuple(ops), op.result, op.type)
     points = torch.linspace(-12, 12, 4001).reshape((1,) * (op.type.rank - 1) + (-1,))
     with torch.no_grad():
-        evaluator = ctx.evaluator(replace(graph.module, function=probe), "canonicalize")
+        probed = replace(graph.module, function=probe)
+        evaluator = ctx.evaluator(probed, "canonicalize", Placement())
         cls = known_activation(points, evaluator.run(points))
     return None if cls is None else one(graph, cls(result=op.result, type=op.type, loc=op.loc, x=x))
 

@@ -47,7 +47,8 @@ def summed_loss(evaluator: Evaluator, ids: Tensor, rule: LinearRule, loss: str) 
     found = evaluator.run(ids, rule).float()
     if loss == "ce":
         logits = found[:, :-1].flatten(0, 1)
-        return torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum")
+        wanted = ids[:, 1:].flatten().to(logits.device)
+        return torch.nn.functional.cross_entropy(logits, wanted, reduction="sum")
     with torch.no_grad():
         original = evaluator.run(ids).float()
     if loss == "kl":
@@ -71,13 +72,16 @@ def relative_error(states: Tensor, original: Tensor) -> Tensor:
 
 
 def _tokens_loss(logits: Tensor, original: Tensor, draw: torch.Generator) -> Tensor:
-    labels = torch.multinomial(original.softmax(-1), 1, generator=draw).squeeze(-1)
+    # Drawn on the host, so that every device sees the same labels.
+    chances = original.softmax(-1).cpu()
+    labels = torch.multinomial(chances, 1, generator=draw).squeeze(-1).to(logits.device)
     ours = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
     return ours - torch.nn.functional.cross_entropy(original, labels, reduction="sum")
 
 
 def _states_loss(states: Tensor, original: Tensor, draw: torch.Generator) -> Tensor:
     variance = VARIANCE * original.square().mean(-1, keepdim=True).clamp(min=1e-12)
-    noise = torch.randn(original.shape, generator=draw) * variance.sqrt()
+    drawn = torch.randn(original.shape, generator=draw).to(original.device)
+    noise = drawn * variance.sqrt()
     excess = (states - original - noise).square() - noise.square()
     return (excess / (2 * variance)).sum()

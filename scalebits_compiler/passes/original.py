@@ -42,7 +42,7 @@ class Predictions:
     def of(self, index: torch.Tensor) -> torch.Tensor:
         """float32 [len(index), s, vocabulary] of some windows."""
         if self.kept is not None and self.known is not None and bool(self.known[index].all()):
-            return self.kept[index]
+            return self.kept[index.to(self.kept.device)]
         with torch.no_grad():
             made = self.evaluator.run(self.windows[index])
         made = made if self.states else made.log_softmax(-1)
@@ -56,7 +56,7 @@ class Predictions:
         if self.kept is None or self.known is None:
             self.kept = made.new_empty(len(self.windows), *made.shape[1:])
             self.known = torch.zeros(len(self.windows), dtype=torch.bool)
-        self.kept[index], self.known[index] = made, True
+        self.kept[index.to(made.device)], self.known[index] = made, True
 
     def is_of(self, windows: torch.Tensor, weights: dict[str, torch.Tensor]) -> bool:
         """Whether it was made for these very windows and matrices."""

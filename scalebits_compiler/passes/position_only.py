@@ -15,6 +15,7 @@ from scalebits_compiler.ir.module import Function
 from scalebits_compiler.ir.op import Op
 from scalebits_compiler.ir.ops import Aten, Positions, Rope
 from scalebits_compiler.ir.types import TensorType
+from scalebits_compiler.numerics.placement import Placement
 from scalebits_compiler.passes.base import PassContext
 from scalebits_compiler.passes.raising_attention import EVERYTHING
 from scalebits_compiler.passes.raising_graph import Graph, Replacement, is_call, one
@@ -223,7 +224,8 @@ class PositionOnly:
         module = self.graph.module
         assert isinstance(kind, TensorType)
         probe = Function("probe", module.function.args, tuple(ops), value, kind)
-        evaluator = self.ctx.evaluator(replace(module, function=probe), "canonicalize")
+        probed = replace(module, function=probe)
+        evaluator = self.ctx.evaluator(probed, "canonicalize", Placement())
         with torch.no_grad():
             return evaluator.run(torch.zeros(shape, dtype=torch.long))
 

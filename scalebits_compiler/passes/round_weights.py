@@ -57,13 +57,13 @@ class RoundWeights(Pass):
         self, module: Module, weights: Sequence[Weight], ctx: PassContext
     ) -> dict[str, Quantized]:
         shown = ctx.progress(weights, "rounding to nearest")
-        return {weight.symbol: self._nearest(module, weight) for weight in shown}
+        return {w.symbol: self._nearest(module, w, ctx.place.device).to("cpu") for w in shown}
 
-    def _nearest(self, module: Module, weight: Weight) -> Quantized:
+    def _nearest(self, module: Module, weight: Weight, device: str) -> Quantized:
         from scalebits_compiler.numerics.quantize import LevelTable
 
         dense, group = _dense(module, weight)
-        bits = group_bits(module, weight)
+        dense, bits = dense.to(device), group_bits(module, weight).to(device)
         return LevelTable.fit(dense, group, clip=self.clip).quantize(dense, bits)
 
     def _gptq(
@@ -82,17 +82,17 @@ class RoundWeights(Pass):
             symbol = op.weight.name
             if symbol not in wanted:
                 return weight
+            bits = group_bits(module, wanted[symbol]).to(weight.device)
+            group = wanted[symbol].group or 0
             if symbol not in done:
                 next(ticks, None)
-                bits = group_bits(module, wanted[symbol])
-                group = wanted[symbol].group or 0
                 if not any(x.shape[0] for x in inputs):  # an expert that no token is sent to
-                    done[symbol] = self._nearest(module, wanted[symbol])
+                    done[symbol] = self._nearest(module, wanted[symbol], ctx.place.device).to("cpu")
                     return weight
                 hessian = shared.of(inputs)
-                done[symbol] = gptq(weight, hessian, bits, group, self.damping, self.clip)
-            rounded, group = done[symbol], wanted[symbol].group or 0
-            bits = group_bits(module, wanted[symbol])
+                rounded = gptq(weight, hessian, bits, group, self.damping, self.clip)
+                done[symbol] = rounded.to("cpu")
+            rounded = done[symbol].to(weight.device)
             return dequantize(rounded.codes, rounded.params, bits, group)
 
         windows = ctx.windows(module, self.name).calibration

@@ -69,7 +69,7 @@ class SearchProblem:
         now = [text.calibration, text.acceptance]
         now += [module.resources.torch(w.data.key).float() for w in known if w.data]
         then = [self.text.calibration, self.text.acceptance]
-        then += [matrix.dense for matrix in self.matrices.values()]
+        then += [matrix.dense.cpu() for matrix in self.matrices.values()]
         return all(torch.equal(one, other) for one, other in zip(now, then, strict=True))
 
     def gradient_passes(self, scored: int, held: int) -> float:

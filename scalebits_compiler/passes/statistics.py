@@ -13,8 +13,8 @@ matrix live for one batch. The loss is a mean over tokens, in nats; objectives.p
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,23 +22,27 @@ from torch import Tensor
 from scalebits_compiler.errors import PassError
 from scalebits_compiler.ir.module import Module, Weight
 from scalebits_compiler.ir.ops import Linear
+from scalebits_compiler.numerics.placement import Placement
 from scalebits_compiler.numerics.quantize import LevelTable, block_sums, expand_grid
 from scalebits_compiler.passes.base import Evaluator, PassContext
 from scalebits_compiler.passes.objectives import scored_tokens, summed_loss
 
-if TYPE_CHECKING:
-    pass
+T = TypeVar("T")
 
 BATCH_TOKENS = 4096
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix under search: dense values float32 [m, n], its block shape, its level table."""
+    """A matrix under search: dense values float32 [m, n], its block shape, its level table.
+
+    Both are at the home of `place`; what is made of them is on the device.
+    """
 
     weight: Weight
     dense: Tensor
     table: LevelTable
+    place: Placement = field(default_factory=Placement)
 
     @property
     def block(self) -> tuple[int, int]:
@@ -53,7 +57,12 @@ class Matrix:
 
     def at(self, grid: Tensor) -> Tensor:
         """float32 [m, n]: the matrix rounded at a width per block (clamped to 1..8)."""
-        return self.table.dequantized(self.dense, self.group_bits(grid.clamp(1, 8)))
+        bits = self.group_bits(self.place.here(grid).clamp(1, 8))
+        return self.table.to(self.place.device).dequantized(self.values(), bits)
+
+    def values(self) -> Tensor:
+        """The dense values, on the device."""
+        return self.place.here(self.dense)
 
 
 Take = Callable[[str, Tensor, Tensor], None]  # (symbol, g [m, n], F [m, n]) of one batch
@@ -67,8 +76,9 @@ def load_matrices(module: Module, ctx: PassContext, clip: bool = True) -> dict[s
         if weight.data is None or weight.group is None:
             raise PassError(f"@{weight.symbol} has no data or group", help="run canonicalize first")
         dense = module.resources.torch(weight.data.key).float()
-        table = LevelTable.fit(dense, weight.group, clip=clip)
-        matrices[weight.symbol] = Matrix(weight, dense, table)
+        table = LevelTable.fit(ctx.place.here(dense), weight.group, clip=clip)
+        home = ctx.place.home
+        matrices[weight.symbol] = Matrix(weight, dense.to(home), table.to(home), ctx.place)
     return matrices
 
 
@@ -77,9 +87,16 @@ def batches(windows: Tensor) -> list[Tensor]:
     return list(windows.split(max(1, BATCH_TOKENS // windows.shape[1])))
 
 
-def rounded(matrices: Mapping[str, Matrix], bits: Bits) -> dict[str, Tensor]:
+def rounded(matrices: Mapping[str, Matrix], bits: Bits) -> Mapping[str, Tensor]:
     """The matrices rounded at their widths."""
-    return {symbol: matrix.at(bits[symbol]) for symbol, matrix in matrices.items()}
+    return per_matrix(matrices, lambda symbol: matrices[symbol].at(bits[symbol]))
+
+
+def per_matrix(matrices: Mapping[str, Matrix], make: Callable[[str], T]) -> Mapping[str, T]:
+    """symbol -> make(symbol): made now, or of streamed matrices when it is asked for."""
+    for matrix in matrices.values():
+        return matrix.place.table(matrices, make)
+    return {}
 
 
 def held_loss(
@@ -88,7 +105,8 @@ def held_loss(
     """Mean loss (nats) with some matrices replaced; no gradients."""
 
     def rule(op: Linear, x: Tensor, weight: Tensor) -> Tensor:
-        return torch.nn.functional.linear(x, weights.get(op.weight.name, weight))
+        chosen = weights.get(op.weight.name, weight)
+        return torch.nn.functional.linear(x, chosen.to(x.device))
 
     total = 0.0
     with torch.no_grad():
@@ -108,19 +126,33 @@ class Capture:
         """The linear rule to run the model with."""
         symbol = op.weight.name
         if symbol not in self.weights:
-            return torch.nn.functional.linear(x, weight)
+            return torch.nn.functional.linear(x, weight.to(x.device))
         # The weights need no gradient of their own; a leaf keeps the chain of the outputs alive.
         source = x if x.requires_grad else x.detach().requires_grad_()
-        y = torch.nn.functional.linear(source, self.weights[symbol])
-        inputs = source.detach()
-        y.register_hook(lambda grad: self._reduce(symbol, inputs, grad))
-        return y
+        return _Captured.apply(source, self, symbol)
 
-    def _reduce(self, symbol: str, x: Tensor, grad: Tensor) -> None:
+    def reduce(self, symbol: str, x: Tensor, grad: Tensor) -> None:
+        """Hand on (g, F) of a matrix, from its input and the gradient of its output."""
         inputs, outputs = x.flatten(0, -2), grad.flatten(0, -2)
         gradient = outputs.T @ inputs
         fisher = outputs.square().T @ inputs.square()
         self.take(symbol, gradient, fisher)
+
+
+class _Captured(torch.autograd.Function):
+    """x Ŵᵀ with a weight that is asked for in both directions, so that it need not be kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, capture: Capture, symbol: str) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.capture, ctx.symbol = capture, symbol
+        return torch.nn.functional.linear(x, capture.weights[symbol])
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        (x,), (grad,) = ctx.saved_tensors, grad_outputs
+        ctx.capture.reduce(ctx.symbol, x, grad)
+        return grad @ ctx.capture.weights[ctx.symbol], None, None
 
 
 def backward(
@@ -168,11 +200,14 @@ def move_scores(
     With `lines`, the line scores at this reference point are added to it in the same pass.
     """
     weights = rounded(matrices, bits)
-    deltas = {
-        symbol: [matrix.at(bits[symbol] + step) - weights[symbol] for step in (1, -1)]
-        for symbol, matrix in matrices.items()
+    deltas = per_matrix(
+        matrices,
+        lambda s: [matrices[s].at(bits[s] + step) - weights[s] for step in (1, -1)],
+    )
+    sums = {
+        s: torch.zeros(2, 2, *bits[s].shape, dtype=torch.float64, device=m.place.device)
+        for s, m in matrices.items()
     }
-    sums = {s: torch.zeros(2, 2, *bits[s].shape, dtype=torch.float64) for s in matrices}
 
     def take(symbol: str, gradient: Tensor, fisher: Tensor) -> None:
         block = matrices[symbol].block
@@ -182,7 +217,7 @@ def move_scores(
             sums[symbol][index, 0] += score
             sums[symbol][index, 1] += score.square()
         if lines is not None:
-            error = (weights[symbol] - matrices[symbol].dense).square()
+            error = (weights[symbol] - matrices[symbol].values()).square()
             lines.add(symbol, 0.5 * fisher * error / tokens)
 
     parts, tokens = batches(windows), scored_tokens(windows, loss)
@@ -200,7 +235,8 @@ def _finish(
     loss: float,
 ) -> MoveScores:
     scores: list[dict[str, Tensor]] = [{}, {}, {}, {}]
-    for symbol, total in sums.items():
+    for symbol, there in sums.items():
+        total = there.cpu()
         variance = (total[:, 1] - total[:, 0].square() / count).clamp(min=0)
         error = (variance * count / max(1, count - 1)).sqrt() / tokens
         for index, at_limit in enumerate((bits[symbol] >= limits[1], bits[symbol] <= limits[0])):
@@ -222,21 +258,22 @@ def width_curves(
     F is taken at the unrounded weights; nats of mean loss. The separable start of the search. F is
     held for all matrices: eight widths per batch would cost more time than it costs memory.
     """
-    dense = {symbol: matrix.dense for symbol, matrix in matrices.items()}
-    fishers = {symbol: torch.zeros_like(weight) for symbol, weight in dense.items()}
+    dense = per_matrix(matrices, lambda symbol: matrices[symbol].values())
+    fishers = {symbol: torch.zeros_like(matrix.dense) for symbol, matrix in matrices.items()}
 
     def take(symbol: str, gradient: Tensor, fisher: Tensor) -> None:
-        fishers[symbol] += fisher
+        fishers[symbol] += fisher.to(fishers[symbol].device)
 
     for ids in ctx.progress(batches(windows), "sensitivity at full precision"):
         backward(evaluator, dense, ids, take, loss)
     scale = 0.5 / scored_tokens(windows, loss)
-    return {s: _curve(m, fishers.pop(s) * scale) for s, m in matrices.items()}
+    return {s: _curve(m, m.place.here(fishers.pop(s)) * scale).cpu() for s, m in matrices.items()}
 
 
 def _curve(matrix: Matrix, weight: Tensor) -> Tensor:
     shape = matrix.weight.grid_shape()
-    errors = ((matrix.at(torch.full(shape, b)) - matrix.dense).square() for b in range(1, 9))
+    exact = matrix.values()
+    errors = ((matrix.at(torch.full(shape, b)) - exact).square() for b in range(1, 9))
     return torch.stack([block_sums(weight * error, matrix.block).double() for error in errors])
 
 
@@ -251,8 +288,8 @@ class LineScores:
     def empty(matrices: Mapping[str, Matrix]) -> LineScores:
         """All zero."""
         return LineScores(
-            {s: torch.zeros(m.dense.shape[0]) for s, m in matrices.items()},
-            {s: torch.zeros(m.dense.shape[1]) for s, m in matrices.items()},
+            {s: torch.zeros(m.dense.shape[0], device=m.place.device) for s, m in matrices.items()},
+            {s: torch.zeros(m.dense.shape[1], device=m.place.device) for s, m in matrices.items()},
         )
 
     def add(self, symbol: str, change: Tensor) -> None:

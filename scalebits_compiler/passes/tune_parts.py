@@ -19,6 +19,7 @@ from scalebits_compiler.passes.tuned_matrix import (
 
 if TYPE_CHECKING:
     from scalebits_compiler.ir.module import Module
+    from scalebits_compiler.numerics.placement import Placement
     from scalebits_compiler.passes.base import Part
 
 Rates = tuple[float, float, float]
@@ -35,6 +36,7 @@ class PartTuning:
     """
 
     module: Module
+    where: Placement
     ticks: Iterator[str]
     wanted: Collection[str]
     rates: Rates
@@ -47,8 +49,9 @@ class PartTuning:
 
     def rule(self, part: Part) -> Mapping[str, torch.Tensor]:
         """The matrices to go on with: tuned where that lowers the held error, else rounded."""
+        moving = self.rates[2] > 0
         made = {
-            symbol: TunedMatrix.load(self.module, self.module.weights[symbol], self.rates[2] > 0)
+            symbol: TunedMatrix.load(self.module, self.module.weights[symbol], moving, self.where)
             for symbol in part.matrices
             if symbol in self.wanted
         }
@@ -73,8 +76,9 @@ class PartTuning:
         shuffle = torch.Generator().manual_seed(self.seed)
         order = [torch.randperm(len(self.seen), generator=shuffle) for _ in range(self.epochs)]
         steps = [self.seen[int(batch)] for batch in torch.cat(order)]
-        losses = ((lambda w, b=batch: _error(part, b, w, product_type())) for batch in steps)
-        descend(made, self.rates, len(steps), losses)
+        dtype = product_type(self.where.device)
+        losses = ((lambda w, b=batch: _error(part, b, w, dtype)) for batch in steps)
+        descend(made, self.where, self.rates, len(steps), losses)
 
     def _held_error(self, part: Part, weights: Mapping[str, torch.Tensor]) -> float:
         with torch.no_grad():

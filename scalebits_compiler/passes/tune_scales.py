@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from scalebits_compiler.errors import PassError
 from scalebits_compiler.ir.module import Module
+from scalebits_compiler.numerics.placement import Placement
 from scalebits_compiler.passes.base import Evaluator, Pass, PassContext
 from scalebits_compiler.passes.roles import embedding_tables
 
@@ -101,7 +102,8 @@ class TuneScales(Pass):
         held = text.acceptance.split(BATCH_WINDOWS)
         numbers = range(len(seen)), range(len(seen), len(seen) + len(held))
         ticks = iter(ctx.progress(wanted, "tuning layer by layer", len(wanted)))
-        tuning = PartTuning(module, ticks, wanted, self._rates(), self.epochs, ctx.seed, *numbers)
+        how = (self._rates(), self.epochs, ctx.seed, *numbers)
+        tuning = PartTuning(module, ctx.place, ticks, wanted, *how)
         exact = without_rounding(module, embedding_tables(module))
         ctx.evaluator(exact, self.name).stream_parts([*seen, *held], tuning.rule)
         next(ticks, None)
@@ -122,6 +124,7 @@ class _Problem:
     evaluator: Evaluator
     original: Predictions
     tuned: dict[str, TunedMatrix]
+    where: Placement
     held: int  # the last so many of the original's windows accept or reject
     states: bool
 
@@ -140,9 +143,11 @@ class _Problem:
         windows = torch.cat([part for part in parts if part is not None])
         original = predictions(module, windows, ctx, settings.name)
         weights = [module.weights[symbol] for symbol in wanted]
-        tuned = {w.symbol: TunedMatrix.load(module, w, settings.code_rate > 0) for w in weights}
+        moving, where = settings.code_rate > 0, ctx.place
+        tuned = {w.symbol: TunedMatrix.load(module, w, moving, where) for w in weights}
         evaluator = ctx.evaluator(module, settings.name)
-        return _Problem(evaluator, original, tuned, len(text.acceptance), original.states)
+        held = len(text.acceptance)
+        return _Problem(evaluator, original, tuned, where, held, original.states)
 
     def optimize(self, settings: TuneScales, ctx: PassContext) -> None:
         """One Adam step per batch of windows."""
@@ -159,11 +164,12 @@ class _Problem:
         ]
         shown = ctx.progress(steps, "tuning to the original", len(steps))
         tokens = self.original.windows.shape[1]
+        dtype = product_type(self.where.device)
         losses = (
-            (lambda w, i=index: self._divergence(i, w, product_type()) / (len(i) * tokens))
+            (lambda w, i=index: self._divergence(i, w, dtype) / (len(i) * tokens))
             for index in shown
         )
-        descend(self.tuned, settings._rates(), len(steps), losses)
+        descend(self.tuned, self.where, settings._rates(), len(steps), losses)
 
     def held_divergence(self) -> float:
         """Mean KL(original || model) on the acceptance windows, nats; of states their error."""
@@ -171,7 +177,7 @@ class _Problem:
 
         windows = self.original.windows
         with torch.no_grad():
-            weights = {symbol: matrix.dense() for symbol, matrix in self.tuned.items()}
+            weights = self.where.table(self.tuned, lambda symbol: self.tuned[symbol].dense())
             held = torch.arange(len(windows))[len(windows) - self.held :]
             parts = [float(self._divergence(i, weights)) for i in held.split(BATCH_WINDOWS)]
         return sum(parts) / (self.held * windows.shape[1])

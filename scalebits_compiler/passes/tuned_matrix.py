@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from scalebits_compiler.errors import PassError
+from scalebits_compiler.ir.attrs import Resource
 from scalebits_compiler.ir.module import Module, Weight
+from scalebits_compiler.numerics.placement import Placement
 from scalebits_compiler.numerics.quantize import grouped, stored_scale, ungrouped, zero_offset
 from scalebits_compiler.passes.round_weights import group_bits
 
@@ -27,7 +29,8 @@ class TunedMatrix:
     """One matrix: codes [m, groups, g], scales and zeros [m, groups], and what is learned of each.
 
     log_scale and shift are offsets of scales and zero points; place, for codes that may change, is
-    where a weight stands between them: the stored code is the nearest one.
+    where a weight stands between them: the stored code is the nearest one. All of them are at the
+    home of `where`, what is made of them is on the device.
     """
 
     weight: Weight
@@ -38,9 +41,10 @@ class TunedMatrix:
     log_scale: torch.Tensor
     shift: torch.Tensor
     place: torch.Tensor | None
+    where: Placement
 
     @staticmethod
-    def load(module: Module, weight: Weight, move_codes: bool) -> TunedMatrix:
+    def load(module: Module, weight: Weight, move_codes: bool, where: Placement) -> TunedMatrix:
         """Start at the stored parameters; places at the original weights, within their codes.
 
         Raises PassError if the matrix is not rounded.
@@ -48,21 +52,29 @@ class TunedMatrix:
         if weight.codes is None or weight.scales is None or weight.zeros is None:
             raise PassError(f"@{weight.symbol} is not rounded", help="run round-weights first")
         assert weight.data is not None
-        store, group = module.resources, weight.group or 0
-        codes = grouped(store.torch(weight.codes.key).float(), group)
-        scales = store.torch(weight.scales.key).float()
-        zeros = store.torch(weight.zeros.key).float()
-        bits = group_bits(module, weight).float()
+        group = weight.group or 0
+
+        def stored(resource: Resource) -> torch.Tensor:
+            return module.resources.torch(resource.key).float().to(where.home)
+
+        codes = grouped(stored(weight.codes), group)
+        scales, zeros = stored(weight.scales), stored(weight.zeros)
+        bits = group_bits(module, weight).float().to(where.home)
         place = None
         if move_codes:
             wide = torch.where(scales > 0, scales, torch.ones_like(scales)).unsqueeze(-1)
-            dense = grouped(store.torch(weight.data.key).float(), group)
+            dense = grouped(stored(weight.data), group)
             exact = dense / wide + zero_offset(zeros, bits).unsqueeze(-1)
             offset = (exact - codes).clamp(-NEAREST_START, NEAREST_START)
             place = (codes + offset).requires_grad_()
         log_scale = torch.zeros_like(scales, requires_grad=True)
         shift = torch.zeros_like(scales, requires_grad=True)
-        return TunedMatrix(weight, codes, scales, zeros, bits, log_scale, shift, place)
+        return TunedMatrix(weight, codes, scales, zeros, bits, log_scale, shift, place, where)
+
+    def here(self) -> TunedMatrix:
+        """The same on the device that computes; gradients go back to where the parameters are."""
+        tensors = {k: v for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        return replace(self, **{name: self.where.here(held) for name, held in tensors.items()})
 
     def parameters(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Codes, scales and zeros as they would be stored, float32; gradients pass the rounding."""
@@ -71,7 +83,7 @@ class TunedMatrix:
         codes = self.codes
         if self.place is not None:
             top = (torch.exp2(self.bits) - 1).unsqueeze(-1)
-            nearest = self.place.round().clamp(min=torch.zeros(()), max=top)
+            nearest = self.place.round().clamp(min=0).minimum(top)
             codes = _through(self.place, nearest)
         return (
             codes,
@@ -81,20 +93,22 @@ class TunedMatrix:
 
     def dense(self) -> torch.Tensor:
         """The matrix float32 [m, n] they give; differentiable."""
-        codes, scales, zeros = self.parameters()
-        offset = (zeros * torch.exp2(self.bits - 8)).unsqueeze(-1)
+        here = self.here()
+        codes, scales, zeros = here.parameters()
+        offset = (zeros * torch.exp2(here.bits - 8)).unsqueeze(-1)
         columns = self.weight.type.static_shape()[1]
         return ungrouped(scales.unsqueeze(-1) * (codes - offset), columns)
 
     def changes(self) -> tuple[int, int]:
         """How many of its codes are not what rounding made them, and how many there are."""
-        now = self.parameters()[0].detach().round()
-        return int((now != self.codes).sum()), self.codes.numel()
+        here = self.here()
+        now = here.parameters()[0].detach().round()
+        return int((now != here.codes).sum()), self.codes.numel()
 
     def stored(self) -> dict[str, torch.Tensor]:
         """The tuned parameters by resource key: codes and zeros uint8, scales float16."""
         # Rounded again: a float32 sum of value and difference may be off by its last bit.
-        codes, scales, zeros = (tensor.detach() for tensor in self.parameters())
+        codes, scales, zeros = (t.detach().cpu() for t in self.here().parameters())
         weight, columns = self.weight, self.weight.type.static_shape()[1]
         assert weight.codes is not None
         assert weight.scales is not None
@@ -114,6 +128,7 @@ def share_changed(tuned: Iterable[TunedMatrix]) -> float:
 
 def descend(
     tuned: Mapping[str, TunedMatrix],
+    where: Placement,
     rates: tuple[float, float, float],
     count: int,
     losses: Iterable[Callable[[Mapping[str, torch.Tensor]], torch.Tensor]],
@@ -134,17 +149,19 @@ def descend(
     for loss in losses:
         with torch.enable_grad():
             adam.zero_grad()
-            loss({symbol: matrix.dense() for symbol, matrix in tuned.items()}).backward()
+            loss(where.table(tuned, lambda symbol: tuned[symbol].dense())).backward()
         adam.step()
         cosine.step()
 
 
-def product_type() -> torch.dtype:
-    """The type to multiply in while learning: bfloat16 where this processor has products of it.
+def product_type(device: str) -> torch.dtype:
+    """The type to multiply in while learning: bfloat16 where the device has products of it.
 
     They take half the time of float32 there, and are summed in float32; the gradients differ from
     those of float32 products by about one percent.
     """
+    if device == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float32
     known = getattr(torch.cpu, "get_capabilities", dict)()  # new in torch 2.10
     fast = known.get("avx512_bf16") or known.get("amx_bf16")
     return torch.bfloat16 if fast else torch.float32
@@ -155,7 +172,7 @@ def using(weights: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float3
 
     def rule(op: Linear, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         chosen = weights.get(op.weight.name, weight)
-        return torch.nn.functional.linear(x.to(dtype), chosen.to(dtype)).to(x.dtype)
+        return torch.nn.functional.linear(x.to(dtype), chosen.to(x.device, dtype)).to(x.dtype)
 
     return rule
 

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from scalebits_compiler.errors import UsageError
+from scalebits_compiler.placement import check_device
 from scalebits_compiler.reference_session import load_reference
 from scalebits_compiler.runtime.artifact import Artifact
-from scalebits_compiler.runtime.cuda.session import interpreted
+from scalebits_compiler.runtime.cuda.session import interpreted, missing_gpu
 from scalebits_compiler.runtime.session import load
 
 pytest.importorskip("triton", reason="the cuda target's kernels need Triton")
@@ -105,6 +107,14 @@ def test_wrong_targets_are_refused(options, message, pair, cli, tmp_path):
     ran = cli("retarget", pair.cpu, *options, "-o", tmp_path / "out")
     assert (ran.code, message in ran.err) == (2, True), ran.err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_gpu_that_is_not_there_is_named_before_any_work(cli, tiny_llama, tmp_path):
+    for command in (("compile", tiny_llama(), "-o", tmp_path / "out"), ("opt", "-")):
+        ran = cli(*command, "--device", "cuda")
+        assert (ran.code, ran.err.splitlines()[0]) == (2, f"error: --device cuda: {missing_gpu()}")
+    with pytest.raises(UsageError, match="no device 'tpu'"):
+        check_device("tpu")
 
 
 def test_the_output_must_not_hold_the_input(pair, cli):

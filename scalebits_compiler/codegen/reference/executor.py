@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from scalebits_compiler.codegen.reference.host import run_host, run_together
 from scalebits_compiler.codegen.reference.rules import RULES, product_op
@@ -20,14 +22,16 @@ from scalebits_compiler.ir.host import Host
 from scalebits_compiler.ir.module import Module
 from scalebits_compiler.ir.op import Op
 from scalebits_compiler.ir.ops import Aten, Embedding, Linear, QLinear
+from scalebits_compiler.numerics.placement import Placement
 
 LinearRule = Callable[[Linear, torch.Tensor, torch.Tensor], torch.Tensor]
 PackedProduct = Callable[[str, torch.Tensor], torch.Tensor]
+Weights = Callable[[Symbol], torch.Tensor]
 WeightRule = Callable[[Linear, Sequence[torch.Tensor], torch.Tensor], torch.Tensor]
 
 
 def _plain_linear(_: Linear, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return F.linear(x, weight)
+    return F.linear(x, weight.to(x.device))
 
 
 class _Frame:
@@ -36,7 +40,8 @@ class _Frame:
     def __init__(
         self,
         executor: Executor,
-        weight: Callable[[Symbol], torch.Tensor],
+        weight: Weights,
+        matrix: Weights,
         linear: LinearRule,
         pad: torch.Tensor | None = None,
     ) -> None:
@@ -44,6 +49,8 @@ class _Frame:
         self.pad = pad
         self.linear = linear
         self.weight = weight
+        self.matrix = matrix
+        self.device = executor.place.device
         self._executor = executor
 
     def value(self, value: Value) -> Any:
@@ -54,13 +61,13 @@ class _Frame:
 
     def fork(self, linear: LinearRule) -> _Frame:
         """A frame that goes on from here with another linear rule."""
-        frame = _Frame(self._executor, self.weight, linear, self.pad)
+        frame = _Frame(self._executor, self.weight, self.matrix, linear, self.pad)
         frame.values = dict(self.values)
         return frame
 
     def product(self, op: Linear | QLinear, x: torch.Tensor) -> torch.Tensor:
         if isinstance(op, Linear):
-            return self.linear(op, x, self.weight(op.weight))
+            return self.linear(op, x, self.matrix(op.weight))
         if self._executor.packed is not None:
             return self._executor.packed(op.weight.name, x)
         return F.linear(x, self.weight(op.weight))
@@ -83,6 +90,24 @@ class _Frame:
         self.values[op.result] = result
         for value in self._executor.dies_at.get(op.result, ()):
             del self.values[value]
+
+    def part(self, ops: Sequence[Op]) -> None:
+        """Run some ops; what their gradients need is computed again in the backward pass."""
+        names, left = tuple(self.values), list[Value]()
+        given = tuple(self.values.values())
+        empty = copy(self)  # a graph that knew our values would keep itself alive
+        empty.values = {}
+
+        def run(*given: Any) -> tuple[Any, ...]:
+            frame = copy(empty)
+            frame.values = dict(zip(names, given, strict=True))
+            for op in ops:
+                frame.step(op)
+            left[:] = frame.values
+            return tuple(frame.values.values())
+
+        made = checkpoint(run, *given, use_reentrant=False, preserve_rng_state=False)
+        self.values = dict(zip(left, made, strict=True))
 
 
 @dataclass(frozen=True)
@@ -112,24 +137,40 @@ class Part:
 
 
 class Executor:
-    """Computes a module's function in float32 on the CPU, one op after the other.
+    """Computes a module's function in float32, one op after the other.
 
     Works on every stage: raw ATen calls, raised ops, permuted, rounded and packed weights. Dense
-    weights are made once and kept for the life of the Executor. Slow by intent: no KV cache.
-    packed: computes x Wᵀ for a packed matrix (by symbol); None dequantizes it.
+    weights are made once and kept on the device for the life of the Executor. Streamed, matrices
+    come to it when an op reads them, and with gradients every layer runs twice: only the values
+    between layers are kept, and the backward pass makes those inside, and the matrices, again.
+    Slow by intent: no KV cache. packed: computes x Wᵀ for a packed matrix (by symbol); None
+    dequantizes it.
     """
 
-    def __init__(self, module: Module, packed: PackedProduct | None = None) -> None:
+    def __init__(
+        self,
+        module: Module,
+        place: Placement | None = None,
+        packed: PackedProduct | None = None,
+    ) -> None:
         self.module = module
+        self.place = place or Placement()
         self.packed = packed
         self.dies_at = _last_uses(module)
         self._dense: dict[str, torch.Tensor] = {}
 
+    def read(self, symbol: Symbol) -> torch.Tensor:
+        """The dense float32 tensor of a weight in stored order, on the host (`weights.dense`)."""
+        return dense(self.module, self.module.weight(symbol))
+
     def weight(self, symbol: Symbol) -> torch.Tensor:
-        """The dense float32 tensor of a weight in stored order; see `weights.dense`."""
-        if symbol.name not in self._dense:
-            self._dense[symbol.name] = dense(self.module, self.module.weight(symbol))
-        return self._dense[symbol.name]
+        """The same on the device."""
+        if symbol.name in self._dense:
+            return self._dense[symbol.name]
+        made = self.place.here(self.read(symbol))
+        if not self.place.streamed or made.dim() < 2:
+            self._dense[symbol.name] = made
+        return made
 
     def run(
         self,
@@ -151,10 +192,16 @@ class Executor:
                 f"@{self.module.name} has ops that are not ours, its attention cannot skip padding",
                 help="run prompts of different length one by one",
             )
-        frame = _Frame(self, self.weight, linear or _plain_linear, pad)
-        frame.values[self._argument()] = ids
-        for op in self.module.function.ops:
-            frame.step(op)
+        matrix = self.read if self.place.streamed else self.weight
+        pad = None if pad is None else self.place.here(pad)
+        frame = _Frame(self, self.weight, matrix, linear or _plain_linear, pad)
+        frame.values[self._argument()] = self.place.here(ids)
+        if self.place.streamed and torch.is_grad_enabled():
+            for part in _parts(self.module):
+                frame.part(part)
+        else:
+            for op in self.module.function.ops:
+                frame.step(op)
         return frame.values[self.module.function.result]
 
     def stream(self, batches: Sequence[torch.Tensor], weight: WeightRule) -> None:
@@ -168,13 +215,13 @@ class Executor:
 
         def read(symbol: Symbol) -> torch.Tensor:
             if symbol.name not in held:
-                held[symbol.name] = dense(self.module, self.module.weight(symbol))
+                held[symbol.name] = self.place.here(self.read(symbol))
             return held[symbol.name]
 
-        frames = [_Frame(self, read, _plain_linear) for _ in batches]
+        frames = [_Frame(self, read, read, _plain_linear) for _ in batches]
         with torch.no_grad():
             for frame, ids in zip(frames, batches, strict=True):
-                frame.values[self._argument()] = ids
+                frame.values[self._argument()] = self.place.here(ids)
             for op in self.module.function.ops:
                 if isinstance(op, Linear):
                     inputs = [frame.value(op.x) for frame in frames]
@@ -200,12 +247,12 @@ class Executor:
 
         def read(symbol: Symbol) -> torch.Tensor:
             if symbol.name not in held:
-                held[symbol.name] = dense(self.module, self.module.weight(symbol))
+                held[symbol.name] = self.place.here(self.read(symbol))
             return held[symbol.name]
 
-        frames = [_Frame(self, read, _plain_linear) for _ in batches]
+        frames = [_Frame(self, read, read, _plain_linear) for _ in batches]
         for frame, ids in zip(frames, batches, strict=True):
-            frame.values[self._argument()] = ids
+            frame.values[self._argument()] = self.place.here(ids)
         for ops in _parts(self.module):
             held.update(rule(Part(ops, frames)))
             with torch.no_grad():

@@ -61,6 +61,11 @@ class Scope(Protocol):
         """Gives the dense tensor of a weight."""
         ...
 
+    @property
+    def matrix(self) -> Callable[[Symbol], torch.Tensor]:
+        """Gives the dense tensor of a matrix of a linear op; on the host if it is streamed."""
+        ...
+
     def permutation(self, name: str) -> np.ndarray:
         """int64[n], natural index of every stored element."""
         ...
@@ -73,10 +78,15 @@ class Scope(Protocol):
         """Whether a weight is a packed matrix."""
         ...
 
+    @property
+    def device(self) -> str:
+        """Where values and weights are."""
+        ...
+
 
 def _positions(op: Positions, scope: Scope) -> torch.Tensor:
     ids = scope.value(op.ids)
-    positions = torch.arange(ids.shape[1]).expand(ids.shape)
+    positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
     return positions if scope.pad is None else (positions - scope.pad[:, None]).clamp(min=0)
 
 
@@ -158,15 +168,20 @@ def _rope(op: Rope, scope: Scope) -> torch.Tensor:
 
 
 def attention_mask(
-    sequence: int, window: int, pad: torch.Tensor | None, causal: bool = True
+    sequence: int,
+    window: int,
+    pad: torch.Tensor | None,
+    causal: bool = True,
+    device: torch.device | None = None,
 ) -> torch.Tensor:
     """bool[batch or 1, 1, s, s], true where a query sees a key.
 
     `pad` i64[batch] counts padding on the left; padding is seen only by itself, so that its rows
     stay finite.
     """
-    query, key = torch.arange(sequence)[:, None], torch.arange(sequence)[None, :]
-    seen = (key <= query) if causal else torch.ones(sequence, sequence, dtype=torch.bool)
+    places = torch.arange(sequence, device=device)
+    query, key = places[:, None], places[None, :]
+    seen = key <= query if causal else torch.ones_like(key <= query)
     if window:
         seen = seen & (key > query - window)
     if pad is None:
@@ -177,7 +192,9 @@ def attention_mask(
 def _attention(op: Attention, scope: Scope) -> torch.Tensor:
     q, k, v = scope.value(op.q), scope.value(op.k), scope.value(op.v)
     plain = not op.window and scope.pad is None
-    mask = None if plain else attention_mask(q.shape[2], op.window, scope.pad, op.causal)
+    mask = None
+    if not plain:
+        mask = attention_mask(q.shape[2], op.window, scope.pad, op.causal, q.device)
     if op.softcap:
         return _capped_attention(op, q, k, v, mask)
     causal = op.causal and plain
@@ -190,7 +207,7 @@ def _capped_attention(
     op: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
 ) -> torch.Tensor:
     if mask is None:
-        mask = attention_mask(q.shape[2], op.window, None, op.causal)
+        mask = attention_mask(q.shape[2], op.window, None, op.causal, q.device)
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     scores = torch.tanh(q @ k.transpose(2, 3) * (op.scale / op.softcap)) * op.softcap
     return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
@@ -230,7 +247,7 @@ def _permute(op: Permute, scope: Scope) -> torch.Tensor:
     if op.inverse:
         index = np.argsort(index)
     x = scope.value(op.x)
-    return x.index_select(op.axis, torch.from_numpy(index))
+    return x.index_select(op.axis, torch.from_numpy(index).to(x.device))
 
 
 # What traces contain. A text must not reach the rest of Python, such as operator.attrgetter.
@@ -285,7 +302,18 @@ def _aten(op: Aten, scope: Scope) -> Any:
     if op.target in _VIEWS:
         # The IR has values, not strides: a tensor that a pass made need not be viewable.
         return torch.reshape(args[0], args[1])
-    return aten_callable(op.target)(*args, **kwargs)
+    called = aten_callable(op.target)
+    if _makes_tensors(called):
+        kwargs["device"] = scope.device
+    return called(*args, **kwargs)
+
+
+def _makes_tensors(called: Callable[..., Any]) -> bool:
+    """Whether an operator has no tensor among its parameters that says where its result is."""
+    if not isinstance(called, OpOverload):
+        return False
+    kinds = {argument.name: str(argument.type) for argument in called._schema.arguments}
+    return "device" in kinds and not any("Tensor" in kind for kind in kinds.values())
 
 
 def product_op(kind: type[LinearT], op: Host, symbol: Symbol) -> LinearT:
