@@ -1,11 +1,14 @@
 """Quality at equal stored bits: uniform widths, per-tensor search, and this compiler's blocks.
 
-    python benchmarks/quality.py --models models/wikitext2-llama-1m --budgets u2,u3 --seeds 0,1,2 \\
-        --calib train.txt --text data/wikitext2/test.txt --out quality.jsonl --markdown
+    python benchmarks/quality.py --models models,../shared/models --seeds 0,1,2 \\
+        --calib train.txt --text data/wikitext2/test.txt --out quality.jsonl
+    python benchmarks/quality.py --out quality.jsonl --markdown
 
 Every method gets the same budget of effective bits (codes, scales, zero points, table of widths).
 A budget `u2` is what uniform 2-bit blocks take; at a budget between two of them the uniform methods
-widen every n-th block, so that they spend it too. Finished rows of --out are not computed again.
+widen every n-th block, so that they spend it too. Finished rows of --out are not computed again;
+what methods and budgets of one model and seed share is computed once per run. With --chain a search
+starts also at the widths of the next larger budget, as those of `compile --avg-bits 2.3,3.1` do.
 """
 
 from __future__ import annotations
@@ -13,20 +16,21 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import statistics
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from quality_tables import METHODS, Method, markdown
 
 from scalebits_compiler import driver
 from scalebits_compiler.cli.progress import progress_for
 from scalebits_compiler.frontend.calibration import load_tokenizer, read_windows
 from scalebits_compiler.frontend.hf import load_model
+from scalebits_compiler.frontier import WARM_ROUNDS
 from scalebits_compiler.ir.module import Module
 from scalebits_compiler.numerics.metrics import QualityMeter
 from scalebits_compiler.numerics.placement import Placement
@@ -37,65 +41,22 @@ from scalebits_compiler.passes.starts import Costs
 from scalebits_compiler.summary import summarize
 
 if TYPE_CHECKING:
-    from scalebits_compiler.passes.base import LinearRule, PartRule, WeightRule
+    from scalebits_compiler.passes.base import LinearRule, Part, PartRule, WeightRule
 
 ORDER = "annotate-sensitivity,reorder-channels,fold-permutes"
-NEAREST = 'round-weights{method = "rtn"}'
-MIN_MAX = 'round-weights{clip = false, method = "rtn"}'
-FEEDBACK = "round-weights"
 BATCH_WINDOWS = 16
-
-
-@dataclass(frozen=True)
-class Method:
-    """How a row is made. uniform: equal widths, no search; ordered: channels are reordered;
-
-    per_tensor: a block is a whole matrix.
-    """
-
-    label: str
-    rounding: str
-    uniform: bool = False
-    ordered: bool = False
-    per_tensor: bool = False
-    tuned: bool = False
-
-
-METHODS = {
-    "rtn": Method("uniform, nearest, min-max range", MIN_MAX, uniform=True),
-    "rtn-tuned": Method(
-        "uniform, nearest, min-max range, tuned", MIN_MAX, uniform=True, tuned=True
-    ),
-    "clip": Method("uniform, nearest, searched range", NEAREST, uniform=True),
-    "clip-tuned": Method(
-        "uniform, nearest, searched range, tuned", NEAREST, uniform=True, tuned=True
-    ),
-    "gptq": Method("uniform, error feedback (GPTQ)", FEEDBACK, uniform=True),
-    "gptq-tuned": Method("uniform, error feedback, tuned", FEEDBACK, uniform=True, tuned=True),
-    "tensor": Method("searched width per matrix", FEEDBACK, per_tensor=True),
-    "tensor-tuned": Method(
-        "searched width per matrix, tuned", FEEDBACK, per_tensor=True, tuned=True
-    ),
-    "nearest": Method("blocks, nearest (the paper's backend)", NEAREST, ordered=True),
-    "blocks": Method("blocks, error feedback", FEEDBACK, ordered=True),
-    "unordered": Method("blocks in natural order, tuned", FEEDBACK, tuned=True),
-    "ours": Method("ours: blocks, reordered, tuned", FEEDBACK, ordered=True, tuned=True),
-}
 
 
 class CountedEvaluator:
     """Counts the tokens that the passes run; `gradient_tokens` with, `tokens` without gradients."""
 
     def __init__(self, module: Module, meter: WorkMeter, place: Placement | None = None) -> None:
+        self.module, self.meter = module, meter
         self.inner = driver.evaluator(module, place)
-        self.meter = meter
 
     def run(self, ids: torch.Tensor, linear: LinearRule | None = None) -> torch.Tensor:
         """As `Evaluator.run`."""
-        if torch.is_grad_enabled():
-            self.meter.gradient_tokens += ids.numel()
-        else:
-            self.meter.tokens += ids.numel()
+        self.meter.count(ids.numel())
         return self.inner.run(ids, linear)
 
     def stream(self, batches: Sequence[torch.Tensor], weight: WeightRule) -> None:
@@ -105,15 +66,49 @@ class CountedEvaluator:
 
     def stream_parts(self, batches: Sequence[torch.Tensor], rule: PartRule) -> None:
         """As `Evaluator.stream_parts`."""
-        self.inner.stream_parts(batches, rule)
+        self.meter.tokens += sum(ids.numel() for ids in batches)
+        sizes = {w.symbol: math.prod(w.type.static_shape()) for w in self.module.searched()}
+        counts = [ids.numel() / sum(sizes.values()) for ids in batches]
+
+        def counted(part: Part) -> Mapping[str, torch.Tensor]:
+            size = sum(sizes.get(symbol, 0) for symbol in part.matrices)
+            return rule(CountedPart(part, [size * count for count in counts], self.meter))
+
+        self.inner.stream_parts(batches, counted)
+
+
+@dataclass(frozen=True)
+class CountedPart:
+    """A part of a model whose runs are counted; `tokens` per batch, times its share of weights."""
+
+    inner: Part
+    tokens: Sequence[float]
+    meter: WorkMeter
+
+    @property
+    def matrices(self) -> Sequence[str]:
+        """As `Part.matrices`."""
+        return self.inner.matrices
+
+    def run(self, batch: int, linear: LinearRule | None = None) -> torch.Tensor:
+        """As `Part.run`."""
+        self.meter.count(self.tokens[batch])
+        return self.inner.run(batch, linear)
 
 
 @dataclass
 class WorkMeter:
     """Work of the passes in tokens."""
 
-    gradient_tokens: int = 0
-    tokens: int = 0
+    gradient_tokens: float = 0
+    tokens: float = 0
+
+    def count(self, tokens: float) -> None:
+        """A run of so many, with gradients if these are on."""
+        if torch.is_grad_enabled():
+            self.gradient_tokens += tokens
+        else:
+            self.tokens += tokens
 
     def passes(self, calibration: torch.Tensor) -> float:
         """Gradient passes over the calibration windows; a forward pass alone is a third of one."""
@@ -122,7 +117,7 @@ class WorkMeter:
 
 @dataclass(frozen=True)
 class Stage:
-    """A module on its way, with the gradient passes and seconds that led from its parent to it."""
+    """A module on its way; the gradient passes and CPU seconds that led from its parent to it."""
 
     module: Module
     passes: float
@@ -135,6 +130,8 @@ class Subject:
     def __init__(self, path: Path, seed: int, options: argparse.Namespace) -> None:
         self.path, self.seed, self.options = path, seed, options
         self.stages: dict[tuple[object, ...], Stage] = {}
+        self.meter = WorkMeter()  # one for all: what a cache holds goes on counting with it
+        self.caches: dict[tuple[object, ...], dict[str, object]] = {}
         source = load_model(path)
         text = driver.TextOptions(
             file=options.calib, calibration=options.calib_windows, acceptance=options.accept_windows
@@ -146,23 +143,34 @@ class Subject:
         tokenizer = load_tokenizer(path)
         length = self.calibration.shape[1]
         self.text = read_windows(options.text, tokenizer, length, options.windows, 0)
+        parts = (calibration, self.input.tuning, self.input.acceptance)
+        counts = [self.input.resources.shape(part.key)[0] if part else 0 for part in parts]
+        self.windows = [*counts, len(self.text), length]
         with torch.no_grad():
             evaluator = driver.evaluator(self.input)
             self.original = [evaluator.run(ids) for ids in self.text.split(BATCH_WINDOWS)]
         self.loss = math.log(self.quality(self.input)["perplexity"])
 
-    def stage(self, key: tuple[object, ...], module: Module, passes: str) -> Stage:
-        """The module after a pipeline; computed once per key."""
+    def stage(
+        self,
+        key: tuple[object, ...],
+        module: Module,
+        passes: str,
+        shared: tuple[object, ...] = (),
+    ) -> Stage:
+        """The module after a pipeline; once per key. Stages with one `shared` share a cache."""
         if key not in self.stages:
-            meter, began = WorkMeter(), time.perf_counter()
+            done, began = self.meter.passes(self.calibration), time.process_time()
             ctx = PassContext(
-                evaluate=lambda m, place: CountedEvaluator(m, meter, place),
+                evaluate=lambda m, place: CountedEvaluator(m, self.meter, place),
                 seed=self.seed,
                 progress=progress_for(),
+                cache=self.caches.setdefault(shared, {}),
             )
             made = run_pipeline(module, parse_passes(passes), ctx)
-            seconds = time.perf_counter() - began
-            self.stages[key] = Stage(made, meter.passes(self.calibration), seconds)
+            seconds = time.process_time() - began
+            work = self.meter.passes(self.calibration) - done
+            self.stages[key] = Stage(made, work, seconds)
         return self.stages[key]
 
     def start(self, method: Method) -> Stage:
@@ -202,40 +210,39 @@ class Subject:
     def widths(self, method: Method, budget: float) -> Stage:
         """With a width per block under the budget."""
         start = self.start(method)
-        key = ("widths", method.uniform, method.per_tensor, method.ordered, budget)
-        if not method.uniform:
-            return self.stage(key, start.module, f"assign-bits{{avg-bits = {budget!r}}}")
-        module = start.module
-        bits = evenly(block_costs(module, AssignBits(avg_bits=budget)))
-        grids, offset = {}, 0
-        for weight in module.quantized():
-            shape = weight.grid_shape()
-            count = math.prod(shape)
-            grids[weight.symbol] = bits[offset : offset + count].reshape(shape).astype(np.uint8)
-            offset += count
-        given = module.with_bits(grids)
-        return Stage(replace(given, facts=given.facts | {"bits"}), 0.0, 0.0)
+        if method.uniform:
+            return Stage(uniform(start.module, budget), 0.0, 0.0)
+        before, settings = start, f"avg-bits = {budget!r}"
+        larger = [other for other in map(self.budget, self.options.budgets) if other > budget]
+        if self.options.chain and larger:
+            before = self.widths(method, min(larger))
+            settings += f", warm = true, rounds = {WARM_ROUNDS}"
+        shared = ("search", method.per_tensor, method.ordered)
+        return self.stage((*shared, budget), before.module, f"assign-bits{{{settings}}}", shared)
 
     def row(self, name: str, budget: str) -> dict[str, Any]:
         """One measured row of the table."""
         method, bits = METHODS[name], self.budget(budget)
         start, widths = self.start(method), self.widths(method, bits)
-        key = ("rounded", method.rounding, method.uniform, method.per_tensor, method.ordered, bits)
-        rounded = self.stage(key, widths.module, method.rounding)
-        stages = [start, widths, rounded]
-        if method.tuned:
-            stages.append(self.stage((*key, "tuned"), rounded.module, "tune-scales"))
+        key = (method.rounding, method.uniform, method.per_tensor, method.ordered, bits)
+        stages = [start, widths, self.stage(key, widths.module, method.rounding)]
+        if method.tuning:
+            shared = ("tuning", method.ordered)
+            stages.append(
+                self.stage((*key, method.tuning), stages[-1].module, method.tuning, shared)
+            )
         measured = self.quality(stages[-1].module)
         return {
             "model": self.path.name,
             "seed": self.seed,
             "budget": budget,
             "method": name,
+            "windows": self.windows,
             "bits": summarize(stages[-1].module)["effective_bits"],
             **measured,
             "excess": math.log(measured["perplexity"]) - self.loss,
             "search_passes": start.passes + widths.passes,
-            "tuning_passes": stages[-1].passes if method.tuned else 0.0,
+            "tuning_passes": stages[-1].passes if method.tuning else 0.0,
             "seconds": sum(stage.seconds for stage in stages),
         }
 
@@ -247,6 +254,18 @@ class Subject:
                 meter.update(evaluator.run(ids), ids, original)
         found = meter.result()
         return {k: found[k] for k in ("perplexity", "kl_divergence", "top1_agreement")}
+
+
+def uniform(module: Module, budget: float) -> Module:
+    """With the width of every block that `evenly` gives."""
+    bits = evenly(block_costs(module, AssignBits(avg_bits=budget)))
+    grids, offset = {}, 0
+    for weight in module.quantized():
+        shape = weight.grid_shape()
+        count = math.prod(shape)
+        grids[weight.symbol] = bits[offset : offset + count].reshape(shape).astype(np.uint8)
+        offset += count
+    return replace(module.with_bits(grids), facts=module.facts | {"bits"})
 
 
 def evenly(costs: Costs) -> np.ndarray:
@@ -270,7 +289,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Rows that are not in --out yet, model after model."""
     keys = ("model", "seed", "budget", "method")
     done = {tuple(row[k] for k in keys) for row in read_rows(options.out)}
-    for path in options.models:
+    for path in found_models(options.models):
         for seed in options.seeds:
             wanted = [
                 (budget, name)
@@ -285,58 +304,17 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 yield subject.row(name, budget)
 
 
+def found_models(paths: Sequence[Path]) -> list[Path]:
+    """The model folders among and directly below these folders, the first of each name."""
+    folders = [f for path in paths for f in (path, *sorted(path.iterdir()))]
+    return list({f.name: f for f in reversed(folders) if (f / "config.json").is_file()}.values())[
+        ::-1
+    ]
+
+
 def read_rows(file: Path) -> list[dict[str, Any]]:
     """The rows that earlier runs have measured."""
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
-def markdown(rows: Iterable[dict[str, Any]]) -> str:
-    """One table per model: means over seeds, and the spread of perplexity where there are some."""
-    rows = list(rows)
-    lines: list[str] = []
-    for model in dict.fromkeys(row["model"] for row in rows):
-        lines += [f"### {model}", "", HEAD, "|" + "---|" * HEAD.count(" | ") + "---|"]
-        of_model = [row for row in rows if row["model"] == model]
-        for budget in dict.fromkeys(row["budget"] for row in of_model):
-            here = [row for row in of_model if row["budget"] == budget]
-            anchor = {row["seed"]: row["excess"] for row in here if row["method"] == "gptq"}
-            lines += [
-                _line([r for r in here if r["method"] == name], anchor)
-                for name in METHODS
-                if any(r["method"] == name for r in here)
-            ]
-        lines.append("")
-    return "\n".join(lines)
-
-
-HEAD = (
-    "| budget | effective bits | method | seeds | perplexity | KL | top-1 | excess nats"
-    " | excess / GPTQ | search passes | tuning passes | seconds |"
-)
-
-
-def _line(rows: list[dict[str, Any]], anchor: dict[int, float]) -> str:
-    def mean(key: str) -> float:
-        return statistics.fmean(row[key] for row in rows)
-
-    spread = statistics.stdev([r["perplexity"] for r in rows]) if len(rows) > 1 else None
-    perplexity = f"{mean('perplexity'):.2f}" + (f" ± {spread:.2f}" if spread is not None else "")
-    ratios = [row["excess"] / anchor[row["seed"]] for row in rows if row["seed"] in anchor]
-    cells = (
-        rows[0]["budget"],
-        f"{mean('bits'):.3f}",
-        METHODS[rows[0]["method"]].label,
-        str(len(rows)),
-        perplexity,
-        f"{mean('kl_divergence'):.3f}",
-        f"{100 * mean('top1_agreement'):.1f} %",
-        f"{mean('excess'):.3f}",
-        f"{statistics.fmean(ratios):.2f}" if ratios else "-",
-        f"{mean('search_passes'):.0f}",
-        f"{mean('tuning_passes'):.0f}",
-        f"{mean('seconds'):.0f}",
-    )
-    return "| " + " | ".join(cells) + " |"
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -344,8 +322,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--models", type=_list(Path), default=[Path("models/wikitext2-llama-1m")])
+    parser.add_argument("--models", type=_list(Path), default=[Path("models")])
     parser.add_argument("--budgets", type=_list(str), default=["u2", "2.3", "2.5", "u3", "u4"])
+    parser.add_argument("--chain", action="store_true", help="searches start at a larger budget's")
     parser.add_argument("--seeds", type=_list(int), default=[0])
     parser.add_argument("--methods", type=_list(str), default=list(METHODS))
     parser.add_argument("--calib", type=Path, help="calibration text (default: the bundled one)")
