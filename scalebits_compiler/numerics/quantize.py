@@ -103,12 +103,40 @@ def params_from_range(low: Tensor, high: Tensor, bits: Tensor | int) -> GroupPar
     return GroupParams(scales, zeros)
 
 
-def _two_level_range(groups: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """mean ± mean|w - mean|: the least-squares two levels for a split at the mean."""
-    total = weight.sum(-1).clamp(min=1e-12)
-    mean = (groups * weight).sum(-1) / total
-    spread = ((groups - mean.unsqueeze(-1)).abs() * weight).sum(-1) / total
-    return mean - spread, mean + spread
+def _fit_two_levels(groups: Tensor, weight: Tensor) -> GroupParams:
+    """The two levels of least squared error: the best of all splits of the sorted weights.
+
+    A level is the mean of its side, so that the best split leaves the least variance. What is
+    stored keeps the middle of the two; where both have one sign, it may be 0 and the mean of all.
+    """
+    values, order = groups.double().sort(-1)
+    mass = weight.gather(-1, order).double()
+    left, left_sum = mass.cumsum(-1), (mass * values).cumsum(-1)
+    right, right_sum = left[..., -1:] - left, left_sum[..., -1:] - left_sum
+    means = [part / size.clamp(min=1e-12) for part, size in ((left_sum, left), (right_sum, right))]
+    split = (left_sum * means[0] + right_sum * means[1]).argmax(-1, keepdim=True)
+    low, high = (mean.gather(-1, split)[..., 0].float() for mean in means)
+    mean = (left_sum[..., -1] / left[..., -1].clamp(min=1e-12)).float()
+    best = GroupParams(stored_scale(mean.abs()), torch.where(mean < 0, 128, 0).to(torch.uint8))
+    for tried in (_centred(low, high, up) for up in (False, True)):
+        better = _error(groups, weight, tried, 1) < _error(groups, weight, best, 1)
+        best = _chosen(better, tried, best)
+    return best
+
+
+def _centred(low: Tensor, high: Tensor, up: bool) -> GroupParams:
+    """Two levels around the middle of low and high."""
+    scales = stored_scale(high - low, up)
+    wide = torch.where(scales > 0, scales.float(), torch.ones_like(low))
+    zeros = (64 - (low + high) / wide * 64).round().clamp(0, 255).to(torch.uint8)
+    return GroupParams(scales, zeros)
+
+
+def _chosen(first: Tensor, one: GroupParams, other: GroupParams) -> GroupParams:
+    """`one` where `first` [...] is true, else `other`."""
+    return GroupParams(
+        torch.where(first, one.scales, other.scales), torch.where(first, one.zeros, other.zeros)
+    )
 
 
 def _error(groups: Tensor, weight: Tensor, params: GroupParams, bits: int) -> Tensor:
@@ -121,15 +149,14 @@ def _error(groups: Tensor, weight: Tensor, params: GroupParams, bits: int) -> Te
 def fit_groups(groups: Tensor, bits: int, weight: Tensor, clip: bool = True) -> GroupParams:
     """Scales and zeros for groups [..., g] at one width.
 
-    Without `clip` the min-max range (1 bit: mean ± mean|w-mean|). With it, the shrunken range with
-    the least squared error under the column importance `weight` (broadcast to groups; 0 on
-    padding).
+    Without `clip` the min-max range. With it, the shrunken range with the least squared error under
+    the column importance `weight` (broadcast to groups; 0 on padding). At 1 bit always the two
+    levels of least error.
     """
     weight = weight.expand_as(groups)
     if bits == 1:
-        low, high = _two_level_range(groups, weight)
-    else:
-        low, high = groups.amin(-1), groups.amax(-1)
+        return _fit_two_levels(groups, weight)
+    low, high = groups.amin(-1), groups.amax(-1)
     best = params_from_range(low, high, bits)
     if not clip:
         return best
@@ -139,10 +166,7 @@ def fit_groups(groups: Tensor, bits: int, weight: Tensor, clip: bool = True) -> 
         error = _error(groups, weight, tried, bits)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
-        best = GroupParams(
-            torch.where(better, tried.scales, best.scales),
-            torch.where(better, tried.zeros, best.zeros),
-        )
+        best = _chosen(better, tried, best)
     return best
 
 
