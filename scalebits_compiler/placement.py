@@ -42,7 +42,9 @@ def place_for(device: str, module: Module) -> Placement:
 
 def bytes_held(module: Module) -> int:
     """About how many bytes the passes hold of a module that is not streamed."""
-    matrices = [w.type.static_shape() for w in module.weights.values() if w.type.rank == 2]
+    # A text that is still to be verified may state a matrix without fixed sizes.
+    kinds = [w.type for w in module.weights.values() if None not in w.type.shape]
+    matrices = [kind.static_shape() for kind in kinds if kind.rank == 2]
     weights = sum(rows * columns for rows, columns in matrices)
     channels = sum(rows + columns for rows, columns in matrices)
     return 4 * (HELD * weights + ACTIVATIONS * BATCH_TOKENS * channels)
