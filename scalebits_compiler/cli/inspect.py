@@ -174,7 +174,8 @@ def _class_lines(found: dict[str, Any]) -> Iterator[str]:
     yield f"orders          {len(found['classes'])} classes of channels that move together"
     for entry in found["classes"]:
         stored = f"stored as @{entry['order']}" if entry["order"] else "in natural order"
-        yield f"  {entry['size']:>6} {stored}: {_places(entry['members'])}"
+        stays = f", the first {entry['kept']} stay" if entry["kept"] else ""
+        yield f"  {entry['size']:>6} {stored}{stays}: {_places(entry['members'])}"
     for entry in found["frozen"]:
         yield f"  fixed, {entry['why']}: {_places(entry['members'])}"
     for place in found["permutes_left"]:

@@ -138,7 +138,7 @@ def trace(model: nn.Module, task: str = CAUSAL) -> torch.export.ExportedProgram:
     except Exception as error:  # torch.export raises errors of many kinds, all mean the same here
         reason = str(error).strip(" \n'\"").splitlines()
         raise FrontendError(
-            f"{type(model).__name__} cannot be traced: {reason[0] if reason else error!r}",
+            f"{type(model).__name__} cannot be traced: {reason[0] if reason else repr(error)}",
             help="the model must be one of text that torch.export accepts",
         ) from error
 

@@ -51,6 +51,10 @@ class Typing(Protocol):
         """Cut an axis into (outer, rest)."""
         ...
 
+    def leading(self, dim: Dim, count: int, what: str) -> Dim:
+        """Demand that the first `count` elements of an axis are in their places; gives the axis."""
+        ...
+
 
 def check(condition: bool, message: str) -> None:
     """Raise `VerifyError(message)` unless the condition holds; the verifier adds the place."""

@@ -201,7 +201,7 @@ class Rope(Op):
     """Rotary embedding, halves convention: pair (i, i+r/2) turns by position · frequency[i].
 
     x is [batch, heads, sequence, d], frequency [r/2]; cos and sin are multiplied by `scaling`.
-    Where r < d, the channels from r on pass unchanged.
+    Where r < d, the channels from r on pass unchanged, in any order.
     """
 
     name: ClassVar[str] = "rope"
@@ -226,7 +226,7 @@ class Rope(Op):
         )
         if turned < (inner.size or 0):
             t.natural(frequency, f"frequencies {self.frequency}")
-            return xtype.with_dim(-1, t.natural(inner, "head dimension that rope turns in part"))
+            return xtype.with_dim(-1, t.leading(inner, turned, "channels that rope turns"))
         # A pair moves only as one, and its frequency with it.
         halves, pairs = t.split(inner, 2, "halves of the head dimension under rope")
         halves = t.natural(halves, "halves of the head dimension under rope")

@@ -80,6 +80,19 @@ class Rigid:
             raise VerifyError(f"{what}: {dim} cannot be cut into {outer} x rest")
         return parts
 
+    def leading(self, dim: Dim, count: int, what: str) -> Dim:
+        """The axis must be natural, or one order whose permutation begins with the identity."""
+        for order in dim.orders:
+            whole = dim.factors is not None and len(dim.factors) == 1
+            check(whole, f"{what} must be one factor of their axis, it is {dim}")
+            check(order in self.module.perms, f"the order @{order} is not in the module")
+            data = self.module.perms[order].data
+            if isinstance(data, Resource) and data.key not in self.module.resources:
+                continue  # a text without its tensors still verifies
+            stays = np.array_equal(self.module.permutation(order)[:count], np.arange(count))
+            check(stays, f"{what}: @{order} must leave the first {count} of {dim} in their places")
+        return dim
+
 
 def verify(module: Module, source: Source | None = None) -> None:
     """Raise VerifyError at the first thing that is wrong, with the place and a window of IR."""

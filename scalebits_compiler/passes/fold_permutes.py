@@ -171,7 +171,11 @@ class _Fold:
     def _solve(self, op: Op, wanted: TensorType | None) -> Op | None:
         """The op with its result type, after fixing the layouts of its weights; None if refused."""
         known = {symbol.name: self._layout(symbol) for symbol in op.symbols()}
-        solver = Unifier(lambda symbol: known[symbol.name], dict(self.types))
+        solver = Unifier(
+            lambda symbol: known[symbol.name],
+            dict(self.types),
+            permutation=self.module.permutation,
+        )
         for name, kind in known.items():
             if name not in self.layouts:
                 sizes = kind.static_shape()

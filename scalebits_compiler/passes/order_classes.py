@@ -26,11 +26,15 @@ class Member:
 
 @dataclass(frozen=True)
 class OrderClass:
-    """Axes that share one free order of `size` elements. `variable` names it in the unifier."""
+    """Axes that share one free order of `size` elements. `variable` names it in the unifier.
+
+    kept: how many of the first elements have to stay in their places.
+    """
 
     variable: str
     size: int
     members: tuple[Member, ...]
+    kept: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,10 @@ def find_orders(module: Module) -> Orders:
                     free.setdefault(variable, []).append(member)
                 else:
                     frozen.setdefault(why, []).append(member)
-    classes = (OrderClass(v, found[0].size, tuple(found)) for v, found in free.items())
+    classes = (
+        OrderClass(v, found[0].size, tuple(found), unifier.kept.get(v, 0))
+        for v, found in free.items()
+    )
     reasons = {why: tuple(found) for why, found in frozen.items()}
     return Orders(unifier, weights, tuple(classes), reasons)
 
@@ -92,9 +99,9 @@ def _leaves(
 def describe(module: Module) -> dict[str, Any]:
     """The classes of a module of any stage, for programs.
 
-    `classes`: size, the stored order (the name of a permutation, None if natural) and the members
-    of each. `frozen`: why, and the axes that stay in natural order for it. `permutes_left`: where a
-    permute is done at run time.
+    `classes`: size, how many of the first elements stay in place, the stored order (the name of a
+    permutation, None if natural) and the members of each. `frozen`: why, and the axes that stay in
+    natural order for it. `permutes_left`: where a permute is done at run time.
     """
     orders = find_orders(without_permutes(module))
     left = [op.loc for op in module.function.ops if isinstance(op, Permute)]
@@ -102,6 +109,7 @@ def describe(module: Module) -> dict[str, Any]:
         "classes": [
             {
                 "size": found.size,
+                "kept": found.kept,
                 "order": _stored_order(module, found.members),
                 "members": [asdict(member) for member in found.members],
             }

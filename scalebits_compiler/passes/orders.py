@@ -23,12 +23,17 @@ VARIABLE = "?"  # orders that start with this are unknowns
 
 @dataclass
 class Unifier:
-    """Typing with unknown orders. `weights` gives the type of a symbol, perhaps with unknowns."""
+    """Typing with unknown orders. `weights` gives the type of a symbol, perhaps with unknowns.
+
+    permutation: those of known orders. kept: unknown -> how many of its first elements stay.
+    """
 
     weights: Callable[[Symbol], TensorType]
     values: dict[Value, Type] = field(default_factory=dict)
     bindings: dict[str, Dim] = field(default_factory=dict)
     frozen: dict[str, str] = field(default_factory=dict)
+    kept: dict[str, int] = field(default_factory=dict)
+    permutation: Callable[[str], np.ndarray] | None = None
     _fresh: int = 0
 
     def unknown(self, size: int) -> Dim:
@@ -86,6 +91,23 @@ class Unifier:
     def _bind(self, factor: Factor, dim: Dim) -> None:
         assert factor.order is not None
         self.bindings[factor.order] = dim
+        if factor.order in self.kept:
+            self.leading(dim, self.kept[factor.order], f"channels of {factor}")
+
+    def leading(self, dim: Dim, count: int, what: str) -> Dim:
+        """Keep the first `count` elements in place; freeze an axis of several factors."""
+        factors = self.resolve(dim).static()
+        orders = [factor.order for factor in factors if factor.order]
+        if len(factors) > 1 and orders:
+            return self.natural(dim, what)
+        for order in orders:
+            if order.startswith(VARIABLE):
+                self.kept[order] = max(count, self.kept.get(order, 0))
+            elif self.permutation is None or not np.array_equal(
+                self.permutation(order)[:count], np.arange(count)
+            ):
+                raise VerifyError(f"{what} must be in their places, they are in the order {dim}")
+        return self.resolve(dim)
 
     def natural(self, dim: Dim, what: str) -> Dim:
         """Freeze every unknown in the axis; VerifyError if it has a known order."""
@@ -124,7 +146,7 @@ class Unifier:
         if factor.order is None:
             rest.insert(0, Factor(inner))
             return Factor(outer)
-        if not factor.order.startswith(VARIABLE):
+        if not factor.order.startswith(VARIABLE) or factor.order in self.kept:
             return None
         parts = self.unknown(outer), self.unknown(inner)
         self._bind(factor, Dim.join(parts))

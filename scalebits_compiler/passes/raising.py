@@ -13,6 +13,7 @@ from scalebits_compiler.ir.attrs import Resource, Symbol, Value
 from scalebits_compiler.ir.module import Weight
 from scalebits_compiler.ir.op import Op
 from scalebits_compiler.ir.ops import Aten, Embedding, LayerNorm, RmsNorm
+from scalebits_compiler.ir.types import TensorType
 from scalebits_compiler.passes.raising_attention import raise_merge_heads, raise_split_heads
 from scalebits_compiler.passes.raising_graph import (
     RESHAPES,
@@ -123,6 +124,17 @@ def _gain(graph: Graph, written: object) -> Symbol | None:
     return graph.add_weight(made, tensor)
 
 
+def _ones(graph: Graph, op: Op, size: object) -> Symbol | None:
+    """A gain for a norm that has none."""
+    import torch
+
+    if not isinstance(size, int) or not op.loc:
+        return None
+    name = f"{op.loc}.ones"
+    made = Weight(symbol=name, type=TensorType.of("f32", size), data=Resource(name), loc=op.loc)
+    return graph.add_weight(made, torch.ones(size))
+
+
 def _mean_square_eps(graph: Graph, inverse: object, x: object) -> float | None:
     """eps, if `inverse` is rsqrt(mean(x², last axis, kept) + eps)."""
     root = graph.call(inverse, "rsqrt")
@@ -138,14 +150,17 @@ def _mean_square_eps(graph: Graph, inverse: object, x: object) -> float | None:
 
 
 def raise_layer_norm(graph: Graph, op: Op) -> Replacement:
-    """layer_norm over the last axis with a gain."""
+    """layer_norm over the last axis; without a gain, one of ones is made."""
     if not is_call(op, "layer_norm") or not isinstance(op, Aten):
         return None
     defaults = (None, None, 1e-5)[len(op.args) - 2 :]
     x, sizes, gain, bias, eps = (*op.args, *defaults)[:5]
-    if not isinstance(x, Value) or not isinstance(gain, Symbol) or not isinstance(eps, float):
+    if not isinstance(x, Value) or not isinstance(eps, float) or not isinstance(sizes, tuple):
         return None
-    if not isinstance(sizes, tuple) or len(sizes) != 1 or not isinstance(bias, Symbol | None):
+    if len(sizes) != 1 or not isinstance(bias, Symbol | None):
+        return None
+    gain = _ones(graph, op, sizes[0]) if gain is None else _gain(graph, gain)
+    if gain is None:
         return None
     made = LayerNorm(result=op.result, type=op.type, loc=op.loc, x=x, gain=gain, bias=bias, eps=eps)
     return one(graph, made)

@@ -78,11 +78,14 @@ def raise_bias(graph: Graph, op: Op) -> Replacement:
 
 
 def raise_elementwise(graph: Graph, op: Op) -> Replacement:
-    """Sum and product of two activations of one shape."""
-    cls = Add if is_call(op, "add") else Mul if is_call(op, "mul") else None
-    if cls is None or not isinstance(op, Aten) or op.kwargs or len(op.args) != 2:
+    """Sum and product of two activations of one shape; a square."""
+    cls = Add if is_call(op, "add") else Mul if is_call(op, "mul", "square") else None
+    if cls is None or not isinstance(op, Aten) or op.kwargs:
         return None
-    a, b = op.args
+    args = op.args * 2 if is_call(op, "square") else op.args
+    if len(args) != 2:
+        return None
+    a, b = args
     kind = graph.tensor(a)
     if not isinstance(a, Value) or not isinstance(b, Value) or kind is None or kind.rank < 3:
         return None

@@ -47,6 +47,8 @@ class ReorderChannels(Pass):
         refused: list[str] = []
         for found in orders.classes:
             scores = surrogate.class_scores(found)
+            if scores is not None:
+                scores[: found.kept] = np.inf
             order = None if scores is None else np.argsort(-scores, kind="stable")
             if order is None or np.array_equal(order, np.arange(found.size)):
                 continue

@@ -18,6 +18,7 @@ import torch
 
 from scalebits_compiler.analysis import analyse
 from scalebits_compiler.codegen.reference.executor import Executor
+from scalebits_compiler.errors import VerifyError
 from scalebits_compiler.frontend.hf import load_model, trace
 from scalebits_compiler.frontend.lower_fx import lower
 from scalebits_compiler.ir.module import Module
@@ -27,7 +28,7 @@ from scalebits_compiler.numerics.layout import BlockLayout
 from scalebits_compiler.passes.base import PassContext, TextSplit
 from scalebits_compiler.passes.canonicalize import Canonicalize
 from scalebits_compiler.passes.fold_permutes import fold
-from scalebits_compiler.passes.order_classes import describe, find_orders
+from scalebits_compiler.passes.order_classes import OrderClass, describe, find_orders
 from scalebits_compiler.passes.pipeline import parse_passes, run_pipeline
 from scalebits_compiler.passes.reorder_channels import with_orders
 from scalebits_compiler.pretrained import call
@@ -56,7 +57,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_neox": {},
     "falcon": {},
     "stablelm": {},
+    "olmo": {},
     "olmo2": {},
+    "nemotron": {},
     "bert": {},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {
@@ -76,8 +79,9 @@ CLASSES: dict[str, dict[int, int]] = {
     "opt": _FREE,
     "bert": _FREE,
     "gemma3_text": {64: 1, 96: 2, 16: 2, 8: 2, 2: 4},  # two frequencies
-    "gpt_neox": {64: 1, 96: 2, 4: 2, 16: 2},
-    "stablelm": {64: 1, 96: 2, 16: 2, 2: 4},
+    "gpt_neox": {64: 1, 96: 2, 4: 2, 16: 4},  # rope turns 4 of 16 channels, the others move
+    "stablelm": {64: 1, 96: 2, 16: 4, 2: 4},
+    "nemotron": {64: 1, 96: 2, 16: 4, 2: 4},
     "falcon": {64: 1, 256: 2, 4: 2, 16: 2, 8: 1},
     "mixtral": {64: 1, 96: 8, 16: 2, 8: 1, 2: 4},  # each expert has its own
     "qwen3_moe": {64: 1, 48: 8, 16: 2, 8: 1, 2: 4},
@@ -128,12 +132,18 @@ def logits_of(module: Module) -> torch.Tensor:
         return Executor(module).run(IDS)
 
 
+def any_order(found: OrderClass, rng: np.random.Generator) -> np.ndarray:
+    """A random order of a class; the first elements of some stay."""
+    moved = found.kept + rng.permutation(found.size - found.kept)
+    return np.concatenate((np.arange(found.kept), moved))
+
+
 def shuffled(module: Module, seed: int) -> Module:
     """The module with a random order of every class, folded."""
     rng = np.random.default_rng(seed)
     orders = find_orders(module)
     return fold(
-        with_orders(module, orders, {c.variable: rng.permutation(c.size) for c in orders.classes})
+        with_orders(module, orders, {c.variable: any_order(c, rng) for c in orders.classes})
     )
 
 
@@ -246,12 +256,32 @@ def test_config_alone_gives_the_same_classes(
     assert found["aten"] == {}
 
 
+def test_a_moved_channel_that_rope_turns_does_not_verify(tiny_llama: Callable[..., Path]) -> None:
+    """Partial rope lets the channels move that it does not turn, and no other."""
+    folded = shuffled(canonical(tiny_llama("gpt_neox")).module, 1)
+    kept = {c.kept: c for c in find_orders(canonical(tiny_llama("gpt_neox")).module).classes}
+    symbol, axis = kept[4].members[0].symbol, kept[4].members[0].axis
+    name = folded.weights[symbol].type.dims[axis].orders[-1]
+    order = folded.permutation(name)
+    assert list(order[:4]) == [0, 1, 2, 3]
+    assert not np.array_equal(order, np.arange(16))
+    for moved, fits in ((order[[0, 1, 2, 3, *range(15, 3, -1)]], True), (order[::-1], False)):
+        perm = replace(folded.perms[name], data=tuple(int(i) for i in moved))
+        changed = replace(folded, perms={**folded.perms, name: perm})
+        if fits:
+            verify(changed)
+        else:
+            with pytest.raises(VerifyError, match="must leave the first 4 of 16"):
+                verify(changed)
+
+
 def test_description_says_what_binds_and_what_is_frozen(tiny_llama: Callable[..., Path]) -> None:
     folded = shuffled(canonical(tiny_llama("gpt_neox")).module, 1)
     found = describe(folded)
     assert {entry["order"] for entry in found["classes"]} == set(folded.perms)
     why = {entry["why"]: entry["members"] for entry in found["frozen"]}
-    assert "head dimension that rope turns in part" in why
+    assert "channels that rope turns" not in why  # those that it does not turn move
+    assert Counter(entry["kept"] for entry in found["classes"]) == {0: 7, 4: 2}
     assert "axis 2 of the result" in why
     assert why["axis 2 of the result"][0]["symbol"] == "lm_head"
     assert found["permutes_left"] == []

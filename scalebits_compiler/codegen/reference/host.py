@@ -52,6 +52,9 @@ def run_host(
     for name, symbol in zip(op.names, op.weights, strict=True):
         if name not in op.products:
             _set(model, name, weight(symbol))
+    for name, buffer in model.named_buffers():
+        if buffer.device != ids.device:
+            _set(model, name, buffer.to(ids.device))
     token = _product.set(product)
     try:
         return call(model, task, ids)

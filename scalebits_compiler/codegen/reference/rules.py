@@ -302,6 +302,9 @@ def _aten(op: Aten, scope: Scope) -> Any:
     if op.target in _VIEWS:
         # The IR has values, not strides: a tensor that a pass made need not be viewable.
         return torch.reshape(args[0], args[1])
+    if op.target == "aten.copy.default":
+        # x[...] = y without the place it is written to; torch has no derivative for it.
+        return args[1].to(args[0].dtype).expand(args[0].shape)
     called = aten_callable(op.target)
     if _makes_tensors(called):
         kwargs["device"] = scope.device
