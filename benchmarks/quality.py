@@ -43,7 +43,6 @@ from scalebits_compiler.summary import summarize
 if TYPE_CHECKING:
     from scalebits_compiler.passes.base import LinearRule, Part, PartRule, WeightRule
 
-ORDER = "annotate-sensitivity,reorder-channels,fold-permutes"
 BATCH_WINDOWS = 16
 
 
@@ -179,13 +178,13 @@ class Subject:
         block = -(-whole // 128) * 128
         chosen = f"{{block = [{block}, {block}], group = {self.group()}}}"
         shape = chosen if method.per_tensor else ""
-        order = f",{ORDER}" if method.ordered else ""
-        key = ("start", method.per_tensor, method.ordered)
+        order = f",{method.order}" if method.order else ""
+        key = ("start", method.per_tensor, method.order)
         return self.stage(key, self.input, f"canonicalize{shape}{order}")
 
     def blocked(self) -> Module:
         """Canonical, in the default blocks."""
-        return self.stage(("start", False, False), self.input, "canonicalize").module
+        return self.stage(("start", False, ""), self.input, "canonicalize").module
 
     def group(self) -> int:
         """Columns of a group."""
@@ -217,17 +216,17 @@ class Subject:
         if self.options.chain and larger:
             before = self.widths(method, min(larger))
             settings += f", warm = true, rounds = {WARM_ROUNDS}"
-        shared = ("search", method.per_tensor, method.ordered)
+        shared = ("search", method.per_tensor, method.order)
         return self.stage((*shared, budget), before.module, f"assign-bits{{{settings}}}", shared)
 
     def row(self, name: str, budget: str) -> dict[str, Any]:
         """One measured row of the table."""
         method, bits = METHODS[name], self.budget(budget)
         start, widths = self.start(method), self.widths(method, bits)
-        key = (method.rounding, method.uniform, method.per_tensor, method.ordered, bits)
+        key = (method.rounding, method.uniform, method.per_tensor, method.order, bits)
         stages = [start, widths, self.stage(key, widths.module, method.rounding)]
         if method.tuning:
-            shared = ("tuning", method.ordered)
+            shared = ("tuning", method.order)
             stages.append(
                 self.stage((*key, method.tuning), stages[-1].module, method.tuning, shared)
             )

@@ -14,20 +14,22 @@ MIN_MAX = 'round-weights{clip = false, method = "rtn"}'
 FEEDBACK = "round-weights"
 WHOLE = "tune-scales"
 LAYERS = 'tune-scales{scope = "layer"}'
+FOLDED = "annotate-sensitivity,reorder-channels,fold-permutes"
+GATHERED = f"{FOLDED},gather-inputs{{worth = 0.0}}"
 
 
 @dataclass(frozen=True)
 class Method:
     """How a row is made: passes for rounding and for tuning. uniform: equal widths, no search.
 
-    ordered: channels are reordered; per_tensor: a block is a whole matrix.
+    order: passes that reorder channels; per_tensor: a block is a whole matrix.
     """
 
     label: str
     rounding: str
     tuning: str = ""
     uniform: bool = False
-    ordered: bool = False
+    order: str = ""
     per_tensor: bool = False
 
 
@@ -40,11 +42,13 @@ METHODS = {
     "gptq-tuned": Method("uniform, error feedback, tuned", FEEDBACK, WHOLE, uniform=True),
     "tensor": Method("searched width per matrix", FEEDBACK, per_tensor=True),
     "tensor-tuned": Method("searched width per matrix, tuned", FEEDBACK, WHOLE, per_tensor=True),
-    "nearest": Method("blocks, nearest (the paper's backend)", NEAREST, ordered=True),
-    "blocks": Method("ours, not tuned", FEEDBACK, ordered=True),
-    "layers": Method("ours, tuned layer by layer", FEEDBACK, LAYERS, ordered=True),
+    "nearest": Method("blocks, nearest (the paper's backend)", NEAREST, order=FOLDED),
+    "natural": Method("ours in natural order, not tuned", FEEDBACK),
+    "blocks": Method("ours, not tuned", FEEDBACK, order=FOLDED),
+    "gathered": Method("ours, input orders gathered, not tuned", FEEDBACK, order=GATHERED),
+    "layers": Method("ours, tuned layer by layer", FEEDBACK, LAYERS, order=FOLDED),
     "unordered": Method("ours in natural order, tuned", FEEDBACK, WHOLE),
-    "ours": Method("ours: blocks, reordered, tuned", FEEDBACK, WHOLE, ordered=True),
+    "ours": Method("ours: blocks, reordered, tuned", FEEDBACK, WHOLE, order=FOLDED),
 }
 # Divided into the excess loss of `ours`: the least of these methods' excess, row by row.
 AGAINST = {

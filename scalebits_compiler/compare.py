@@ -291,12 +291,13 @@ def _totals(a: Side, b: Side) -> dict[str, dict[str, tuple[Any, Any]]]:
 def _layer_sums(side: Side) -> dict[str, dict[str, Any]]:
     layers = side.layers()
     sums: dict[str, np.ndarray] = {}
+    index = side.module.index_bits()
     for weight in side.module.quantized():
         grid = _grid(side, weight)
         if grid is None:
             return {}
         try:
-            told = matrix_summary(weight, grid)
+            told = matrix_summary(weight, grid, index.get(weight.symbol, 0))
         except TargetError:  # blocks that cannot be packed have no size
             return {}
         size = np.prod(told["shape"])

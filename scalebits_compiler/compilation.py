@@ -24,7 +24,7 @@ from scalebits_compiler.passes.base import Pass, PassContext, Progress, no_progr
 from scalebits_compiler.passes.observers import Continued, RoundTrip, Timing, VerifyEach
 from scalebits_compiler.passes.patterns import parse_pin
 from scalebits_compiler.passes.pipeline import Observer, parse_passes, run_pipeline
-from scalebits_compiler.passes.table import PIPELINES, PassTable
+from scalebits_compiler.passes.table import PassTable, pipeline_text
 from scalebits_compiler.placement import check_device, computing_on, place_for
 from scalebits_compiler.plugins import Registry
 from scalebits_compiler.runtime.manifest import Manifest, Provenance
@@ -47,6 +47,7 @@ class CompileOptions:
     artifact, instead. block: (rows, columns); group: columns per scale; both chosen by the size of
     the model if None. pins: PATTERN=4..8, widths that some matrices may have; exclude: patterns of
     matrices that stay dense; head_bits, embedding_bits: width of head and embedding (None: dense).
+    gather: "fused" lets matrices have a private input order, read through an index at run time.
     tune_scales: run that pass. device: what passes compute on, cpu or cuda. resume: go on with the
     search of a killed run.
     """
@@ -63,6 +64,7 @@ class CompileOptions:
     embedding_bits: int | None = None
     seed: int = 0
     text: TextOptions = field(default_factory=TextOptions)
+    gather: str | None = None
     tune_scales: bool = True
     device: str = "cpu"
     force: bool = False
@@ -254,6 +256,7 @@ class _EarlyChecks(Observer):
     def _check(self, module: Module) -> None:
         try:
             self.target.check_module(module)
+            self.target.check_gathers(bool(module.index_bits()))
             for item in self.search:
                 item.problem(module)
         except ScalebitsError as error:
@@ -274,10 +277,17 @@ def _check_start(
             f"{start} is not a dump of {source.path}",
             help="give the model that the dump was made from, with the same weight files",
         )
+    if module.index_bits() and options.gather is None:
+        raise UsageError(
+            f"matrices in {start} read their input in an order made at run time",
+            help="allow it with --gather fused, or go on from a dump before gather-inputs",
+        )
     names = {item.name for item in passes}
     late = [name for name in _BLOCKS if getattr(options, name) not in (None, ())]
     late = late if "canonicalize" not in names else []
     late += ["bits"] if options.pins and "assign-bits" not in names else []
+    done = "gather-inputs" in names or "gathered" in module.facts
+    late += ["gather"] if options.gather is not None and not done else []
     if late:
         listed = " and ".join(f"--{name.replace('_', '-')}" for name in late)
         raise UsageError(
@@ -323,6 +333,11 @@ def _prepare(model: Path, out: Path, options: CompileOptions, registry: Registry
     table = {**TARGETS, **registry.targets}
     target = find_target(options.target, table, options.target_options)
     target.check()
+    if options.gather not in (None, "fused"):
+        raise UsageError(
+            f"gather is {options.gather!r}", help='give "fused", or None for no gather'
+        )
+    target.check_gathers(options.gather is not None)
     check_output(out, options.force)
     return target
 
@@ -333,7 +348,7 @@ def pipeline_for(options: CompileOptions, table: PassTable) -> list[Pass]:
         "canonicalize": _block_options(options),
         "assign-bits": {"avg_bits": options.avg_bits, "pins": options.pins},
     }
-    passes = parse_passes(PIPELINES["default" if options.tune_scales else "untuned"], table)
+    passes = parse_passes(pipeline_text(options.tune_scales, options.gather is not None), table)
     return [replace(item, **given.get(item.name, {})) for item in passes]
 
 

@@ -117,6 +117,7 @@ def explain(path: Path, layer: str, block: tuple[int, int] | None = None) -> dic
         "matrix": symbol,
         "shape": [matrix.layout.rows, matrix.layout.cols],
         "block": [matrix.layout.block_rows, matrix.layout.block_cols],
+        "index_bytes": artifact.manifest.summary["matrices"][symbol].get("index_bytes", 0),
         "blocks_of_all_matrices": len(scores.up),
         "price": {"raise": _rate(scores, scores.up, up), "lower": _rate(scores, scores.down, down)},
         "step": STEP,

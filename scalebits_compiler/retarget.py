@@ -50,6 +50,7 @@ def retarget(
     module, source = read_module(path / "module.sbir", registry.ops)
     verify(module, source)
     wanted.check_module(module)
+    wanted.check_gathers(bool(module.index_bits()))
     kept = [name for name in manifest.files if not name.startswith(KERNELS)]
     files = {name: path / name for name in kept if name not in WRITTEN_HERE}
     with tempfile.TemporaryDirectory(prefix="scalebits-") as folder:

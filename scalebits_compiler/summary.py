@@ -14,14 +14,17 @@ from scalebits_compiler.numerics.layout import BlockLayout
 from scalebits_compiler.passes.roles import dense_matrices, untraced
 
 
-def matrix_summary(weight: Weight, bits: np.ndarray) -> dict[str, Any]:
-    """Shape, block, group, widths and stored size of one matrix; see `summarize` for the terms."""
+def matrix_summary(weight: Weight, bits: np.ndarray, index_bits: int = 0) -> dict[str, Any]:
+    """Shape, block, group, widths and stored size of one matrix; see `summarize` for the terms.
+
+    index_bits: of the index that its readers gather their input by; 0 for none.
+    """
     rows, columns = weight.type.static_shape()
     assert weight.block is not None
     assert weight.group is not None
     layout = BlockLayout(rows, columns, *weight.block, weight.group)
     widths, counts = np.unique(bits, return_counts=True)
-    stored = layout.nbytes(bits) + bits.size
+    stored = layout.nbytes(bits) + bits.size + index_bits // 8
     return {
         "shape": [rows, columns],
         "block": list(weight.block),
@@ -30,6 +33,7 @@ def matrix_summary(weight: Weight, bits: np.ndarray) -> dict[str, Any]:
         "code_bits": _code_bits(bits, rows, columns, weight.block),
         "effective_bits": 8 * stored / (rows * columns),
         "bytes": stored,
+        **({"index_bytes": index_bits // 8} if index_bits else {}),
     }
 
 
@@ -44,13 +48,18 @@ def summarize(module: Module) -> dict[str, Any]:
     """Totals, and each quantized matrix by its symbol.
 
     weights, code_bits (mean width of the codes) and effective_bits (all stored bits: codes, scales,
-    zero points, bit table, padding; per weight) are of the matrices whose widths are searched: head
-    and embedding have a width of their own, and are in matrix_bytes only. dense_bytes: everything
-    that stays unquantized. dense: every matrix that is not quantized, and why; not_recognised:
-    calls that are left to torch, and how many; not_traced: why all of the model is.
+    zero points, bit table, padding, indices of gathers; per weight) are of the matrices whose
+    widths are searched: head and embedding have a width of their own, and are in matrix_bytes only.
+    dense_bytes: everything that stays unquantized. dense: every matrix that is not quantized, and
+    why; not_recognised: calls that are left to torch, and how many; not_traced: why all of the
+    model is.
     """
     aten = Counter(op.target for op in module.function.ops if isinstance(op, Aten))
-    matrices = {w.symbol: matrix_summary(w, module.bits(w)) for w in module.quantized()}
+    index = module.index_bits()
+    matrices = {
+        w.symbol: matrix_summary(w, module.bits(w), index.get(w.symbol, 0))
+        for w in module.quantized()
+    }
     searched = [matrices[w.symbol] for w in module.searched()]
     weights = sum(math.prod(m["shape"]) for m in searched)
     codes = sum(m["code_bits"] * math.prod(m["shape"]) for m in searched)

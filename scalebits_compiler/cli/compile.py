@@ -54,6 +54,13 @@ def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
     add("--exclude", action="append", default=[], metavar="PATTERN", help=told)
     add("--head-bits", type=int, metavar="N", help="quantize the head at this width")
     add("--embedding-bits", type=int, metavar="N", help="quantize the embedding at this width")
+    gather = parser.add_mutually_exclusive_group()
+    told = "let matrices read their input in an order of their own, fused into its quantization"
+    gather.add_argument("--gather", choices=["fused"], help=told)
+    told = "no order is made at run time (default)"
+    gather.add_argument(
+        "--no-runtime-gather", dest="gather", action="store_const", const=None, help=told
+    )
     told = "leave scales, zero points and codes as rounding made them"
     add("--no-tuning", dest="tune_scales", action="store_false", help=told)
     add("--seed", type=int, default=0, help="picks the calibration windows (default 0)")
@@ -153,6 +160,7 @@ def _options(args: argparse.Namespace) -> CompileOptions:
         embedding_bits=args.embedding_bits,
         seed=args.seed,
         text=text,
+        gather=args.gather,
         tune_scales=args.tune_scales,
         device=args.device,
         force=args.force,
@@ -163,7 +171,7 @@ def _options(args: argparse.Namespace) -> CompileOptions:
 def _observers(args: argparse.Namespace, registry: Registry) -> list[Observer]:
     from scalebits_compiler.passes.observers import DumpIR, PrintAfter
     from scalebits_compiler.passes.reproducer import REPRODUCER, Reproducer
-    from scalebits_compiler.passes.table import PIPELINES, find_pass
+    from scalebits_compiler.passes.table import find_pass, pipeline_text
 
     flags = f" --seed {args.seed}" if args.seed else ""
     flags += f" --device {args.device}" if args.device != "cpu" else ""
@@ -177,7 +185,7 @@ def _observers(args: argparse.Namespace, registry: Registry) -> list[Observer]:
         watch.append(PrintAfter(sys.stderr.write))
     elif args.print_ir_after is not None:
         find_pass(args.print_ir_after, registry.passes)
-        used = PIPELINES["default" if args.tune_scales else "untuned"]
+        used = pipeline_text(args.tune_scales, args.gather is not None)
         if args.print_ir_after not in used.split(","):
             raise UsageError(f"--print-ir-after: '{args.print_ir_after}' is not in the pipeline")
         watch.append(PrintAfter(sys.stderr.write, frozenset({args.print_ir_after})))
@@ -239,6 +247,7 @@ def as_text(report: CompileReport) -> str:
             )
         lines += [f"  dense           {what}" for what in _by_reason(blocks["dense"])]
     lines += [f"  taken back      {order}" for order in _reverted(report)]
+    lines += _gathers(report)
     search = report.passes.get("assign-bits")
     if isinstance(search, dict):
         kept = "searched widths" if search["shipped"] == "search" else "uniform widths (they won)"
@@ -273,6 +282,20 @@ def _by_reason(dense: dict[str, str]) -> list[str]:
 def _few(names: list[str]) -> str:
     more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
     return ", ".join(names[:MOST_NAMED]) + more
+
+
+def _gathers(report: CompileReport) -> list[str]:
+    """Which matrices read their input through an index, and what it takes."""
+    found = report.passes.get("gather-inputs")
+    if not isinstance(found, dict):
+        return []
+    if found["reverted"]:
+        return ["  taken back      all private input orders: they changed the logits"]
+    gathers = found["gathers"]
+    if not gathers:
+        return ["  gathered        no private input order saves more bits than its index takes"]
+    stored = sum(item["bits"] for item in gathers.values()) // 8
+    return [f"  gathered        {_few(list(gathers))}: {stored:,} bytes of index"]
 
 
 def _reverted(report: CompileReport) -> list[str]:

@@ -47,7 +47,7 @@ def as_text(found: dict[str, Any]) -> str:
     shape, block = ("x".join(map(str, found[key])) for key in ("shape", "block"))
     price, step = found["price"], found["step"]
     lines = [
-        f"{found['matrix']}  {shape}, blocks of {block}",
+        f"{found['matrix']}  {shape}, blocks of {block}{_index(found['index_bytes'])}",
         f"price of a stored bit: the last of +{step} average bits buys {_rate(price['raise'], -1)},"
         f" of -{step} costs {_rate(price['lower'], 1)}",
         f"+{step} average bits: {_step(found['plus'], 'raised')}",
@@ -60,6 +60,10 @@ def as_text(found: dict[str, Any]) -> str:
     if left:
         lines.append(f"and {left} more blocks that are further from a change (--block, --json)")
     return "\n".join(lines)
+
+
+def _index(stored: int) -> str:
+    return f", input gathered by an index of {stored} bytes" if stored else ""
 
 
 def _first(item: dict[str, Any]) -> int:

@@ -178,6 +178,11 @@ def _class_lines(found: dict[str, Any]) -> Iterator[str]:
         yield f"  {entry['size']:>6} {stored}{stays}: {_places(entry['members'])}"
     for entry in found["frozen"]:
         yield f"  fixed, {entry['why']}: {_places(entry['members'])}"
+    for entry in found["gathers"]:
+        yield (
+            f"  gathered at run time: the input of {entry['matrix']}, into {entry['order']};"
+            f" {entry['index_bits']} bits of index"
+        )
     for place in found["permutes_left"]:
         yield f"  permuted at run time: {place}"
 

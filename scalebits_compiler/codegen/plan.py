@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from numpy.typing import NDArray
 
-from scalebits_compiler.codegen.reference.rules import stored_order
+from scalebits_compiler.codegen.reference.rules import gather_index, stored_order
 from scalebits_compiler.errors import TargetError
 from scalebits_compiler.ir.attrs import Value
 from scalebits_compiler.ir.module import Function, Module
 from scalebits_compiler.ir.op import Op, op_fields
-from scalebits_compiler.ir.ops import Aten, Permute
+from scalebits_compiler.ir.ops import Aten, Linear, Permute, QLinear
+from scalebits_compiler.ir.types import TensorType, Type
 from scalebits_compiler.runtime.manifest import STEP_RULES, Number, Plan, Step
 
 # Of a model that is not recognised at all, this many names tell enough.
@@ -29,6 +32,12 @@ def make_plan(module: Module) -> Plan:
         raise TargetError(
             missing, help="use --target reference, which runs every op by its torch definition"
         )
+    for op in function.ops:
+        if isinstance(op, Linear) and op.gather and not module.weight(op.weight).quantize:
+            raise TargetError(
+                f"{op.weight} is dense, and its input is gathered ({op.loc or op.name})",
+                help="use --target reference",
+            )
     if len(function.args) != 1:
         raise TargetError(
             f"@{module.name} takes {len(function.args)} arguments, the runtime gives token ids",
@@ -36,17 +45,17 @@ def make_plan(module: Module) -> Plan:
         )
     names = {function.args[0].value: "ids"}
     names.update({op.result: f"v{index}" for index, op in enumerate(function.ops)})
-    last = _last_uses(function)
+    last, types = _last_uses(function), function.types()
     steps, caches = [], 0
     for index, op in enumerate(function.ops):
-        weights, attrs = _step_fields(op)
+        name, weights, attrs = _step_fields(op, types)
         if op.name == "attention":
             attrs["cache"], caches = caches, caches + 1
         operands = tuple(op.operands())
         free = sorted({v.name: v for v in (*operands, op.result)}.values(), key=lambda v: names[v])
         dropped = tuple(names[v] for v in free if last.get(v, index) == index)
         inputs = tuple(names[value] for value in operands)
-        steps.append(Step(op.name, inputs, weights, attrs, names[op.result], dropped))
+        steps.append(Step(name, inputs, weights, attrs, names[op.result], dropped))
     return Plan("ids", tuple(steps), names[function.result])
 
 
@@ -71,15 +80,21 @@ def _last_uses(function: Function) -> dict[Value, int]:
     return last
 
 
-def _step_fields(op: Op) -> tuple[tuple[str, ...], dict[str, Number]]:
-    """(weights, attributes) of the step of an op."""
-    if isinstance(op, Permute):
-        return (order_key(op),), {"axis": op.axis}
-    specs = [spec for spec in op_fields(type(op)) if spec.role == "attr"]
+def _step_fields(
+    op: Op, types: Mapping[Value, Type]
+) -> tuple[str, tuple[str, ...], dict[str, Number]]:
+    """(op, weights, attributes) of the step of an op."""
     weights = tuple(symbol.name for symbol in op.symbols())
+    if isinstance(op, Permute):
+        return op.name, (order_key(op),), {"axis": op.axis}
+    if isinstance(op, (Linear, QLinear)):
+        if not op.gather:
+            return op.name, weights, {}
+        return f"gather_{op.name}", (weights[0], gather_key(op, types), *weights[1:]), {}
+    specs = [spec for spec in op_fields(type(op)) if spec.role == "attr"]
     attrs = {spec.name: getattr(op, spec.name) for spec in specs}
     # A plan has numbers only.
-    return weights, {k: int(v) if isinstance(v, bool) else v for k, v in attrs.items()}
+    return op.name, weights, {k: int(v) if isinstance(v, bool) else v for k, v in attrs.items()}
 
 
 def order_key(op: Permute) -> str:
@@ -87,13 +102,27 @@ def order_key(op: Permute) -> str:
     return f"order:{op.order}{':inverse' if op.inverse else ''}"
 
 
-def order_tensors(module: Module) -> dict[str, NDArray[np.int64]]:
-    """order_key -> int64[n], such that a permute is `take(x, index, axis)`; one for each kind."""
-    return {
-        order_key(op): _order_index(module, op)
-        for op in module.function.ops
-        if isinstance(op, Permute)
-    }
+def gather_key(op: Linear | QLinear, types: Mapping[Value, Type]) -> str:
+    """The name of the index that an op gathers its input by: from one order to another."""
+    x = types[op.x]
+    assert isinstance(x, TensorType)
+    return f"gather:{x.dims[-1]}:{op.gather}"
+
+
+def order_tensors(module: Module) -> dict[str, NDArray[np.int64] | NDArray[np.uint16]]:
+    """Name -> index [n], such that `take(x, index, axis)` permutes or gathers; one for each kind.
+
+    int64 for a permute op, uint16 for a linear op that gathers its input.
+    """
+    types = module.function.types()
+    found: dict[str, NDArray[np.int64] | NDArray[np.uint16]] = {}
+    for op in module.function.ops:
+        if isinstance(op, Permute):
+            found[order_key(op)] = _order_index(module, op)
+        elif isinstance(op, (Linear, QLinear)) and op.gather:
+            index = gather_index(types[op.x], op.gather, module.permutation)
+            found[gather_key(op, types)] = index.astype(np.uint16)
+    return found
 
 
 def _order_index(module: Module, op: Permute) -> NDArray[np.int64]:

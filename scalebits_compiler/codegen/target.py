@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from scalebits_compiler.errors import UsageError
+from scalebits_compiler.errors import TargetError, UsageError
 
 if TYPE_CHECKING:
     from scalebits_compiler.ir.module import Module
@@ -36,9 +36,19 @@ class Target(ABC):
     name: ClassVar[str]
     order: ClassVar[str] = "packed"
     """The element type of packed matrices whose byte order the kernels read (`ir.types.PACKED`)."""
+    gathers: ClassVar[bool] = False
+    """Whether matrices may have a private input order (the attribute `gather` of linear ops)."""
 
     def check(self) -> None:  # noqa: B027  (most targets need nothing)
         """Raise TargetError, before any work, if this machine cannot build for the target."""
+
+    def check_gathers(self, wanted: bool) -> None:
+        """Raise TargetError if there are to be private input orders, and the target has none."""
+        if wanted and not self.gathers:
+            raise TargetError(
+                f"the target '{self.name}' does not read inputs through an index (--gather fused)",
+                help="compile without --gather, or for another target",
+            )
 
     def check_module(self, module: Module) -> None:  # noqa: B027  (and run any module)
         """Raise TargetError if the target cannot run the ops of a module.

@@ -10,13 +10,15 @@ import numpy as np
 from scalebits_compiler.errors import IRError
 from scalebits_compiler.ir.attrs import INLINE_GRID_BLOCKS, Grid, Resource, Symbol, Value
 from scalebits_compiler.ir.op import Op
+from scalebits_compiler.ir.ops import INDEX_BITS, Linear, QLinear
 from scalebits_compiler.ir.resources import ResourceStore
 from scalebits_compiler.ir.types import TensorType, Type
 from scalebits_compiler.tasks import CAUSAL
 
 # What can have been established about a module, in pipeline order.
 FACTS = (
-    "canonical", "sensitivity", "reordered", "folded", "bits", "rounded", "tuned", "packed",
+    "canonical", "sensitivity", "reordered", "folded", "gathered", "bits", "rounded", "tuned",
+    "packed",
 )  # fmt: skip
 
 
@@ -143,6 +145,15 @@ class Module:
     def searched(self) -> list[Weight]:
         """Those of them whose widths are searched, and count in the average."""
         return [weight for weight in self.quantized() if weight.fixed_bits is None]
+
+    def index_bits(self) -> dict[str, int]:
+        """Matrix -> stored bits of the index that its readers gather their input by."""
+        linears = (op for op in self.function.ops if isinstance(op, (Linear, QLinear)))
+        return {
+            op.weight.name: INDEX_BITS * self.weight(op.weight).type.static_shape()[1]
+            for op in linears
+            if op.gather
+        }
 
     def weight(self, symbol: Symbol | str) -> Weight:
         """A weight by symbol; IRError if missing."""

@@ -32,6 +32,8 @@ from scalebits_compiler.ir.pointwise import (
 from scalebits_compiler.ir.types import Dim, Factor, TensorType, TupleType, Type
 
 _SIZE = re.compile("[1-9][0-9]{0,17}")
+INDEX_BITS = 16
+"""Stored for each channel of a `gather`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,24 +75,45 @@ def _matrix(t: Typing, symbol: Symbol) -> tuple[Dim, Dim]:
     return dims[0], dims[1]
 
 
-def _linear_type(t: Typing, x: Value, weight: Symbol, bias: Symbol | None, dtype: str) -> Type:
+def _linear_type(t: Typing, op: Linear | QLinear, dtype: str) -> Type:
+    weight, bias = op.weight, op.bias
     rows, columns = _matrix(t, weight)
-    t.same(channel_axis(t, x), columns, f"input channels of {weight}")
+    channels = channel_axis(t, op.x)
+    if op.gather:
+        channels = _gathered(channels, op)
+    t.same(channels, columns, f"input channels of {weight}")
     if bias is not None:
         rows = t.same(rows, vector_axis(t, bias), f"output channels of {weight} and {bias}")
         found = t.weight(bias).dtype
         check(found == dtype, f"a {found} bias {bias} cannot be added to {dtype} output")
-    return TensorType(dtype, (*t.type(x).dims[:-1], rows))
+    return TensorType(dtype, (*t.type(op.x).dims[:-1], rows))
+
+
+def _gathered(channels: Dim, op: Linear | QLinear) -> Dim:
+    """The order that the channels of x are read in, whatever order they are stored in."""
+    order = parse_dim(op.gather)
+    check(
+        channels.size == order.size,
+        f"gather orders {order.size} channels, {op.x} has {channels.size or 'a changing number'}",
+    )
+    most = 2**INDEX_BITS
+    check((order.size or 0) <= most, f"gather orders {order.size} channels, at most {most} can be")
+    return order
 
 
 @dataclass(frozen=True, kw_only=True)
 class Linear(Op):
-    """y = x Wᵀ + b, W is [output channels, input channels]."""
+    """y = x Wᵀ + b, W is [output channels, input channels].
+
+    Where `gather` is an order such as `256@p3`, the channels of x are brought into it as they are
+    read; it is that of the columns of W.
+    """
 
     name: ClassVar[str] = "linear"
     x: Value
     weight: Symbol
     bias: Symbol | None = None
+    gather: str = ""
 
     def infer(self, t: Typing) -> Type:
         weight = t.weight(self.weight)
@@ -98,22 +121,26 @@ class Linear(Op):
         check(not weight.is_packed, f"linear reads a dense matrix, {self.weight} is {dtype}")
         xdtype = t.type(self.x).dtype
         check(xdtype == dtype, f"linear of {xdtype} activations with {dtype} {self.weight}")
-        return _linear_type(t, self.x, self.weight, self.bias, dtype)
+        return _linear_type(t, self, dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
 class QLinear(Op):
-    """y = x Ŵᵀ + b with a packed, block-quantized matrix; Ŵ is its dequantized value."""
+    """y = x Ŵᵀ + b with a packed, block-quantized matrix; Ŵ is its dequantized value.
+
+    `gather` as in `linear`.
+    """
 
     name: ClassVar[str] = "qlinear"
     x: Value
     weight: Symbol
     bias: Symbol | None = None
+    gather: str = ""
 
     def infer(self, t: Typing) -> Type:
         weight = t.weight(self.weight)
         check(weight.is_packed, f"qlinear reads a packed matrix, {self.weight} is {weight.dtype}")
-        return _linear_type(t, self.x, self.weight, self.bias, t.type(self.x).dtype)
+        return _linear_type(t, self, t.type(self.x).dtype)
 
 
 def _check_eps(eps: float) -> None:

@@ -44,10 +44,10 @@ GRID_BITS = 8  # a block's entry in the stored bit table
 class AssignBits(Pass):
     """Budgeted greedy widths: the best of some starts, then swaps that a held-out loss accepts.
 
-    `avg-bits` caps the effective bits per weight: codes, scales, zero points, bit table and
-    padding. The result is never worse on the acceptance split than the best uniform width that
-    fits: that is one of the starts, and the report says so if it ships. A search goes on where a
-    killed one has stopped if the context has a checkpoint.
+    `avg-bits` caps the effective bits per weight: codes, scales, zero points, bit table, padding
+    and the indices of gathers. The result is never worse on the acceptance split than the best
+    uniform width that fits: that is one of the starts, and the report says so if it ships. A search
+    goes on where a killed one has stopped if the context has a checkpoint.
     """
 
     name: ClassVar[str] = "assign-bits"
@@ -174,9 +174,10 @@ def searched_costs(module: Module, search: AssignBits) -> Costs:
     PassError if there is none.
     """
     blocks: list[tuple[np.ndarray, ...]] = []
-    weights = 0
+    weights, index = 0, module.index_bits()
     for weight in module.searched():
         bit, rest = layout_of(weight).block_cost()
+        rest[0, 0] += index.get(weight.symbol, 0)  # stored once, whatever the widths
         limits = weight.limits or (search.min_bits, search.max_bits)
         low, high = (np.full(bit.size, width) for width in limits)
         blocks.append((bit.ravel(), rest.ravel() + GRID_BITS, low, high))

@@ -42,7 +42,7 @@ class FoldPermutes(Pass):
         Where the module has text, the logits before and after are compared on a few tokens. Orders
         that change them are taken back, and named in the report.
         """
-        check = _LogitCheck.of(module, ctx)
+        check = LogitCheck.of(module, ctx) if module.perms else None
         folded, reverted = fold(module), []
         error = None if check is None else check.error(folded)
         if check is not None and error is not None and not error <= TOLERANCE:
@@ -75,31 +75,31 @@ def fold(module: Module) -> Module:
 
 
 @dataclass(frozen=True)
-class _LogitCheck:
-    """The logits of the unfolded module on a few tokens."""
+class LogitCheck:
+    """The logits of a module on a few tokens, which a change of orders must not change."""
 
     ctx: PassContext
     ids: torch.Tensor
     logits: torch.Tensor
 
     @staticmethod
-    def of(module: Module, ctx: PassContext) -> _LogitCheck | None:
+    def of(module: Module, ctx: PassContext) -> LogitCheck | None:
         """None where there is nothing to check, or nothing to check it with."""
         import torch
 
         has_text = ctx.text is not None or module.calibration is not None
-        if not module.perms or ctx.evaluate is None or not has_text:
+        if ctx.evaluate is None or not has_text:
             return None
         ids = ctx.windows(module, FoldPermutes.name).calibration[:1, :CHECKED_TOKENS]
         with torch.no_grad():
-            return _LogitCheck(ctx, ids, ctx.evaluator(module, FoldPermutes.name).run(ids))
+            return LogitCheck(ctx, ids, ctx.evaluator(module, FoldPermutes.name).run(ids))
 
-    def error(self, folded: Module) -> float:
+    def error(self, changed: Module) -> float:
         """Largest difference of a logit, as a share of the largest logit; NaN if any is."""
         import torch
 
         with torch.no_grad():
-            found = self.ctx.evaluator(folded, FoldPermutes.name).run(self.ids)
+            found = self.ctx.evaluator(changed, FoldPermutes.name).run(self.ids)
         return float((found - self.logits).abs().max() / self.logits.abs().max())
 
     def wrong_orders(self, module: Module) -> list[str]:

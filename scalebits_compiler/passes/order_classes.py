@@ -9,7 +9,7 @@ from typing import Any
 from scalebits_compiler.ir.attrs import Value
 from scalebits_compiler.ir.module import Module
 from scalebits_compiler.ir.op import Op
-from scalebits_compiler.ir.ops import Permute, parse_dim
+from scalebits_compiler.ir.ops import Linear, Permute, QLinear, parse_dim
 from scalebits_compiler.ir.types import Dim, Factor, TensorType, Type
 from scalebits_compiler.passes.orders import Unifier
 
@@ -101,23 +101,35 @@ def describe(module: Module) -> dict[str, Any]:
 
     `classes`: size, how many of the first elements stay in place, the stored order (the name of a
     permutation, None if natural) and the members of each. `frozen`: why, and the axes that stay in
-    natural order for it. `permutes_left`: where a permute is done at run time.
+    natural order for it. `permutes_left`: where a permute is done at run time. `gathers`: the
+    matrices whose columns have an order of their own, it, and the stored bits of the index that
+    their input is read by; they are in no class.
     """
-    orders = find_orders(without_permutes(module))
+    orders, gathers = find_orders(without_permutes(module)), module.index_bits()
+
+    def bound(members: tuple[Member, ...]) -> tuple[Member, ...]:
+        return tuple(m for m in members if m.axis != 1 or m.symbol not in gathers)
+
     left = [op.loc for op in module.function.ops if isinstance(op, Permute)]
     return {
         "classes": [
             {
                 "size": found.size,
                 "kept": found.kept,
-                "order": _stored_order(module, found.members),
-                "members": [asdict(member) for member in found.members],
+                "order": _stored_order(module, bound(found.members)),
+                "members": [asdict(member) for member in bound(found.members)],
             }
             for found in orders.classes
+            if bound(found.members)
         ],
         "frozen": [
-            {"why": why, "members": [asdict(member) for member in members]}
+            {"why": why, "members": [asdict(member) for member in bound(members)]}
             for why, members in orders.frozen.items()
+            if bound(members)
+        ],
+        "gathers": [
+            {"matrix": name, "order": str(module.weights[name].type.dims[1]), "index_bits": bits}
+            for name, bits in gathers.items()
         ],
         "permutes_left": left,
     }
@@ -158,6 +170,9 @@ def without_orders(module: Module, names: Collection[str]) -> Module:
                 images[op.result] = source
                 continue
             op = replace(op, order=str(order))
+        elif isinstance(op, (Linear, QLinear)) and op.gather:
+            order = _unordered(parse_dim(op.gather), names)
+            op = replace(op, gather=str(order) if order.orders else "")
         ops.append(replace(op.map_operands(images), type=kind))
     result = images.get(module.function.result, module.function.result)
     perms = {name: perm for name, perm in module.perms.items() if name not in names}

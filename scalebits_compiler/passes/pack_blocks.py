@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from scalebits_compiler.errors import PassError
@@ -90,7 +90,6 @@ def _pack(module: Module, weight: Weight) -> np.ndarray:
 
 def _qlinear(op: Op, packed: set[str]) -> Op:
     if isinstance(op, Linear) and op.weight.name in packed:
-        return QLinear(
-            result=op.result, type=op.type, loc=op.loc, x=op.x, weight=op.weight, bias=op.bias
-        )
+        kept = {item.name: getattr(op, item.name) for item in fields(op)}
+        return QLinear(**kept)
     return op

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import TYPE_CHECKING, ClassVar
@@ -38,6 +38,7 @@ class ReorderChannels(Pass):
     name: ClassVar[str] = "reorder-channels"
     requires: ClassVar[frozenset[str]] = frozenset({"canonical", "sensitivity"})
     establishes: ClassVar[frozenset[str]] = frozenset({"reordered"})
+    refuses: ClassVar[frozenset[str]] = frozenset({"gathered"})
 
     def run(self, module: Module, ctx: PassContext) -> Module:
         """Adds permutations and, after each value stored in one, a pair of `permute` ops."""
@@ -72,16 +73,21 @@ def with_orders(module: Module, orders: Orders, chosen: Mapping[str, Order]) -> 
     names: dict[str, str] = {}
     perms: dict[str, Perm] = {}
     tensors: dict[str, torch.Tensor] = {}
-    taken = {*module.perms, *module.weights}
-    free = (name for name in map("p{}".format, count()) if name not in taken)
+    free = free_names(module)
     for found in orders.classes:
         if found.variable in chosen:
             name = names[found.variable] = next(free)
-            perms[name], tensor = _make_perm(name, chosen[found.variable], origin(found))
+            perms[name], tensor = make_perm(name, chosen[found.variable], origin(found))
             tensors.update(tensor)
     resources = module.resources.with_(tensors)
     changed = replace(module, perms={**module.perms, **perms}, resources=resources)
     return _insert_pairs(changed, orders.unifier, names)
+
+
+def free_names(module: Module) -> Iterator[str]:
+    """Names for permutations: p0, p1, ... without those that are taken."""
+    taken = {*module.perms, *module.weights}
+    return (name for name in map("p{}".format, count()) if name not in taken)
 
 
 @dataclass
@@ -138,12 +144,17 @@ class _Surrogate:
         for factor in dim.static():
             inner = orders.get(factor.order or "", np.arange(factor.size))
             index = (index[:, None] * factor.size + inner).reshape(-1)
-        starts = np.arange(0, len(lines), weight.block[axis])
-        sums = np.add.reduceat(np.maximum(lines[index], 0), starts)
-        counts = np.diff(np.append(starts, len(lines)))
-        least = 1e-9 * sums.sum() / len(lines) or 1.0
         across = weight.type.static_shape()[1 - axis]
-        return float((counts * np.log(sums / counts + least)).sum() * across)
+        return log_score(lines[index], weight.block[axis]) * across
+
+
+def log_score(lines: NDArray[np.float64], block: int) -> float:
+    """The sum over all lines of the log of the mean score in their block of `block` lines."""
+    starts = np.arange(0, len(lines), block)
+    sums = np.add.reduceat(np.maximum(lines, 0), starts)
+    counts = np.diff(np.append(starts, len(lines)))
+    least = 1e-9 * sums.sum() / len(lines) or 1.0
+    return float((counts * np.log(sums / counts + least)).sum())
 
 
 def _is_scored(weight: Weight) -> bool:
@@ -160,7 +171,8 @@ def origin(found: OrderClass) -> str:
     return f"{member.size} channels of {member.symbol}{inner}"
 
 
-def _make_perm(name: str, order: np.ndarray, origin: str) -> tuple[Perm, dict[str, torch.Tensor]]:
+def make_perm(name: str, order: Order, origin: str) -> tuple[Perm, dict[str, torch.Tensor]]:
+    """A permutation of the module, and its tensor by key; `origin` is what it orders."""
     import torch
 
     kind = TensorType.of("i32", len(order))

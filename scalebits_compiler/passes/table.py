@@ -18,6 +18,7 @@ PASSES: dict[str, str | type[Pass]] = {
     "annotate-sensitivity": f"{_HOME}.annotate_sensitivity:AnnotateSensitivity",
     "reorder-channels": f"{_HOME}.reorder_channels:ReorderChannels",
     "fold-permutes": f"{_HOME}.fold_permutes:FoldPermutes",
+    "gather-inputs": f"{_HOME}.gather_inputs:GatherInputs",
     "assign-bits": f"{_HOME}.assign_bits:AssignBits",
     "round-weights": f"{_HOME}.round_weights:RoundWeights",
     "tune-scales": f"{_HOME}.tune_scales:TuneScales",
@@ -32,6 +33,12 @@ PIPELINES: dict[str, str] = {
     "default": f"{_UP_TO_ROUNDING},tune-scales,pack-blocks",
     "untuned": f"{_UP_TO_ROUNDING},pack-blocks",
 }
+
+
+def pipeline_text(tuned: bool, gathered: bool) -> str:
+    """The pipeline of a compile. tuned: with tune-scales; gathered: with gather-inputs."""
+    text = PIPELINES["default" if tuned else "untuned"]
+    return text.replace("fold-permutes", "fold-permutes,gather-inputs") if gathered else text
 
 
 def find_pass(name: str, table: PassTable = PASSES) -> type[Pass]:

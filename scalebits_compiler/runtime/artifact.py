@@ -34,7 +34,8 @@ LARGEST_HASHED_AT_OPEN = 256 << 20
 
 _DTYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I64": np.int64,
-    "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
+    "I32": np.int32, "I16": np.int16, "I8": np.int8, "U16": np.uint16, "U8": np.uint8,
+    "BOOL": np.bool_,
 }  # fmt: skip
 
 

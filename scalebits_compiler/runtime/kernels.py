@@ -153,11 +153,17 @@ class KernelLibrary:
         return self._ops[kind, dtype]
 
     def add_quantize(
-        self, program: Program, x: Rows, group: int, new: Callable[..., NDArray[Any]] = np.zeros
+        self,
+        program: Program,
+        x: Rows,
+        group: int,
+        index: NDArray[np.uint16] | None = None,
+        new: Callable[..., NDArray[Any]] = np.zeros,
     ) -> QuantizedInput:
         """Add the step that quantises rows of a f32 matrix to a program.
 
-        new(shape, dtype) makes the arrays of the result.
+        index: [K], which column of x comes at each place, None if they stay. new(shape, dtype)
+        makes the arrays of the result.
         """
         tokens, cols = x.total, x.data.shape[1]
         groups, tile = -(-cols // group), self.tile_tokens
@@ -166,21 +172,30 @@ class KernelLibrary:
         # Padding tokens are computed and thrown away; zeros keep slow denormals out of them.
         values = new((groups, padded, planes, group), dtype)
         scales = new((groups, padded, 2), "float32")
-        arguments: Mapping[str, Argument] = {
+        arguments: dict[str, Argument] = {
             "x": x.start, "x_stride": x.stride, "cols": cols, "groups": groups,
             "values": values, "scales": scales, "tokens": padded,
         }  # fmt: skip
-        program.add(self.number("quantize", group), "quantize", tokens * groups, arguments)
+        kind = "quantize"
+        if index is not None:
+            kind, arguments["index"] = "gather_quantize", index
+        program.add(self.number(kind, group), kind, tokens * groups, arguments)
         return QuantizedInput(tokens, cols, group, self.mode, values, scales)
 
-    def quantize(self, x: F32, group: int) -> QuantizedInput:
-        """Quantise x f32[tokens, K] once for all matrices that read it in groups of `group`."""
+    def quantize(
+        self, x: F32, group: int, index: NDArray[np.uint16] | None = None
+    ) -> QuantizedInput:
+        """Quantise x f32[tokens, K] once for all matrices that read it in groups of `group`.
+
+        index as in `add_quantize`.
+        """
         if x.ndim != 2 or x.dtype != np.float32 or not x.size:
             raise TargetError(
                 f"activations must be float32[tokens, K], found {x.dtype}{list(x.shape)}"
             )
         program = Program()
-        result = self.add_quantize(program, Rows(np.ascontiguousarray(x), 0, 1, len(x)), group)
+        rows = Rows(np.ascontiguousarray(x), 0, 1, len(x))
+        result = self.add_quantize(program, rows, group, index)
         self.run(program)
         return result
 

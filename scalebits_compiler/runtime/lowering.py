@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scalebits_compiler.runtime.kernels import QuantizedInput
-from scalebits_compiler.runtime.manifest import Plan
+from scalebits_compiler.runtime.manifest import PRODUCTS, Plan
 from scalebits_compiler.runtime.native_ops import POINTWISE, RULES, Value, fuse, together
 from scalebits_compiler.runtime.program import PADS, Argument, Program, Rows
 
@@ -36,7 +36,7 @@ class Lowering:
         self.ops: list[str] = []
         self.tables: dict[str, F32] = {}
         self._last_of = _final_product_input(plan) if last else None
-        self._quantized: dict[tuple[str, int], QuantizedInput] = {}
+        self._quantized: dict[tuple[str, int, str], QuantizedInput] = {}
         self._pool: dict[tuple[tuple[int, ...], str], list[NDArray[Any]]] = {}
         layers = sum(step.op == "attention" for step in plan.steps)
         self.ids: I64 = np.zeros((self.tokens, 1), np.int64)
@@ -83,12 +83,17 @@ class Lowering:
             return Rows(data, self.count - 1, self.count, self.batch)
         return Rows(data, 0, 1, len(data))
 
-    def quantized(self, name: str, group: int) -> QuantizedInput:
-        """A value quantised once for all matrices that read it."""
-        key = (name, group)
+    def quantized(self, name: str, group: int, index: str = "") -> QuantizedInput:
+        """A value quantised once for all matrices that read it, in one order.
+
+        index: the weight that its channels are gathered by; empty where they are read as they are.
+        """
+        key = (name, group, index)
         if key not in self._quantized:
-            library, rows = self.model.library, self.rows(name)
-            self._quantized[key] = library.add_quantize(self.program, rows, group, self.new)
+            order = self.model.weights.index(index) if index else None
+            self._quantized[key] = self.model.library.add_quantize(
+                self.program, self.rows(name), group, order, self.new
+            )
         return self._quantized[key]
 
     def _drop(self, name: str) -> None:
@@ -109,7 +114,7 @@ def _final_product_input(plan: Plan) -> str | None:
     Ops on single numbers may follow it, such as a soft cap.
     """
     for step in reversed(plan.steps):
-        if step.op in ("linear", "qlinear"):
+        if step.op in ("linear", *PRODUCTS):
             return step.inputs[0]
         if step.op not in POINTWISE:
             return None

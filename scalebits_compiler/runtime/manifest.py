@@ -21,7 +21,7 @@ MODEL_FILE = "model.safetensors"
 # A folder of several artifacts has this file, and one folder for each.
 FRONTIER = "frontier.json"
 FORMAT = "scalebits"
-VERSION = 1
+VERSION = 2
 COMPILE_AGAIN = "the artifact is damaged or was edited; compile the model again"
 
 Kinds: TypeAlias = Mapping[str, type | tuple[type, ...]]
@@ -49,6 +49,7 @@ STEP_RULES: dict[str, StepRule] = {
     "embedding": _rule(1, 1, 1),
     "linear": _rule(1, 1, 2),
     "qlinear": _rule(1, 1, 2),
+    "gather_qlinear": _rule(1, 2, 3),
     "rms_norm": _rule(1, 1, 1, "eps"),
     "layer_norm": _rule(1, 1, 2, "eps"),
     "silu": _rule(1, 0, 0),
@@ -70,6 +71,8 @@ STEP_RULES: dict[str, StepRule] = {
     "permute": _rule(1, 1, 1, "axis"),
 }
 """The ops that the runtime executes; `runtime/ops.py` has one function for each."""
+PRODUCTS = ("qlinear", "gather_qlinear")
+"""With a packed matrix; the latter's second weight is the index that its input is read by."""
 
 
 @dataclass(frozen=True)
@@ -268,21 +271,12 @@ _WEIGHT: Kinds = {
     "block": (list, type(None)),
     "group": (int, type(None)),
 }
-_STEP: Kinds = {
-    "op": str,
-    "inputs": list,
-    "weights": list,
-    "attrs": dict,
-    "out": str,
-    "free": list,
-}
+_LISTS = ("inputs", "weights", "free")
+_STEP: Kinds = {"op": str, **dict.fromkeys(_LISTS, list), "attrs": dict, "out": str}
 _PROVENANCE: Kinds = {
-    "pipeline": str,
+    **dict.fromkeys(("pipeline", "tool_version", "model"), str),
     "seed": int,
-    "tool_version": str,
-    "model": str,
-    "source_sha256": dict,
-    "options": dict,
+    **dict.fromkeys(("source_sha256", "options"), dict),
 }
 
 
@@ -338,9 +332,6 @@ def _step(value: Any, where: str) -> Step:
     return Step(**{**found, **lists})
 
 
-_LISTS = ("inputs", "weights", "free")
-
-
 def _kernels(value: Any, where: str) -> Kernels | None:
     if value is None:
         return None
@@ -389,10 +380,18 @@ def _step_problem(step: Step, known: set[str], weights: Mapping[str, WeightRecor
     missing += [name for name in step.weights if name not in weights]
     if missing:
         return f"{missing[0]} is not defined"
-    kinds = ["packed" if step.op == "qlinear" and not i else "dense" for i in range(most)]
+    records = [weights[symbol] for symbol in step.weights]
     if step.op == "embedding":
         return ""  # of either kind
-    for symbol, kind in zip(step.weights, kinds, strict=False):
-        if weights[symbol].kind != kind:
+    for nth, (symbol, record) in enumerate(zip(step.weights, records, strict=True)):
+        kind = "packed" if step.op in PRODUCTS and not nth else "dense"
+        if record.kind != kind:
             return f"the weight {symbol} must be {kind}"
+    if step.op == "gather_qlinear" and records[1] != index_record(records[0].shape[1]):
+        return f"the weight {step.weights[1]} must be an index of {records[0].shape[1]} columns"
     return ""
+
+
+def index_record(columns: int) -> WeightRecord:
+    """The record of the index that a `gather_qlinear` reads its input by."""
+    return WeightRecord("dense", "U16", (columns,))

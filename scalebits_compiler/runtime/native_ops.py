@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from scalebits_compiler.runtime.manifest import Step
+from scalebits_compiler.runtime.manifest import PRODUCTS, Step
 from scalebits_compiler.runtime.program import DENSE_ROWS, DENSE_TYPES, ELEMENTS, PADS, SCORE_ROWS
 
 if TYPE_CHECKING:
@@ -51,11 +51,11 @@ def together(steps: Sequence[Step]) -> list[Step]:
     """
     products: dict[str, list[Step]] = {}
     for step in steps:
-        if step.op == "qlinear":
+        if step.op in PRODUCTS:
             products.setdefault(step.inputs[0], []).append(step)
     ordered: list[Step] = []
     for step in steps:
-        ordered += products.pop(step.inputs[0], ()) if step.op == "qlinear" else (step,)
+        ordered += products.pop(step.inputs[0], ()) if step.op in PRODUCTS else (step,)
     freed = {name for step in steps for name in step.free}
     found: list[Step] = []
     for step in reversed(ordered):  # a value is freed by the step that is now its last reader
@@ -120,8 +120,17 @@ def _linear(to: Lowering, step: Step) -> Value:
 
 
 def _qlinear(to: Lowering, step: Step) -> Value:
+    return _product(to, step, "")
+
+
+def _gather_qlinear(to: Lowering, step: Step) -> Value:
+    matrix, index, *bias = step.weights
+    return _product(to, replace(step, weights=(matrix, *bias)), index)
+
+
+def _product(to: Lowering, step: Step, index: str) -> Value:
     matrix = to.model.weights.compiled(step.weights[0])
-    x = to.quantized(step.inputs[0], matrix.layout.group)
+    x = to.quantized(step.inputs[0], matrix.layout.group, index)
     y = to.new((x.tokens, matrix.layout.rows))
     matrix.add_product(to.program, x, y)
     return _biased(to, step, y)
@@ -225,6 +234,7 @@ RULES: dict[str, Callable[[Lowering, Step], Value]] = {
     "embedding": _embedding,
     "linear": _linear,
     "qlinear": _qlinear,
+    "gather_qlinear": _gather_qlinear,
     "rms_norm": _rms_norm,
     "layer_norm": _layer_norm,
     "bias": _bias,

@@ -7,7 +7,7 @@ defined by the torch rules in `codegen/reference`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,7 @@ class Frame:
     cache: KVCache | None
     pad: NDArray[np.int64] | None
     values: dict[str, Array]
-    _quantized: dict[tuple[str, int], Any] = field(default_factory=dict)
+    _quantized: dict[tuple[str, int, str], Any] = field(default_factory=dict)
     _tables: dict[tuple[str, str, float], tuple[F32, F32]] = field(default_factory=dict)
 
     def run(self, step: Step) -> None:
@@ -52,15 +52,21 @@ class Frame:
         for key in [key for key in self._quantized if key[0] == name]:
             del self._quantized[key]
 
-    def quantized(self, name: str, group: int) -> Any:
-        """The input of a packed matrix, quantised once for all matrices that read it."""
-        if (name, group) not in self._quantized:
-            x = self.values[name]
+    def quantized(self, name: str, group: int, index: str = "") -> Any:
+        """The input of a packed matrix, quantised once for all matrices that read it in one order.
+
+        index: the weight that its channels are gathered by; empty where they are read as they are.
+        """
+        key = (name, group, index)
+        if key not in self._quantized:
+            x, order = self.values[name], self.weights.index(index) if index else None
             flat = np.ascontiguousarray(x.reshape(-1, x.shape[-1]), np.float32)
             library = self.weights.library
-            ready = flat if library is None else library.quantize(flat, group)
-            self._quantized[name, group] = ready
-        return self._quantized[name, group]
+            if library is not None:
+                self._quantized[key] = library.quantize(flat, group, order)
+            else:
+                self._quantized[key] = flat if order is None else flat[:, order]
+        return self._quantized[key]
 
     def rotation(self, name: str, frequency: str, scaling: float) -> tuple[F32, F32]:
         """(cos, sin) f32[batch, 1, sequence, d/2] of the positions `name`, shared by all layers."""
@@ -92,12 +98,21 @@ def _linear(frame: Frame, step: Step) -> F32:
 
 
 def _qlinear(frame: Frame, step: Step) -> F32:
+    return _product(frame, step, "")
+
+
+def _gather_qlinear(frame: Frame, step: Step) -> F32:
+    matrix, index, *bias = step.weights
+    return _product(frame, replace(step, weights=(matrix, *bias)), index)
+
+
+def _product(frame: Frame, step: Step, index: str) -> F32:
     name, symbol = step.inputs[0], step.weights[0]
     leading = frame.values[name].shape[:-1]
     if 0 in leading:  # an expert that no token is sent to
         rows = frame.weights.height(symbol)
         return np.zeros((*leading, rows), np.float32)
-    x = frame.quantized(name, frame.weights.group(symbol))
+    x = frame.quantized(name, frame.weights.group(symbol), index)
     y = frame.weights.packed(symbol)(x)
     return _biased(frame, step, y.reshape(*leading, -1))
 
@@ -316,6 +331,7 @@ OPS: dict[str, Callable[[Frame, Step], Array]] = {
     "embedding": _embedding,
     "linear": _linear,
     "qlinear": _qlinear,
+    "gather_qlinear": _gather_qlinear,
     "rms_norm": _rms_norm,
     "layer_norm": _layer_norm,
     "silu": _silu,

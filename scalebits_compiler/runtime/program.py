@@ -53,6 +53,7 @@ class Rows(NamedTuple):
 _MATRIX = "arena offsets starts columns blocks cols values scales tokens y! y_tokens y_rows"
 _FIELDS = {
     "quantize": "x x_stride cols groups values! scales! tokens",
+    "gather_quantize": "x x_stride cols groups values! scales! tokens index",
     "gemv": _MATRIX,
     "gemm": f"{_MATRIX} codes total",
     "dense": "x x_stride x_rows w cols y! y_cols",

@@ -15,7 +15,7 @@ from scalebits_compiler.errors import ArtifactError, UsageError
 from scalebits_compiler.runtime.artifact import Artifact
 from scalebits_compiler.runtime.cache import KVCache, NativeCache
 from scalebits_compiler.runtime.cpu_features import default_threads
-from scalebits_compiler.runtime.manifest import COMPILE_AGAIN, Plan, Step
+from scalebits_compiler.runtime.manifest import COMPILE_AGAIN, PRODUCTS, Plan, Step
 from scalebits_compiler.runtime.ops import Frame
 from scalebits_compiler.runtime.variants import ACTIVATIONS, EXACT
 from scalebits_compiler.runtime.weights import Weights
@@ -128,7 +128,7 @@ class Session:
         self._plan = runnable(artifact)
         self._weights = Weights(artifact, library)
         for step in self._plan.steps:
-            if step.op == "qlinear" and library is not None:
+            if step.op in PRODUCTS and library is not None:
                 self._weights.packed(step.weights[0])
         self._native, self.execution = _native(self._plan, self._weights)
         self.vocabulary = self._vocabulary()
@@ -249,7 +249,7 @@ class Session:
         for step in self._plan.steps[:-1]:
             self._step(frame, step)
         final = self._plan.steps[-1]
-        if last and final.op in ("linear", "qlinear"):
+        if last and final.op in ("linear", *PRODUCTS):
             frame.replace(final.inputs[0], frame.values[final.inputs[0]][:, -1:])
         self._step(frame, final)
         return frame.values[self._plan.output]

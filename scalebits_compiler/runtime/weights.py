@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from scalebits_compiler.errors import ArtifactError
 from scalebits_compiler.runtime.artifact import Artifact, PackedMatrix, StoredTensor
+from scalebits_compiler.runtime.manifest import COMPILE_AGAIN
 
 if TYPE_CHECKING:
     from scalebits_compiler.runtime.kernels import KernelLibrary, PackedLinear
@@ -81,6 +83,13 @@ class Weights:
     def raw(self, symbol: str) -> NDArray[Any]:
         """A dense weight as stored."""
         return self._artifact.tensors[symbol].data
+
+    def index(self, symbol: str) -> NDArray[np.uint16]:
+        """The index that a matrix's input is read by; `ArtifactError` for places beyond it."""
+        found = self.raw(symbol)
+        if found.max(initial=0) >= len(found):
+            raise ArtifactError(f"{symbol} names channels that there are not", help=COMPILE_AGAIN)
+        return found
 
     def is_packed(self, symbol: str) -> bool:
         """Whether a weight is packed."""

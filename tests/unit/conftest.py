@@ -20,7 +20,10 @@ BLOCK_ROWS, BLOCK_COLS, GROUP = 16, 64, 32
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama (`qk_norm`: Qwen3, `bias`: Qwen2, `window`: Mistral), small and ragged."""
+    """A Llama (`qk_norm`: Qwen3, `bias`: Qwen2, `window`: Mistral), small and ragged.
+
+    gather: every packed matrix has a private order of its columns.
+    """
 
     vocab: int = 90
     hidden: int = 72
@@ -32,6 +35,7 @@ class Shape:
     window: int = 0
     qk_norm: bool = False
     bias: bool = False
+    gather: bool = False
     eps: float = 1e-5
     limit: int = 64
 
@@ -42,6 +46,7 @@ class TextBuilder:
     def __init__(self, seed):
         self.rng = np.random.default_rng(seed)
         self.weights, self.ops, self.tensors = [], [], {}
+        self.perms = []
 
     def op(self, text, kind):
         self.ops.append(f"    %{len(self.ops)} = {text} : {kind}")
@@ -52,7 +57,14 @@ class TextBuilder:
         shape = ", ".join(map(str, array.shape))
         self.weights.append(f'  weight @{name} : f32[{shape}] {{data = resource("{name}")}}')
 
-    def packed(self, name, rows, cols):
+    def perm(self, size):
+        """The name of a random permutation."""
+        name = f"p{len(self.perms)}"
+        data = list(map(int, self.rng.permutation(size)))
+        self.perms.append(f"  perm @{name} : i32[{size}] {{data = {data}}}")
+        return name
+
+    def packed(self, name, rows, cols, order=None):
         layout = BlockLayout(rows, cols, BLOCK_ROWS, BLOCK_COLS, GROUP)
         bits = self.rng.integers(1, 9, layout.grid).astype(np.uint8)
         wide = bits.repeat(BLOCK_ROWS, 0)[:rows].repeat(BLOCK_COLS, 1)[:, :cols]
@@ -64,7 +76,8 @@ class TextBuilder:
         self.tensors[f"{name}.arena"] = torch.from_numpy(layout.pack(codes, scales, zeros, bits))
         grid = [list(map(int, row)) for row in bits]
         self.weights.append(
-            f'  weight @{name} : packed[{rows}, {cols}] {{data = resource("{name}.arena"),'
+            f"  weight @{name} : packed[{rows}, {cols}{f'@{order}' if order else ''}]"
+            f' {{data = resource("{name}.arena"),'
             f" quantize = true, block = [{BLOCK_ROWS}, {BLOCK_COLS}], group = {GROUP},"
             f" bits = grid({grid})}}"
         )
@@ -86,7 +99,7 @@ def build(shape, seed=0):
     x = b.op(f"rms_norm {x}, @norm {{eps = {s.eps}}}", hid)
     x = b.op(f"linear {x}, @head", f"f32[?, ?, {s.vocab}]")
     text = "\n".join(
-        ['module @tiny {facts = ["bits", "packed"]} {', *b.weights,
+        ['module @tiny {facts = ["bits", "packed"]} {', *b.perms, *b.weights,
          f"  func @forward(%ids: i64[?, ?]) -> f32[?, ?, {s.vocab}] {{", *b.ops,
          f"    return {x}", "  }", "}"]
     )  # fmt: skip
@@ -108,18 +121,18 @@ def _layer(b, s, name, x, positions, hid):
         f"f32[?, {s.heads}, ?, {s.head_dim}]",
     )
     y = b.op(f"merge_heads {y}", f"f32[?, ?, {s.heads * s.head_dim}]")
-    x = b.op(f"add {x}, {_qlinear(b, f'{name}.o', y, s.hidden, s.heads * s.head_dim)}", hid)
+    x = b.op(f"add {x}, {_qlinear(b, s, f'{name}.o', y, s.hidden, s.heads * s.head_dim)}", hid)
     y = _norm(b, f"{name}.norm2", x, s.hidden, s.eps, hid)
-    gate = _qlinear(b, f"{name}.gate", y, s.inner, s.hidden)
-    up = _qlinear(b, f"{name}.up", y, s.inner, s.hidden)
+    gate = _qlinear(b, s, f"{name}.gate", y, s.inner, s.hidden)
+    up = _qlinear(b, s, f"{name}.up", y, s.inner, s.hidden)
     wide = f"f32[?, ?, {s.inner}]"
     y = b.op(f"mul {b.op(f'silu {gate}', wide)}, {up}", wide)
-    return b.op(f"add {x}, {_qlinear(b, f'{name}.down', y, s.hidden, s.inner)}", hid)
+    return b.op(f"add {x}, {_qlinear(b, s, f'{name}.down', y, s.hidden, s.inner)}", hid)
 
 
 def _heads(b, s, name, part, count, y, positions):
     size, kind = count * s.head_dim, f"f32[?, {count}, ?, {s.head_dim}]"
-    y = _qlinear(b, f"{name}.{part}", y, size, s.hidden, s.bias)
+    y = _qlinear(b, s, f"{name}.{part}", y, size, s.hidden, s.bias)
     y = b.op(f"split_heads {y} {{heads = {count}}}", kind)
     if part == "v":
         return y
@@ -133,12 +146,15 @@ def _norm(b, name, x, size, eps, kind):
     return b.op(f"rms_norm {x}, @{name} {{eps = {eps}}}", kind)
 
 
-def _qlinear(b, name, x, rows, cols, bias=False):
-    b.packed(name, rows, cols)
+def _qlinear(b, s, name, x, rows, cols, bias=False):
+    order = b.perm(cols) if s.gather else None
+    b.packed(name, rows, cols, order)
     extra = ""
     if bias:
         b.dense(f"{name}.bias", b.rng.normal(size=rows) / 3)
         extra = f", @{name}.bias"
+    if order:
+        extra += f' {{gather = "{cols}@{order}"}}'
     return b.op(f"qlinear {x}, @{name}{extra}", f"f32[?, ?, {rows}]")
 
 
@@ -154,7 +170,11 @@ class Float64:
         if weight.type.dtype != "packed":
             return data.double().numpy()
         layout = BlockLayout(*weight.type.static_shape(), *weight.block, weight.group)
-        return layout.dequantize(data.numpy(), self.module.bits(weight)).astype(np.float64)
+        stored = layout.dequantize(data.numpy(), self.module.bits(weight)).astype(np.float64)
+        natural = np.empty_like(stored)
+        orders = weight.type.dims[1].orders
+        natural[:, self.module.permutation(orders[0]) if orders else slice(None)] = stored
+        return natural
 
     def norm(self, x, name):
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + self.shape.eps) * self.weight(name)

@@ -78,7 +78,7 @@ def compiled(tmp_path_factory):
     """(kernel file, dispatch table) for all cases and all widths in them."""
     path = tmp_path_factory.mktemp("kernels") / "kernels.so"
     grids = [(layout, np.array([widths], np.uint8)) for layout, widths in CASES.values()]
-    specs, dispatch = select_specs(grids)
+    specs, dispatch = select_specs(grids, gathered=(layout.group for layout, _ in grids))
     sources = compile_kernels(specs, path)
     kernels = {spec.key for group in specs.values() for spec in group}
     assert set(sources) == kernels | {run_symbol(name) for name in specs}
@@ -93,7 +93,7 @@ def compiled_float32(tmp_path_factory):
     grids = [(layout, np.array([widths], np.uint8)) for layout, widths in CASES.values()]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(spec, "JOINED_GROUP", 0)
-        specs, dispatch = select_specs(grids)
+        specs, dispatch = select_specs(grids, gathered=(layout.group for layout, _ in grids))
     dispatch["variants"] = [v for v in dispatch["variants"] if v["modes"] == ["float32"]]
     (name,) = (variant["name"] for variant in dispatch["variants"])
     compile_kernels({name: specs[name]}, path)
@@ -141,6 +141,19 @@ def check(library, matrix, tokens, seed=1):
 @pytest.mark.parametrize("case", CASES)
 def test_mixed_widths(library, case, tokens):
     check(library, make_matrix(*CASES[case]), tokens)
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("case", CASES)
+def test_a_gather_reads_the_columns_that_its_index_names(library, case, tokens):
+    """The same bits as of an x whose columns lie in that order."""
+    layout, rng = CASES[case][0], np.random.default_rng(2)
+    x = rng.normal(size=(tokens, layout.cols)).astype(np.float32)
+    index = rng.permutation(layout.cols).astype(np.uint16)
+    found = library.quantize(x, layout.group, index)
+    expected = library.quantize(x[:, index], layout.group)
+    np.testing.assert_array_equal(found.values, expected.values)
+    np.testing.assert_array_equal(found.scales, expected.scales)
 
 
 @pytest.mark.parametrize("tokens", [1, 12])

@@ -118,5 +118,5 @@ def test_experts_are_those_of_the_cpu():
     np.testing.assert_allclose(*both(made, values), rtol=1e-5, atol=1e-6)
 
 
-def test_every_step_has_a_rule():
-    assert ops.OPS.keys() == STEP_RULES.keys()
+def test_every_step_has_a_rule_or_is_refused():
+    assert ops.OPS.keys() == STEP_RULES.keys() - {"gather_qlinear"}

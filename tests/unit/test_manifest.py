@@ -57,7 +57,7 @@ def test_round_trip(manifest):
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (["version"], 2, r"version: 2 is unknown"),
+        (["version"], 1, r"version: 1 is unknown"),
         (["format"], "gguf", "format"),
         (["extra"], 1, "extra: unknown field"),
         (["target", "kind"], "", "target: kind"),

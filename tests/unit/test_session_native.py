@@ -24,6 +24,7 @@ SHAPES = {
     "qwen3": {"qk_norm": True},
     "qwen2": {"bias": True, "groups": 1},
     "mistral": {"window": 5, "groups": 4},
+    "gather": {"gather": True, "bias": True},
     # Sizes that no vector fits, and many queries for one key-value head.
     "odd": {"heads": 7, "groups": 1, "head_dim": 38, "hidden": 75, "vocab": 61},
 }
@@ -45,7 +46,8 @@ def built(tmp_path_factory, build_module, module_shape):
         for module in modules.values()
         for w in module.quantized()
     ]
-    specs, dispatch = select_specs(matrices, ["bfloat16", "float16"])
+    gathered = [layout.group for layout, _ in matrices]
+    specs, dispatch = select_specs(matrices, ["bfloat16", "float16"], gathered)
     path = tmp_path_factory.mktemp("native") / "cpu.so"
     compile_kernels(specs, path)
     return modules, shapes, Kernels("kernels/cpu.so", dispatch), {"kernels/cpu.so": path}

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from scalebits_compiler.codegen.reference.host import run_host, run_together
-from scalebits_compiler.codegen.reference.rules import RULES, product_op
+from scalebits_compiler.codegen.reference.rules import RULES, linear_input, product_op
 from scalebits_compiler.codegen.reference.weights import dense
 from scalebits_compiler.errors import TargetError
 from scalebits_compiler.ir.attrs import Symbol, Value
@@ -22,6 +22,7 @@ from scalebits_compiler.ir.host import Host
 from scalebits_compiler.ir.module import Module
 from scalebits_compiler.ir.op import Op
 from scalebits_compiler.ir.ops import Aten, Embedding, Linear, QLinear
+from scalebits_compiler.ir.types import Type
 from scalebits_compiler.numerics.placement import Placement
 
 LinearRule = Callable[[Linear, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -55,6 +56,9 @@ class _Frame:
 
     def value(self, value: Value) -> Any:
         return self.values[value]
+
+    def type(self, value: Value) -> Type:
+        return self._executor.types[value]
 
     def permutation(self, name: str) -> np.ndarray:
         return self._executor.module.permutation(name)
@@ -154,6 +158,7 @@ class Executor:
         packed: PackedProduct | None = None,
     ) -> None:
         self.module = module
+        self.types = module.function.types()
         self.place = place or Placement()
         self.packed = packed
         self.dies_at = _last_uses(module)
@@ -224,7 +229,7 @@ class Executor:
                 frame.values[self._argument()] = self.place.here(ids)
             for op in self.module.function.ops:
                 if isinstance(op, Linear):
-                    inputs = [frame.value(op.x) for frame in frames]
+                    inputs = [linear_input(op, frame) for frame in frames]
                     held[op.weight.name] = weight(op, inputs, read(op.weight))
                     del inputs
                 if isinstance(op, Host):

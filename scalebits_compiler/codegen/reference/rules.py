@@ -43,6 +43,7 @@ from scalebits_compiler.ir.ops import (
     Tanh,
     parse_dim,
 )
+from scalebits_compiler.ir.types import TensorType, Type
 
 LinearT = TypeVar("LinearT", Linear, QLinear)
 
@@ -64,6 +65,10 @@ class Scope(Protocol):
     @property
     def matrix(self) -> Callable[[Symbol], torch.Tensor]:
         """Gives the dense tensor of a matrix of a linear op; on the host if it is streamed."""
+        ...
+
+    def type(self, value: Value, /) -> Type:
+        """The stated type of a value."""
         ...
 
     def permutation(self, name: str) -> np.ndarray:
@@ -98,8 +103,24 @@ def _biased(y: torch.Tensor, bias: Symbol | None, scope: Scope) -> torch.Tensor:
     return y if bias is None else y + scope.weight(bias)
 
 
+def linear_input(op: Linear | QLinear, scope: Scope) -> torch.Tensor:
+    """x with its channels in the order of the matrix's columns."""
+    x = scope.value(op.x)
+    if not op.gather:
+        return x
+    index = gather_index(scope.type(op.x), op.gather, scope.permutation)
+    return x.index_select(-1, torch.from_numpy(index).to(x.device))
+
+
+def gather_index(x: Type, order: str, permutation: Callable[[str], np.ndarray]) -> np.ndarray:
+    """int64[n]: which channel of a value of type x comes at each place of `order`."""
+    assert isinstance(x, TensorType)
+    stored = stored_order(str(x.dims[-1]), permutation)
+    return np.argsort(stored)[stored_order(order, permutation)]
+
+
 def _linear(op: Linear | QLinear, scope: Scope) -> torch.Tensor:
-    return _biased(scope.product(op, scope.value(op.x)), op.bias, scope)
+    return _biased(scope.product(op, linear_input(op, scope)), op.bias, scope)
 
 
 def _rms_norm(op: RmsNorm, scope: Scope) -> torch.Tensor:

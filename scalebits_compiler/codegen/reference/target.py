@@ -17,6 +17,7 @@ class ReferenceTarget(Target):
     """Runs any module, also one with ATen calls, slowly."""
 
     name: ClassVar[str] = "reference"
+    gathers: ClassVar[bool] = True
 
     def build(self, module: Module, folder: Path) -> Built:
         """Nothing besides the weights and module.sbir."""

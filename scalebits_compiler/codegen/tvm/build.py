@@ -43,6 +43,7 @@ from scalebits_compiler.errors import TargetError
 
 BUILDERS: dict[str, Callable[[Any], Any]] = {
     "quantize": build_quantize,
+    "gather_quantize": build_quantize,
     "gemv": build_gemv,
     "gemm": build_gemm,
     "dense": build_dense,

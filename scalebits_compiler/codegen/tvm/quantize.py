@@ -22,7 +22,7 @@ from scalebits_compiler.codegen.tvm.emit import (
 )
 from scalebits_compiler.codegen.tvm.spec import KernelSpec
 from scalebits_compiler.codegen.tvm.step import MANY, kernel
-from scalebits_compiler.codegen.tvm.vectors import each_vector, reduce_lanes
+from scalebits_compiler.codegen.tvm.vectors import Lanes, each_vector, reduce_lanes
 from scalebits_compiler.numerics.layout import LANES
 
 LEVELS = {"int16": 127 * 256 + 127, "int8": 127}
@@ -36,12 +36,14 @@ def build_quantize(spec: KernelSpec) -> Any:
 
     Items are groups of tokens, all groups of a token in turn. Values beyond the columns are zero.
     Tokens of the output beyond those of x are left alone. In mode float32 the values are x itself.
+    Of a `gather_quantize` spec: place i is column index[i] of x; index is uint16[cols].
     """
-    with kernel(spec.key, "quantize") as (builder, args):
+    with kernel(spec.key, spec.kind) as (builder, args):
         x = args.buffer("x", (MANY, args.int("x_stride")), "float32")
-        groups, out = args.int("groups"), Input.declare(spec, args)
+        groups, out, cols = args.int("groups"), Input.declare(spec, args), args.int("cols")
+        index = args.buffer("index", (cols,), "uint16") if args.has("index") else None
         made = _CopyGroup if spec.mode == "float32" else _QuantizeGroup
-        writer = made(spec, x, args.int("cols"), out)
+        writer = made(spec, x, cols, out, index)
         with loop(args.lo, args.hi) as item:
             token = T.bind(T.floordiv(item, groups))
             writer.run(token, T.bind(item - token * groups))
@@ -51,8 +53,10 @@ def build_quantize(spec: KernelSpec) -> Any:
 class _Group:
     """Reads 16 values of a group at a time."""
 
-    def __init__(self, spec: KernelSpec, x: Expr, cols: Expr, out: Input) -> None:
-        self.spec, self.x, self.cols, self.out = spec, x, cols, out
+    def __init__(
+        self, spec: KernelSpec, x: Expr, cols: Expr, out: Input, index: Expr | None
+    ) -> None:
+        self.spec, self.x, self.cols, self.out, self.index = spec, x, cols, out, index
         self.spill = Slots.alloc(1, "float32")
 
     def each(self, token: Expr, group: Expr, body: Callable[[Expr, Expr], None]) -> None:
@@ -62,8 +66,13 @@ class _Group:
         each_vector(
             T.bind(count),
             self.spill,
-            lambda lanes, col: body(lanes.load(self.x, [token, first + col]), col),
+            lambda lanes, col: body(self._load(lanes, token, first + col), col),
         )
+
+    def _load(self, lanes: Lanes, token: Expr, col: Expr) -> Expr:
+        if self.index is None:
+            return lanes.load(self.x, [token, col])
+        return lanes.gather(self.x, token, self.index, col)
 
     def clear_rest(self, token: Expr, group: Expr) -> None:
         """Set the last vector that x has a part of, and those behind it, to zero."""

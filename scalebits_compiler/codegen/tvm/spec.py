@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scalebits_compiler.errors import TargetError
 from scalebits_compiler.numerics.layout import FORMAT_VERSION, LANES, BlockLayout
 
-Kind = Literal["gemv", "gemm", "quantize"]
+Kind = Literal["gemv", "gemm", "quantize", "gather_quantize"]
 Mode = Literal["int16", "int8", "float32"]
 TILE_TOKENS = 4  # the gemm kernel computes this many tokens at a time
 CHUNK_TOKENS = 128  # tokens for which the gemm kernel uses an unpacked group
@@ -83,7 +83,8 @@ def threads_meet(variant: str) -> bool:
 class KernelSpec:
     """One kernel. N, K and tokens are run-time symbols; everything here is compiled in.
 
-    `panel`, `block_cols` and `bits` are 0 and () for `quantize`, which depends on the group only.
+    `panel`, `block_cols` and `bits` are 0 and () for `quantize` and `gather_quantize`, which depend
+    on the group only.
     """
 
     variant: str
@@ -98,7 +99,7 @@ class KernelSpec:
     def key(self) -> str:
         """Symbol, file and cache name."""
         name = f"scalebits_{self.variant}_{self.kind}_{self.mode}_g{self.group}"
-        if self.kind == "quantize":
+        if not self.bits:
             return name
         widths = "".join(map(str, self.bits))
         return f"{name}_p{self.panel}_c{self.block_cols}_b{widths}"
@@ -152,14 +153,17 @@ def op_specs(variant: str, dtypes: Iterable[str]) -> list[OpSpec]:
 
 
 def select_specs(
-    matrices: Sequence[tuple[BlockLayout, NDArray[np.uint8]]], dtypes: Iterable[str] = ()
+    matrices: Sequence[tuple[BlockLayout, NDArray[np.uint8]]],
+    dtypes: Iterable[str] = (),
+    gathered: Iterable[int] = (),
 ) -> tuple[dict[str, list[KernelSpec | OpSpec]], dict[str, Any]]:
     """The kernels for packed matrices, each given as its layout and u8 bit grid, and all other ops.
 
-    dtypes: of the dense matrices, "float32", "bfloat16", "float16". Returns the specs by variant,
-    and the JSON-able dispatch table for the manifest. Matrices of the same panel height, group and
-    block columns share kernels, which then know the widths of all of them. Raises `TargetError` if
-    there are no matrices.
+    dtypes: of the dense matrices, "float32", "bfloat16", "float16". gathered: the groups of those
+    packed matrices whose input is read through an index. Returns the specs by variant, and the
+    JSON-able dispatch table for the manifest. Matrices of the same panel height, group and block
+    columns share kernels, which then know the widths of all of them. Raises `TargetError` if there
+    are no matrices.
     """
     if not matrices:
         raise TargetError("the model has no packed matrix, so there is no kernel to generate")
@@ -167,12 +171,13 @@ def select_specs(
     for layout, bits in matrices:
         shape = (layout.group, layout.panel, layout.block_cols)
         shapes.setdefault(shape, set()).update(np.unique(bits).tolist())
-    groups = sorted({group for group, _, _ in shapes})
+    groups, by_index = sorted({group for group, _, _ in shapes}), sorted(set(gathered))
     specs: dict[str, list[KernelSpec | OpSpec]] = {}
     for name in host_variants():
         kernels = specs.setdefault(name, [])
         for mode in _modes(name, groups):
             kernels += [KernelSpec(name, "quantize", mode, group) for group in groups]
+            kernels += [KernelSpec(name, "gather_quantize", mode, group) for group in by_index]
             for (group, panel, cols), widths in sorted(shapes.items()):
                 bits = tuple(sorted(widths))
                 kernels.append(KernelSpec(name, "gemv", mode, group, panel, cols, bits))

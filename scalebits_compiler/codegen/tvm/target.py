@@ -25,6 +25,7 @@ class CpuTarget(Target):
     """x86-64 with AVX-512 VNNI and with AVX2 in one artifact; elsewhere a plain vector path."""
 
     name: ClassVar[str] = "cpu"
+    gathers: ClassVar[bool] = True
 
     def check(self) -> None:
         """TVM and a linker must be there."""
@@ -53,7 +54,8 @@ class CpuTarget(Target):
             rows, columns = weight.type.static_shape()
             layout = BlockLayout(rows, columns, *weight.block, weight.group)
             matrices.append((layout, module.bits(weight)))
-        specs, dispatch = select_specs(matrices, _dense_types(module))
+        gathered = {module.weight(symbol).group or 0 for symbol in module.index_bits()}
+        specs, dispatch = select_specs(matrices, _dense_types(module), gathered)
         library = folder / "cpu.so"
         sources = compile_kernels(specs, library)
         texts = {f"kernels/{key}.py": text.encode() for key, text in sources.items()}

@@ -33,6 +33,17 @@ class Lanes:
             T.buffer_store(self.spill.buffer, value, [lane])
         return T.bind(self.spill[0])
 
+    def gather(self, buffer: Expr, row: Expr, index: Expr, col: Expr) -> Expr:
+        """Columns index[col], index[col + 1], ... of a float32 row, zero beyond the index."""
+        if self.count is None:
+            places = T.cast(vload(index, [col], f"uint16x{LANES}"), f"int32x{LANES}")
+            return T.bind(buffer[row, places])
+        self.spill[0] = splat(T.float32(0))
+        with T.serial(0, self.count) as lane:
+            value = buffer[row, T.cast(index[col + lane], "int64")]
+            T.buffer_store(self.spill.buffer, value, [lane])
+        return T.bind(self.spill[0])
+
     def store(self, buffer: Expr, value: Expr, indices: list[Expr]) -> None:
         """Store what exists of a vector, from `indices` on."""
         if self.count is None:

@@ -1,0 +1,122 @@
+"""`--gather fused` on the command line: what is written, told and refused; kernels agree."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from scalebits_compiler.codegen.reference.executor import Executor
+from scalebits_compiler.ir.parser import read_module
+from scalebits_compiler.runtime.cpu_features import cpu_features
+from scalebits_compiler.runtime.session import load
+
+SHAPE = ("--block", "16x32", "--group", "32")
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """A model, a dump of it with private orders, and its artifact for the CPU."""
+
+    model: Path
+    dump: Path
+    path: Path
+    told: str
+
+
+@pytest.fixture(scope="module")
+def gathered(
+    tiny_llama: Any, compile_small: Any, cli: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Gathered:
+    """Random weights are about equally sensitive, so the orders are asked for by `opt`."""
+    folder, model = tmp_path_factory.mktemp("gathered"), tiny_llama()
+    ran = compile_small(
+        model, folder / "plain", *SHAPE, "--dump-ir", folder / "dump", "--no-tuning"
+    )
+    assert ran.code == 0, ran.err
+    before, dump = folder / "dump" / "04-fold-permutes.sbir", folder / "gathered.sbir"
+    ran = cli("opt", before, "-p", "gather-inputs{worth = 0.0}", "-o", dump)
+    assert ran.code == 0, ran.err
+    path = folder / "artifact"
+    ran = compile_small(model, path, "--from", dump, "--gather", "fused", "--no-tuning")
+    assert ran.code == 0, ran.err
+    return Gathered(model, dump, path, ran.out)
+
+
+def test_kernels_read_the_order_that_the_module_states(gathered: Gathered) -> None:
+    module, _ = read_module(gathered.path / "module.sbir")
+    ids = np.random.default_rng(1).integers(0, 256, (2, 21))
+    with torch.no_grad():
+        expected = Executor(module).run(torch.from_numpy(ids)).numpy()
+    for features in (None, cpu_features() - {"avx512_vnni"}):
+        session = load(gathered.path, features=features)
+        assert session.execution == "native"
+        error = np.linalg.norm(session.forward(ids) - expected) / np.linalg.norm(expected)
+        assert error < 3e-4
+
+
+def test_index_bytes_are_counted_and_told(gathered: Gathered, cli: Any) -> None:
+    ran = cli("inspect", gathered.path, "--json")
+    found = json.loads(ran.out)
+    gathers = {entry["matrix"]: entry["index_bits"] for entry in found["gathers"]}
+    assert len(gathers) > 5
+    for name, matrix in found["matrices"].items():
+        index = matrix.get("index_bytes", 0)
+        assert 8 * index == gathers.get(name, 0) == 16 * matrix["shape"][1] * (name in gathers)
+    assert found["effective_bits"] <= 3.0
+    lines = cli("inspect", gathered.path).out
+    name = next(iter(gathers))
+    assert (
+        f"gathered at run time: the input of {name}, into {found['gathers'][0]['order']}" in lines
+    )
+    assert f"an index of {gathers[name] // 8} bytes" in cli("explain", gathered.path, name).out
+    assert cli("verify", gathered.path).code == 0
+
+
+def test_an_order_that_saves_nothing_is_not_made(
+    gathered: Gathered, compile_small: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Then the artifact is that of a compile without the option, but for the pipeline it names."""
+    plain, out = gathered.path.parent / "plain", tmp_path / "out"
+    ran = compile_small(gathered.model, out, *SHAPE, "--gather", "fused", "--no-tuning")
+    assert ran.code == 0, ran.err
+    assert "no private input order saves more bits than its index takes" in ran.out
+    for name in ("model.safetensors", "plan.safetensors", "kernels/cpu.so", "config.json"):
+        assert (plain / name).read_bytes() == (out / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--gather", "fused", "--target", "cuda"), "'cuda' does not read inputs through an index"),
+        (("--from", "GATHERED"), "allow it with --gather fused"),
+        (("--from", "GATHERED", "--no-runtime-gather"), "allow it with --gather fused"),
+        (("--from", "WIDTHS", "--gather", "fused"), "--gather comes too late"),
+        (("--gather", "fused", "--no-runtime-gather"), "not allowed with argument"),
+    ],
+)
+def test_what_is_refused(
+    gathered: Gathered, compile_small: Any, options: Any, message: str, tmp_path: Path
+) -> None:
+    widths = gathered.dump.parent / "dump" / "05-assign-bits.sbir"
+    places = {"GATHERED": gathered.dump, "WIDTHS": widths}
+    ran = compile_small(
+        gathered.model, tmp_path / "out", *(places.get(option, option) for option in options)
+    )
+    assert ran.code in (1, 2)
+    assert message in ran.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_target_without_gathers_refuses_the_artifact(
+    gathered: Gathered, cli: Any, tmp_path: Path
+) -> None:
+    ran = cli("retarget", gathered.path, "-o", tmp_path / "out", "--target", "cuda")
+    assert ran.code == 1
+    assert "does not read inputs through an index" in ran.err
