@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import statistics
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -97,21 +98,55 @@ def our_session(launcher: str, layers: int) -> CudaSession:
     plan = Plan("ids", tuple(steps(layers)), "logits")
     table = {"embed": WeightRecord("dense", "F16", (VOCABULARY, HIDDEN))}
     artifact = SimpleNamespace(
-        path=Path("random"), config={}, manifest=SimpleNamespace(plan=plan, weights=table)
+        path=Path("random"),
+        config={},
+        limit=None,
+        manifest=SimpleNamespace(plan=plan, weights=table),
     )
     return CudaSession(artifact, RandomWeights(kernels, made, layers))  # type: ignore[arg-type]
 
 
-def _ours(session: CudaSession, ids: torch.Tensor) -> tuple[Any, Any]:
-    """(one decode step, its cache) after a prompt."""
+def ours(launcher: str, layers: int) -> float:
+    """Milliseconds of a token at batch 1, of a captured graph that is replayed; median of five."""
+    ids = torch.randint(0, VOCABULARY, (1, PROMPT))
+    session = our_session(launcher, layers)
     _, cache = session.prefill(ids.numpy(), capacity=PROMPT + NEW)
     cache.ids.fill_(1)
 
-    def step() -> None:
+    def token() -> None:
         session.decode_step(cache)
         cache.advance(1)
 
-    return step, cache
+    _seconds(token, 4)
+    found = []
+    for _ in range(5):
+        cache.length = PROMPT
+        found.append(_seconds(token, NEW) / NEW)
+    return 1e3 * statistics.median(found)
+
+
+def _seconds(run: Callable[[], object], count: int) -> float:
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(count):
+        run()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def transformers(cache: str, layers: int) -> float | None:
+    """Milliseconds of a token of transformers in bfloat16; None where it does not run here.
+
+    cache: "dynamic", or "static", with which it compiles the step to CUDA graphs.
+    """
+    try:
+        model = _transformers(layers)
+        options = {} if cache == "dynamic" else {"cache_implementation": "static"}
+        ids = torch.randint(0, VOCABULARY, (1, PROMPT), device="cuda")
+        return 1e3 * _generate_seconds(model, ids, **options)
+    except Exception as problem:  # not installed, no compiler for torch, too little memory
+        print(f"transformers, {cache} cache, is left out: {problem!r}", file=sys.stderr)
+        return None
 
 
 def _transformers(layers: int) -> Any:
@@ -122,17 +157,14 @@ def _transformers(layers: int) -> Any:
         num_hidden_layers=layers, num_attention_heads=HEADS, num_key_value_heads=GROUPS,
         max_position_embeddings=8192, tie_word_embeddings=True,
     )  # fmt: skip
-    with torch.device("cuda"):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-
-
-def _per_token(step: Any, count: int) -> float:
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(count):
-        step()
-    torch.cuda.synchronize()
-    return (time.perf_counter() - start) / count
+    # Its argument for the dtype has changed its name.
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("cuda"):
+            return AutoModelForCausalLM.from_config(config).to(torch.bfloat16).eval()
+    finally:
+        torch.set_default_dtype(before)
 
 
 @torch.no_grad()
@@ -141,43 +173,8 @@ def _generate_seconds(model: Any, ids: torch.Tensor, **options: Any) -> float:
 
     def run(count: int) -> float:
         given = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, **options}
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        model.generate(ids, **given)
-        torch.cuda.synchronize()
-        return time.perf_counter() - start
+        return _seconds(lambda: model.generate(ids, **given), 1)
 
     run(NEW)
+    run(8)
     return statistics.median((run(NEW) - run(8)) / (NEW - 8) for _ in range(5))
-
-
-def compare(launcher: str, layers: int) -> dict[str, float]:
-    """Milliseconds of a token at batch 1, printed and returned. Models run one after the other,
-    since both may not fit the memory; the anchor is transformers with its static cache, compiled
-    to CUDA graphs by torch.
-    """
-    ids = torch.randint(0, VOCABULARY, (1, PROMPT))
-    session = our_session(launcher, layers)
-    step, cache = _ours(session, ids)
-    _per_token(step, 4)
-    found = {"ours": []}
-    for _ in range(5):
-        cache.length = PROMPT
-        found["ours"].append(_per_token(step, NEW))
-    result = {"ours, CUDA graph": 1e3 * statistics.median(found["ours"])}
-    del session, step, cache
-    torch.cuda.empty_cache()
-    try:
-        model = _transformers(layers)
-    except ImportError:
-        print("transformers is not installed: no anchor for decoding")
-    else:
-        given = ids.cuda()
-        result["transformers bf16"] = 1e3 * _generate_seconds(model, given)
-        static = {"cache_implementation": "static"}
-        result["transformers bf16, static cache"] = 1e3 * _generate_seconds(model, given, **static)
-    print(f"\ndecoding, batch 1, {layers} layers of an 8B-shaped Llama, {PROMPT} + {NEW} tokens:")
-    for name, time_ in result.items():
-        ratio = time_ / result["ours, CUDA graph"]
-        print(f"  {name}: {time_:.2f} ms a token ({ratio:.2f} of ours)")
-    return result

@@ -1,4 +1,4 @@
-"""Random packed matrices for the benchmarks of this folder, and their layers on the GPU."""
+"""Random packed matrices for the benchmarks of this folder, and their kernels on the GPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from scalebits_compiler.codegen.triton.emit import emit_module
 from scalebits_compiler.codegen.triton.spec import select_specs
 from scalebits_compiler.numerics.layout import SCALE_SHIFT
 from scalebits_compiler.numerics.tiles import TileLayout
-from scalebits_compiler.runtime.cuda.kernels import Kernels, Launcher, TiledLinear
+from scalebits_compiler.runtime.cuda.kernels import Kernels, Launcher
 from scalebits_compiler.runtime.cuda.launchers import BinaryLauncher, SourceLauncher
 
 U8 = NDArray[np.uint8]
@@ -61,31 +61,6 @@ def copies_beyond_cache(size: int) -> int:
     """How many matrices of `size` bytes are together four times the L2 cache, at least one."""
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     return max(1, -(-4 * cache // size))
-
-
-def on_device(matrix: Matrix, dtype: str, count: int, launcher: str) -> list[TiledLinear]:
-    """Layers with `count` copies of the matrix in different places of the GPU's memory."""
-    key = (matrix.layout.panel, matrix.layout.group, matrix.layout.cols % matrix.layout.group)
-    widths = tuple(np.unique(matrix.bits).tolist())
-    kernels = _kernels(key, widths, dtype, launcher, matrix.layout)
-    arena = torch.from_numpy(matrix.arena)
-    return [
-        TiledLinear(kernels, matrix.layout, arena.clone().cuda(), matrix.bits) for _ in range(count)
-    ]
-
-
-_HELD: dict[Any, Kernels] = {}
-
-
-def _kernels(
-    key: tuple[int, ...], widths: tuple[int, ...], dtype: str, launcher: str, layout: TileLayout
-) -> Kernels:
-    """The kernels for a kind of matrix and a set of widths, made once."""
-    full = (key, widths, dtype, launcher)
-    if full not in _HELD:
-        grid = np.resize(np.array(widths, np.uint8), layout.grid)
-        _HELD[full] = build_kernels([(layout, grid)], dtype, launcher)
-    return _HELD[full]
 
 
 @functools.cache

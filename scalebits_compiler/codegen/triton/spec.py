@@ -48,8 +48,11 @@ class KernelSpec:
 
     @property
     def tile_n(self) -> int:
-        """Matrix rows of a tile: of a panel as many as leave its sums in registers."""
-        return min(self.panel, 64) if self.tile_m > SLICE else self.panel
+        """Matrix rows of a tile: of a panel as many as leave its sums in registers.
+
+        With 64 rows and 64 tokens the kernels of some widths spill on sm_89.
+        """
+        return min(self.panel, 32) if self.tile_m > SLICE else self.panel
 
     @property
     def warps(self) -> int:

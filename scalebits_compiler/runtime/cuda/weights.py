@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from safetensors import safe_open
 
 from scalebits_compiler.errors import ArtifactError
 from scalebits_compiler.numerics.tiles import TileLayout
@@ -16,6 +15,8 @@ class DeviceWeights:
     """Weights by symbol, read when an op first asks for them and kept."""
 
     def __init__(self, artifact: Artifact, kernels: Kernels) -> None:
+        from safetensors import safe_open
+
         self.device = kernels.device
         self._artifact = artifact
         self._kernels = kernels
