@@ -9,16 +9,14 @@ import torch
 from torch import nn
 
 from scalebits_compiler.errors import FrontendError
-from scalebits_compiler.frontend.hf import EmptyModel, SourceModel
+from scalebits_compiler.frontend.hf import PROBE, EmptyModel, SourceModel
 from scalebits_compiler.frontend.lower_fx import DTYPES, short_name
 from scalebits_compiler.ir.attrs import Resource, Symbol, Value
 from scalebits_compiler.ir.host import Host
 from scalebits_compiler.ir.module import Argument, Function, Module, Weight
 from scalebits_compiler.ir.resources import ResourceStore
 from scalebits_compiler.ir.types import TensorType
-from scalebits_compiler.pretrained import call, config_text, linear_layers
-
-_PROBE = torch.zeros(2, 7, dtype=torch.long)
+from scalebits_compiler.pretrained import call, config_text, linear_layers, quiet
 
 
 def capture(source: SourceModel | EmptyModel, reason: str) -> Module:
@@ -30,7 +28,7 @@ def capture(source: SourceModel | EmptyModel, reason: str) -> Module:
     """
     layers = linear_layers(source.model)
     called, result = _probe(source, layers)
-    if result.dim() != 3 or result.shape[:2] != _PROBE.shape:
+    if result.dim() != 3 or result.shape[:2] != PROBE.shape:
         raise FrontendError(f"{source.name} does not give one tensor [batch, sequence, channels]")
     found = _Tensors()
     for name, tensor in source.model.state_dict(keep_vars=True).items():
@@ -71,9 +69,9 @@ def _probe(
         return lambda *_: called.add(name)
 
     hooks = [module.register_forward_hook(note(name)) for name, module in layers.items()]
-    ids = _PROBE.to(next(source.model.parameters()).device)
+    ids = PROBE.to(next(source.model.parameters()).device)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), quiet():
             return called, call(source.model, source.task, ids)
     except Exception as error:  # a model's own code, which may raise anything
         raise FrontendError(

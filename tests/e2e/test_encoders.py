@@ -28,8 +28,8 @@ SENTENCES = (
     "The committee will publish its report at the end of the month.",
 )
 # Mean cosine of the sentences' embeddings to the original's, at so many effective bits, with few
-# windows and without tuning; measured: 0.968 and 0.890.
-BOUNDS = {"4.1": 0.95, "3.1": 0.85}
+# windows and without tuning; measured: 0.968 and 0.878.
+BOUNDS = {"4.1": 0.95, "3.1": 0.83}
 
 
 @pytest.fixture(scope="module")
