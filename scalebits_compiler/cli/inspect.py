@@ -183,8 +183,8 @@ def _class_lines(found: dict[str, Any]) -> Iterator[str]:
             f"  gathered at run time: the input of {entry['matrix']}, into {entry['order']};"
             f" {entry['index_bits']} bits of index"
         )
-    for place in found["permutes_left"]:
-        yield f"  permuted at run time: {place}"
+    for why in found["permutes_left"]:
+        yield f"  permuted at run time, {why}"
 
 
 def calls(found: Mapping[str, int]) -> str:

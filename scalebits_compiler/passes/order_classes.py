@@ -9,7 +9,7 @@ from typing import Any
 from scalebits_compiler.ir.attrs import Value
 from scalebits_compiler.ir.module import Module
 from scalebits_compiler.ir.op import Op
-from scalebits_compiler.ir.ops import Linear, Permute, QLinear, parse_dim
+from scalebits_compiler.ir.ops import Aten, Linear, Permute, QLinear, parse_dim
 from scalebits_compiler.ir.types import Dim, Factor, TensorType, Type
 from scalebits_compiler.passes.orders import Unifier
 
@@ -101,7 +101,7 @@ def describe(module: Module) -> dict[str, Any]:
 
     `classes`: size, how many of the first elements stay in place, the stored order (the name of a
     permutation, None if natural) and the members of each. `frozen`: why, and the axes that stay in
-    natural order for it. `permutes_left`: where a permute is done at run time. `gathers`: the
+    natural order for it. `permutes_left`: every permute at run time, and why. `gathers`: the
     matrices whose columns have an order of their own, it, and the stored bits of the index that
     their input is read by; they are in no class.
     """
@@ -110,7 +110,6 @@ def describe(module: Module) -> dict[str, Any]:
     def bound(members: tuple[Member, ...]) -> tuple[Member, ...]:
         return tuple(m for m in members if m.axis != 1 or m.symbol not in gathers)
 
-    left = [op.loc for op in module.function.ops if isinstance(op, Permute)]
     return {
         "classes": [
             {
@@ -131,8 +130,32 @@ def describe(module: Module) -> dict[str, Any]:
             {"matrix": name, "order": str(module.weights[name].type.dims[1]), "index_bits": bits}
             for name, bits in gathers.items()
         ],
-        "permutes_left": left,
+        "permutes_left": _permutes_left(module),
     }
+
+
+def _permutes_left(module: Module) -> list[str]:
+    """Of each `permute`: the order, and the op that cannot do without it."""
+    defs = {op.result: op for op in module.function.ops}
+    readers = module.function.uses()
+    told = []
+    for op in module.function.ops:
+        if not isinstance(op, Permute):
+            continue
+        if op.inverse:
+            others = [reader for reader in readers.get(op.result, []) if reader.name != op.name]
+            ask = ", ".join(dict.fromkeys(map(_called, others))) or "the result"
+            told.append(f"{op.order} back to natural order: {ask} reads that alone")
+        else:
+            source = defs.get(op.x)
+            gives = "an argument" if source is None else _called(source)
+            told.append(f"into {op.order}: {gives} gives natural order alone")
+    return told
+
+
+def _called(op: Op) -> str:
+    name = op.target if isinstance(op, Aten) else op.name
+    return f"{name} in {op.loc}" if op.loc else name
 
 
 def _stored_order(module: Module, members: tuple[Member, ...]) -> str | None:

@@ -28,7 +28,7 @@ from scalebits_compiler.passes.annotate_sensitivity import AnnotateSensitivity
 from scalebits_compiler.passes.base import PassContext, TextSplit
 from scalebits_compiler.passes.canonicalize import Canonicalize
 from scalebits_compiler.passes.fold_permutes import FoldPermutes
-from scalebits_compiler.passes.order_classes import find_orders
+from scalebits_compiler.passes.order_classes import describe, find_orders
 from scalebits_compiler.passes.reorder_channels import ReorderChannels
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -250,6 +250,10 @@ def test_permutes_that_cannot_be_folded_stay_visible(llama: Any, index: int) -> 
     assert 0 < len(left) < len(permutes(mixed))
     assert ctx.report["fold-permutes"]["permutes_left"] == len(left)  # type: ignore[index]
     torch.testing.assert_close(logits_of(folded), expected, atol=1e-5, rtol=1e-5)
+    told = describe(folded)["permutes_left"]
+    assert len(told) == len(left)
+    assert any("back to natural order: aten.add_.Tensor in model" in why for why in told)
+    assert all("natural order alone" in why or "reads that alone" in why for why in told)
 
 
 def pair(module: Module, place: int, axis: int, order: str) -> Module:
