@@ -44,13 +44,13 @@ class TileLayout(BlockLayout):
         super().__post_init__()
         if self.group > MAX_GROUP:
             raise TargetError(
-                f"{self}: the cuda target has groups of at most {MAX_GROUP} columns",
+                f"groups of {self.group} columns: the cuda target has at most {MAX_GROUP} in one",
                 help=f"compile with --group {MAX_GROUP}",
             )
         if self.last_group_cols % SUBS:
             raise TargetError(
-                f"{self}: the cuda target cannot store a last group of {self.last_group_cols}"
-                f" columns, which is no multiple of {SUBS}",
+                f"a last group of {self.last_group_cols} columns: the cuda target stores a"
+                f" multiple of {SUBS}",
                 help="compile with smaller blocks, e.g. --block 64x128",
             )
 
@@ -73,7 +73,7 @@ class TileLayout(BlockLayout):
                 starts[panel, segment.width :] = at
         offsets //= OFFSET_UNIT
         if offsets.max() > np.iinfo(np.int32).max:
-            raise TargetError(f"{self}: the packed matrix is too large for the cuda target")
+            raise TargetError("the packed matrix is too large for the cuda target")
         return TileTables(offsets.astype(np.int32), starts, groups)
 
     # A panel of codes is here u8[columns, P].

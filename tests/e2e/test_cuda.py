@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import copytree
 
 import numpy as np
 import pytest
@@ -82,6 +83,19 @@ def test_both_targets_give_the_same_logits(pair, triton_interpreter):
     assert np.array_equal(load_reference(pair.cuda).forward(ids), expected)
     for session in (load(pair.cpu), interpreted(Artifact.open(pair.cuda), 1)):
         assert np.abs(session.forward(ids) - expected).max() < 5e-3 * expected.std()
+
+
+def test_without_a_binary_it_opens_but_is_not_whole(pair, cli, tmp_path):
+    folder = tmp_path / "lighter"
+    copytree(pair.cuda, folder)
+    gone = min((folder / "kernels").glob("*.cubin"))
+    gone.unlink()
+    ids = np.array([[1, 2]])
+    assert np.array_equal(
+        load_reference(folder).forward(ids), load_reference(pair.cuda).forward(ids)
+    )
+    ran = cli("verify", folder)
+    assert (ran.code, f"{gone} is missing" in ran.err) == (1, True), ran.err
 
 
 def test_run_says_what_is_missing_and_what_would_work(pair, cli):

@@ -54,6 +54,8 @@ def launcher(monkeypatch, tmp_path):
         (tmp_path / name).write_bytes(image)
         entry = {"file": name, "shared": 1024, "scratch": 2}
         table[name] = {"warps": 4, "stages": 3, "binaries": {arch: entry}}
+    entry = {"file": "gone", "shared": 1024, "scratch": 2}
+    table["gone"] = {"warps": 4, "stages": 3, "binaries": {"sm_90": entry}}
     lines = []
     made = BinaryLauncher(tmp_path, table, FakeSource(), lines.append)
     return made, lines
@@ -73,7 +75,9 @@ def test_a_binary_is_started_through_the_driver(launcher):
     assert not made._fallback.launched
 
 
-@pytest.mark.parametrize(("kernel", "why"), [("bad", "CUDA error 218"), ("old", "for sm_90")])
+@pytest.mark.parametrize(
+    ("kernel", "why"), [("bad", "CUDA error 218"), ("old", "for sm_90"), ("gone", "No such file")]
+)
 def test_an_unusable_binary_is_replaced_by_its_source_with_one_line(kernel, why, launcher):
     made, lines = launcher
     for _ in range(2):

@@ -32,7 +32,7 @@ def load_cuda(artifact: Artifact, tell: Tell = say) -> CudaSession:
         raise ArtifactError(
             f"{artifact.path} was compiled for the target 'cuda', and {missing_gpu()}",
             help=f"`scalebitsc retarget {artifact.path} --target cpu -o NEW` makes an artifact"
-            " that runs here; --target reference runs this one, slowly",
+            " that runs here; `scalebitsc run --target reference` runs this one, slowly",
         )
     device = torch.device("cuda", torch.cuda.current_device())
     torch.cuda.init()
@@ -40,12 +40,7 @@ def load_cuda(artifact: Artifact, tell: Tell = say) -> CudaSession:
     sources = source_launcher(artifact)
     launcher = BinaryLauncher(artifact.path, table["kernels"], sources, tell)
     count = torch.cuda.get_device_properties(device).multi_processor_count
-    session = CudaSession(
-        artifact, DeviceWeights(artifact, Kernels(table, launcher, device, count))
-    )
-    if not session.captured:
-        tell("decoding runs op by op: experts' numbers of tokens do not fit a captured CUDA graph")
-    return session
+    return CudaSession(artifact, DeviceWeights(artifact, Kernels(table, launcher, device, count)))
 
 
 def missing_gpu() -> str:
@@ -98,6 +93,7 @@ class CudaSession(Session):
                     help="run it with --target reference",
                 )
         self.captured = not any(step.op in UNCAPTURED for step in self._plan.steps)
+        self.execution = "decoding as a CUDA graph" if self.captured else _UNCAPTURED
         self._weights = weights  # type: ignore[assignment]
         self.vocabulary = self._vocabulary()
         self.limit = artifact.limit
@@ -201,6 +197,9 @@ class CudaSession(Session):
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
+
+
+_UNCAPTURED = "step by step: a CUDA graph cannot hold experts, whose numbers of tokens vary"
 
 
 def _host(logits: torch.Tensor) -> F32:
