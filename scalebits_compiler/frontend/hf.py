@@ -296,14 +296,15 @@ def _reads(model: nn.Module, task: str, names: list[str]) -> bool:
 
     They are zero afterwards.
     """
-    tensors = [tensor for name, tensor in model.state_dict().items() if name in names]
-    for tensor in tensors:
-        tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor.zero_()
-    with quiet():
-        finite = bool(torch.isfinite(call(model, task, PROBE)).all())
-    for tensor in tensors:
-        tensor.zero_()
-    return len(tensors) < len(names) or not finite
+    found = [tensor for name, tensor in model.state_dict().items() if name in names]
+    tensors = [tensor for tensor in found if tensor.is_floating_point()]
+    draw, results = torch.Generator().manual_seed(0), []
+    for scale in (1.0, 0.0):  # not NaN, which attention does not hand on
+        for tensor in tensors:
+            tensor.copy_(torch.randn(tensor.shape, generator=draw) * scale)
+        with quiet():
+            results.append(call(model, task, PROBE))
+    return len(tensors) < len(names) or not torch.equal(*results)
 
 
 def _check_finite(folder: Path, model: nn.Module) -> None:
