@@ -4,7 +4,7 @@
 
 At a uniform point and at a searched one, a random sample of blocks is raised and lowered by one
 bit, one block at a time, and the change of the loss is measured on the windows that the gradients
-saw. Reported is Spearman's rank correlation with the predicted changes, by direction.
+saw. Reported is Spearman's rank correlation with the predicted changes, by loss and direction.
 """
 
 from __future__ import annotations
@@ -56,15 +56,15 @@ def points(module: Module, options: argparse.Namespace, ctx: PassContext) -> dic
 
 
 def correlations(
-    module: Module, bits: st.Bits, options: argparse.Namespace, ctx: PassContext
+    module: Module, bits: st.Bits, loss: str, options: argparse.Namespace, ctx: PassContext
 ) -> dict[str, float]:
     """{"up": ..., "down": ...} over a sample of blocks that may move."""
     evaluator = driver.evaluator(module)
     windows = ctx.windows(module, "sensitivity").calibration[: options.windows]
     matrices = st.load_matrices(module, ctx)
-    scores = st.move_scores(evaluator, matrices, bits, windows, ctx, loss=options.loss)
+    scores = st.move_scores(evaluator, matrices, bits, windows, ctx, loss=loss)
     weights = st.rounded(matrices, bits)
-    base = st.held_loss(evaluator, weights, windows, options.loss)
+    base = st.held_loss(evaluator, weights, windows, loss)
     random = np.random.default_rng(options.seed)
     found: dict[str, float] = {}
     for name, table, step in (("up", scores.up, 1), ("down", scores.down, -1)):
@@ -81,13 +81,13 @@ def correlations(
             moved[place] += step
             changed = {**weights, symbol: matrices[symbol].at(moved)}
             predicted.append(float(table[symbol][place]))
-            measured.append(st.held_loss(evaluator, changed, windows, options.loss) - base)
+            measured.append(st.held_loss(evaluator, changed, windows, loss) - base)
         found[name] = spearman(predicted, measured)
     return found
 
 
 def measure(path: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row per reference point."""
+    """One row per reference point and loss."""
     text = driver.TextOptions(
         file=options.calib, seq_len=options.seq_len, calibration=options.calib_windows
     )
@@ -95,8 +95,14 @@ def measure(path: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     traced = driver.input_module(load_model(path), text, options.seed)
     module = run_pipeline(traced, parse_passes(ORDERED), ctx)
     return [
-        {"model": path.name, "point": name, **correlations(module, bits, options, ctx)}
+        {
+            "model": path.name,
+            "point": name,
+            "loss": loss,
+            **correlations(module, bits, loss, options, ctx),
+        }
         for name, bits in points(module, options, ctx).items()
+        for loss in options.losses
     ]
 
 
@@ -112,14 +118,14 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--budgets", type=float, nargs="*", default=[2.3], help="budgets of the searched points")
     add("--blocks", type=int, default=48, help="blocks in each sample")
     add("--windows", type=int, default=64, help="windows for gradients and measurement")
-    add("--loss", choices=("ce", "kl"), default="ce")
+    add("--losses", choices=("ce", "kl", "tokens"), nargs="*", default=["ce"])
     add("--seed", type=int, default=0)
     add("--threads", type=int, default=2)
     return parser.parse_args(argv)
 
 
 def main() -> None:
-    """Print one JSON line per model and point."""
+    """Print one JSON line per model, point and loss."""
     options = arguments()
     torch.set_num_threads(options.threads)
     for path in options.models:

@@ -48,8 +48,8 @@ class CompileOptions:
     the model if None. pins: PATTERN=4..8, widths that some matrices may have; exclude: patterns of
     matrices that stay dense; head_bits, embedding_bits: width of head and embedding (None: dense).
     gather: "fused" lets matrices have a private input order, read through an index at run time.
-    tune_scales: run that pass. device: what passes compute on, cpu or cuda. resume: go on with the
-    search of a killed run.
+    loss: what the search lowers (None: by the task). tune_scales: run that pass. device: what
+    passes compute on, cpu or cuda. resume: go on with the search of a killed run.
     """
 
     target: str = "cpu"
@@ -62,6 +62,7 @@ class CompileOptions:
     exclude: tuple[str, ...] = ()
     head_bits: int | None = None
     embedding_bits: int | None = None
+    loss: str | None = None
     seed: int = 0
     text: TextOptions = field(default_factory=TextOptions)
     gather: str | None = None
@@ -285,7 +286,9 @@ def _check_start(
     names = {item.name for item in passes}
     late = [name for name in _BLOCKS if getattr(options, name) not in (None, ())]
     late = late if "canonicalize" not in names else []
-    late += ["bits"] if options.pins and "assign-bits" not in names else []
+    if "assign-bits" not in names:
+        late += ["bits"] if options.pins else []
+        late += ["loss"] if options.loss is not None else []
     done = "gather-inputs" in names or "gathered" in module.facts
     late += ["gather"] if options.gather is not None and not done else []
     if late:
@@ -346,7 +349,8 @@ def pipeline_for(options: CompileOptions, table: PassTable) -> list[Pass]:
     """The default pipeline with the options of the command line in their passes."""
     given = {
         "canonicalize": _block_options(options),
-        "assign-bits": {"avg_bits": options.avg_bits, "pins": options.pins},
+        "annotate-sensitivity": {"loss": options.loss},
+        "assign-bits": {"avg_bits": options.avg_bits, "pins": options.pins, "loss": options.loss},
     }
     passes = parse_passes(pipeline_text(options.tune_scales, options.gather is not None), table)
     return [replace(item, **given.get(item.name, {})) for item in passes]

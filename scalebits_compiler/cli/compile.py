@@ -16,6 +16,7 @@ from scalebits_compiler.cli.progress import progress_for
 from scalebits_compiler.cli.targets import add_target, target_options
 from scalebits_compiler.errors import Interrupted, UsageError
 from scalebits_compiler.numerics.placement import Placement
+from scalebits_compiler.passes.losses import LOSSES
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
@@ -63,6 +64,7 @@ def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     told = "leave scales, zero points and codes as rounding made them"
     add("--no-tuning", dest="tune_scales", action="store_false", help=told)
+    add("--loss", choices=LOSSES, help="what the search lowers; by the task if not given")
     add("--seed", type=int, default=0, help="picks the calibration windows (default 0)")
     add("--device", default="cpu", metavar="NAME", help="where passes compute: cpu (default), cuda")
     add("--resume", action="store_true", help="go on with the search of a killed compile")
@@ -155,6 +157,7 @@ def _options(args: argparse.Namespace) -> CompileOptions:
         block=args.block,
         group=args.group,
         pins=tuple(args.bits),
+        loss=args.loss,
         exclude=tuple(args.exclude),
         head_bits=args.head_bits,
         embedding_bits=args.embedding_bits,

@@ -11,6 +11,7 @@ from scalebits_compiler.errors import PassError
 from scalebits_compiler.ir.attrs import Resource
 from scalebits_compiler.ir.module import Module
 from scalebits_compiler.passes.base import Pass, PassContext
+from scalebits_compiler.passes.losses import LOSS_HELP, loss_of
 
 if TYPE_CHECKING:
     import torch
@@ -33,13 +34,13 @@ class AnnotateSensitivity(Pass):
     refuses: ClassVar[frozenset[str]] = frozenset({"packed"})
 
     bits: int = field(default=3, metadata={"help": "uniform width of the reference point"})
+    loss: str | None = field(default=None, metadata={"help": LOSS_HELP})
 
     def run(self, module: Module, ctx: PassContext) -> Module:
         """Adds row_scores, column_scores and block_scores to every matrix that is quantized."""
         import torch
 
         from scalebits_compiler.passes import statistics as st
-        from scalebits_compiler.passes.objectives import loss_of
 
         if not 1 <= self.bits <= 8:
             raise PassError(f"the reference width {self.bits} is not within 1..8")
@@ -48,7 +49,7 @@ class AnnotateSensitivity(Pass):
         matrices = st.load_matrices(module, ctx)
         grids = {s: torch.full(m.weight.grid_shape(), self.bits) for s, m in matrices.items()}
         lines = st.LineScores.empty(matrices)
-        loss = loss_of(module)
+        loss = loss_of(module, self.loss)
         scores = st.move_scores(evaluator, matrices, grids, windows, ctx, lines=lines, loss=loss)
         weights, tensors = [], {}
         for symbol, matrix in matrices.items():

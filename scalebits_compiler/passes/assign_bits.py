@@ -14,6 +14,7 @@ from scalebits_compiler.ir.attrs import Resource
 from scalebits_compiler.ir.module import Module
 from scalebits_compiler.ir.printer import print_module
 from scalebits_compiler.passes.base import Pass, PassContext
+from scalebits_compiler.passes.losses import LOSS_HELP, loss_of
 from scalebits_compiler.passes.pack_blocks import layout_of
 from scalebits_compiler.passes.patterns import matching, parse_pin
 from scalebits_compiler.passes.search import (
@@ -66,6 +67,7 @@ class AssignBits(Pass):
     warm: bool = field(
         default=False, metadata={"help": "start also from the widths that the module has"}
     )
+    loss: str | None = field(default=None, metadata={"help": LOSS_HELP})
     z: float = field(
         default=1.0, metadata={"help": "standard errors by which a move must beat the others"}
     )
@@ -85,7 +87,7 @@ class AssignBits(Pass):
             plain = (replace(pinned.weights[s], limits=(typical,) * 2) for s in unreached)
             pinned, costs = self.problem(pinned.with_weights(list(plain)))
         known = ctx.cache.get(self.name)
-        problem = SearchProblem.load(pinned, ctx, self.name)
+        problem = SearchProblem.load(pinned, ctx, self.name, self.loss)
         width, _ = best_uniform(costs)
         saved = _Saved(self, module, ctx)
         starts, guards = self._starts(pinned, problem, costs)
@@ -141,6 +143,7 @@ class AssignBits(Pass):
                 f"{self.rounds} rounds of swaps at z = {self.z}",
                 help="give numbers of 0 or more; 0 rounds keep the best start",
             )
+        loss_of(module, self.loss)
         pinned = self.pinned(module)
         return pinned, block_costs(pinned, self)
 
@@ -218,7 +221,6 @@ def _report(
 ) -> dict[str, object]:
     """What the search did, for `ctx.report`; losses in nats. fresh: the curves were made for it."""
     curves = problem.curves
-    scored, held = state.scored + fresh, state.held + fresh
     return {
         "held_loss": state.loss,
         "uniform_held_loss": state.starts["uniform"],
@@ -232,7 +234,7 @@ def _report(
         "dual_bound": dual_bound(curves, costs),
         "scorings": state.scored,
         "held_evaluations": state.held,
-        "gradient_passes": problem.gradient_passes(scored, held),
+        "gradient_passes": problem.gradient_passes(state.scored, state.held, fresh),
     }
 
 

@@ -16,21 +16,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from scalebits_compiler.tasks import CAUSAL, ENCODER, MASKED, SEQ2SEQ
-
 if TYPE_CHECKING:
-    from scalebits_compiler.ir.module import Module
     from scalebits_compiler.passes.base import Evaluator, LinearRule
 
-LOSSES = ("ce", "kl", "tokens", "states")
-_OF_TASK = {CAUSAL: "ce", MASKED: "tokens", SEQ2SEQ: "tokens", ENCODER: "states"}
 # Variance of the Gaussian around a state, as a share of the mean square of its channels.
 VARIANCE = 0.1
-
-
-def loss_of(module: Module) -> str:
-    """The loss that the search lowers, by the task of the module."""
-    return _OF_TASK[module.task]
 
 
 def scored_tokens(windows: Tensor, loss: str = "ce") -> int:

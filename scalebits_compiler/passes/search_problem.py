@@ -10,7 +10,7 @@ import numpy as np
 
 from scalebits_compiler.ir.module import Module, Weight
 from scalebits_compiler.passes import statistics as st
-from scalebits_compiler.passes.objectives import loss_of
+from scalebits_compiler.passes.losses import curvature_of, loss_of
 from scalebits_compiler.passes.search import Moves
 from scalebits_compiler.passes.starts import Costs, Floats, Ints
 
@@ -40,15 +40,16 @@ class SearchProblem:
     loss: str = "ce"
 
     @staticmethod
-    def load(module: Module, ctx: PassContext, needed_by: str) -> SearchProblem:
+    def load(
+        module: Module, ctx: PassContext, needed_by: str, asked: str | None = None
+    ) -> SearchProblem:
         """Fit the level tables and measure the curves; what an earlier run made is reused."""
-        text = ctx.windows(module, needed_by)
+        text, loss = ctx.windows(module, needed_by), loss_of(module, asked)
         cached = ctx.cache.get(needed_by)
-        if isinstance(cached, SearchProblem) and cached._is_of(module, text):
+        if isinstance(cached, SearchProblem) and cached._is_of(module, text, loss):
             return cached
         evaluator = ctx.evaluator(module, needed_by)
         matrices = st.load_matrices(module, ctx)
-        loss = loss_of(module)
         curves = st.width_curves(evaluator, matrices, text.calibration, ctx, loss)
         flat = np.concatenate([curve.flatten(1).numpy() for curve in curves.values()], 1)
         exact = st.held_loss(evaluator, {}, text.acceptance, loss)
@@ -56,15 +57,15 @@ class SearchProblem:
         ctx.cache[needed_by] = made
         return made
 
-    def _is_of(self, module: Module, text: TextSplit) -> bool:
-        """Whether it was made for these very matrices and windows."""
+    def _is_of(self, module: Module, text: TextSplit, loss: str) -> bool:
+        """Whether it was made for these very matrices and windows, and for this loss."""
         import torch
 
         def shape(weight: Weight) -> tuple[object, ...]:
             return weight.symbol, weight.type, weight.block, weight.group, weight.data
 
         known = [matrix.weight for matrix in self.matrices.values()]
-        if list(map(shape, known)) != list(map(shape, module.searched())):
+        if (self.loss, *map(shape, known)) != (loss, *map(shape, module.searched())):
             return False
         now = [text.calibration, text.acceptance]
         now += [module.resources.torch(w.data.key).float() for w in known if w.data]
@@ -72,10 +73,15 @@ class SearchProblem:
         then += [matrix.dense.cpu() for matrix in self.matrices.values()]
         return all(torch.equal(one, other) for one, other in zip(now, then, strict=True))
 
-    def gradient_passes(self, scored: int, held: int) -> float:
-        """The work of so many scorings and held losses, in gradient passes."""
-        share = FORWARD_SHARE * self.text.acceptance.numel() / self.text.calibration.numel()
-        return scored + held * share
+    def gradient_passes(self, scored: int, held: int, fresh: bool) -> float:
+        """The work of so many scorings and held losses, in gradient passes; of the curves if fresh.
+
+        All losses but `ce` run the original as well.
+        """
+        original = 0 if self.loss == "ce" else FORWARD_SHARE
+        share = self.text.acceptance.numel() / self.text.calibration.numel()
+        gradients = scored * (1 if curvature_of(self.loss) == self.loss else 2) + fresh
+        return gradients * (1 + original) + (held + fresh) * share * (FORWARD_SHARE + original)
 
     def grids(self, bits: Ints) -> dict[str, torch.Tensor]:
         """Flat widths as one int64 grid per matrix."""

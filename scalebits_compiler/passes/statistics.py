@@ -25,6 +25,7 @@ from scalebits_compiler.ir.ops import Linear
 from scalebits_compiler.numerics.placement import Placement
 from scalebits_compiler.numerics.quantize import LevelTable, block_sums, expand_grid
 from scalebits_compiler.passes.base import Evaluator, PassContext
+from scalebits_compiler.passes.losses import curvature_of
 from scalebits_compiler.passes.objectives import scored_tokens, summed_loss
 
 T = TypeVar("T")
@@ -160,7 +161,7 @@ def backward(
     weights: Mapping[str, Tensor],
     ids: Tensor,
     take: Take,
-    loss: str = "ce",
+    loss: str,
 ) -> float:
     """One batch: `take(symbol, g, F)` for every matrix, both [m, n] of the summed loss (given)."""
     capture = Capture(weights, take)
@@ -197,7 +198,8 @@ def move_scores(
 ) -> MoveScores:
     """Signed second-order scores of all moves at the matrices rounded to `bits`.
 
-    With `lines`, the line scores at this reference point are added to it in the same pass.
+    With `lines`, the line scores at this reference point are added to it in the same pass. Where F
+    is that of another loss (`curvature_of`), every batch takes two passes.
     """
     weights = rounded(matrices, bits)
     deltas = per_matrix(
@@ -209,21 +211,31 @@ def move_scores(
         for s, m in matrices.items()
     }
 
-    def take(symbol: str, gradient: Tensor, fisher: Tensor) -> None:
-        block = matrices[symbol].block
-        for index, delta in enumerate(deltas[symbol]):
-            change = gradient * delta + 0.5 * fisher * delta.square()
-            score = block_sums(change, block).double()
-            sums[symbol][index, 0] += score
-            sums[symbol][index, 1] += score.square()
-        if lines is not None:
-            error = (weights[symbol] - matrices[symbol].values()).square()
-            lines.add(symbol, 0.5 * fisher * error / tokens)
+    batch = {symbol: torch.zeros_like(total[:, 0]) for symbol, total in sums.items()}
 
+    def taker(first: float, second: float) -> Take:
+        def take(symbol: str, gradient: Tensor, fisher: Tensor) -> None:
+            for score, delta in zip(batch[symbol], deltas[symbol], strict=True):
+                change = first * gradient * delta + second * fisher * delta.square()
+                score += block_sums(change, matrices[symbol].block)
+            if lines is not None and second:
+                error = (weights[symbol] - matrices[symbol].values()).square()
+                lines.add(symbol, second * fisher * error / tokens)
+
+        return take
+
+    curved, value = curvature_of(loss), 0.0
     parts, tokens = batches(windows), scored_tokens(windows, loss)
-    shown = ctx.progress(parts, "gradients at the quantized weights")
-    total = sum(backward(evaluator, weights, ids, take, loss) for ids in shown)
-    return _finish(sums, bits, limits, len(parts), tokens, total)
+    half = 0.5 * tokens / scored_tokens(windows, curved)
+    for ids in ctx.progress(parts, "gradients at the quantized weights"):
+        value += backward(evaluator, weights, ids, taker(1, half * (curved == loss)), loss)
+        if curved != loss:
+            backward(evaluator, weights, ids, taker(0, half), curved)
+        for symbol, total in sums.items():
+            total[:, 0] += batch[symbol]
+            total[:, 1] += batch[symbol].square()
+            batch[symbol].zero_()
+    return _finish(sums, bits, limits, len(parts), tokens, value)
 
 
 def _finish(
@@ -255,8 +267,9 @@ def width_curves(
 ) -> dict[str, Tensor]:
     """½ Σ F (Q_b - W)² per block and width at full precision: float64 [8, block rows, columns].
 
-    F is taken at the unrounded weights; nats of mean loss. The separable start of the search. F is
-    held for all matrices: eight widths per batch would cost more time than it costs memory.
+    F is taken at the unrounded weights, for the curvature of `loss`; nats of mean loss. The
+    separable start of the search. F is held for all matrices: eight widths per batch would cost
+    more time than it costs memory.
     """
     dense = per_matrix(matrices, lambda symbol: matrices[symbol].values())
     fishers = {symbol: torch.zeros_like(matrix.dense) for symbol, matrix in matrices.items()}
@@ -265,8 +278,8 @@ def width_curves(
         fishers[symbol] += fisher.to(fishers[symbol].device)
 
     for ids in ctx.progress(batches(windows), "sensitivity at full precision"):
-        backward(evaluator, dense, ids, take, loss)
-    scale = 0.5 / scored_tokens(windows, loss)
+        backward(evaluator, dense, ids, take, curvature_of(loss))
+    scale = 0.5 / scored_tokens(windows, curvature_of(loss))
     return {s: _curve(m, m.place.here(fishers.pop(s)) * scale).cpu() for s, m in matrices.items()}
 
 

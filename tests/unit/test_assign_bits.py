@@ -129,7 +129,8 @@ class TestAssignBits:
         assert report["held_loss"] <= report["starts"]["neighbour"]
         assert self.effective(done) <= 3.0
 
-    def test_held_loss_is_that_of_what_is_shipped(self, module: Any, ctx: Any) -> None:
+    @pytest.mark.parametrize("loss", ["ce", "kl"])
+    def test_held_loss_is_that_of_what_is_shipped(self, module: Any, ctx: Any, loss: str) -> None:
         """Measured again, independently, on the acceptance windows."""
         import torch
 
@@ -137,15 +138,30 @@ class TestAssignBits:
         from scalebits_compiler.passes.assign_bits import AssignBits
         from scalebits_compiler.passes.round_weights import RoundWeights
 
-        done = AssignBits(avg_bits=3.5, rounds=3).run(module, ctx)
+        done = AssignBits(avg_bits=3.5, rounds=3, loss=loss).run(module, ctx)
         report = ctx.report["assign-bits"]
         assert report["held_loss"] <= report["uniform_held_loss"]
         rounded = RoundWeights(method="rtn").run(done, ctx)
         ids = ctx.text.acceptance
         with torch.no_grad():
-            logits = Executor(rounded).run(ids)[:, :-1].flatten(0, 1)
-        loss = float(torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten()))
-        assert loss == pytest.approx(report["held_loss"], abs=1e-4)
+            ours, theirs = (
+                Executor(one).run(ids)[:, :-1].flatten(0, 1).log_softmax(-1)
+                for one in (rounded, module)
+            )
+        measured = {
+            "ce": torch.nn.functional.nll_loss(ours, ids[:, 1:].flatten()),
+            "kl": (theirs.exp() * (theirs - ours)).sum() / len(ours),
+        }
+        assert float(measured[loss]) == pytest.approx(report["held_loss"], abs=1e-4)
+
+    @pytest.mark.parametrize("loss", ["mse", "states"])
+    def test_a_loss_that_does_not_fit(self, module: Any, ctx: Any, loss: str) -> None:
+        from scalebits_compiler.passes.assign_bits import AssignBits
+
+        with pytest.raises(PassError, match=f"'{loss}' does not fit") as caught:
+            AssignBits(loss=loss).run(module, ctx)
+        assert caught.value.help is not None
+        assert "ce or kl or tokens" in caught.value.help
 
     def test_same_bits_again(self, module: Any, ctx: Any) -> None:
         from scalebits_compiler.passes.assign_bits import AssignBits
