@@ -13,8 +13,8 @@ from scalebits_compiler.compilation import Compilation, CompileOptions, CompileR
 from scalebits_compiler.errors import UsageError
 from scalebits_compiler.runtime.manifest import FRONTIER
 
-# A search that starts at the widths of the next larger budget needs few rounds.
-WARM_ROUNDS = 3
+# A search that starts at the widths of the next larger budget needs one round.
+WARM_ROUNDS = 1
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ def bytes_of(folder: Path) -> int:
 def test_a_frontier(compile_small: Any, tiny_llama: Any, cli: Any, tmp_path: Path) -> None:
     out, dump = tmp_path / "out", tmp_path / "dump"
     ran = compile_small(
-        tiny_llama(), out, *REFERENCE, "--avg-bits", "2.5,4,3", "--dump-ir", dump
+        tiny_llama(), out, *REFERENCE, "--avg-bits", "2.5,4,3", "--loss", "kl", "--dump-ir", dump
     )  # fmt: skip
     assert ran.code == 0, ran.err
     assert sorted(path.name for path in out.iterdir()) == [
@@ -40,6 +40,7 @@ def test_a_frontier(compile_small: Any, tiny_llama: Any, cli: Any, tmp_path: Pat
         assert point["file_bytes"] == bytes_of(folder)
         assert point["held_loss"] <= point["uniform_held_loss"]
         assert point["predicted_loss"] >= point["full_precision_loss"]
+        assert point["full_precision_loss"] == pytest.approx(0, abs=1e-6)  # of the divergence
         assert load_reference(folder).forward([[1, 2, 3]]).shape == (1, 3, 256)
         assert point["folder"] in (out / "frontier.txt").read_text()
     # The widest budget is used. (In between, uniform widths that win may leave some of theirs.)
@@ -50,6 +51,14 @@ def test_a_frontier(compile_small: Any, tiny_llama: Any, cli: Any, tmp_path: Pat
     searches = [item for item in history if item.startswith("assign-bits")]
     assert len(searches) == 3
     assert "warm = true" in searches[-1]
+    assert all('loss = "kl"' in item for item in searches)
+    assert 'loss = "kl"' in next(item for item in history if item.startswith("annotate"))
+    # One round and the scores of what comes out; the first search measures the curves as well.
+    least, more, most = (
+        told["artifacts"][name]["passes"]["assign-bits"] for name in ("2.5", "3", "4")
+    )
+    assert max(least["scorings"], more["scorings"]) <= 2
+    assert most["gradient_passes"] > max(least["gradient_passes"], more["gradient_passes"])
     assert not out.with_name("out.search").exists()
     ran = cli("inspect", out)
     assert ran.code == 1
