@@ -26,6 +26,7 @@ from scalebits_compiler.frontend.lower_fx import lower
 from scalebits_compiler.ir.printer import print_module
 from scalebits_compiler.passes.base import PassContext
 from scalebits_compiler.passes.canonicalize import Canonicalize
+from scalebits_compiler.tasks import CAUSAL
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def tiny_llama() -> LlamaForCausalLM:
 
 def ours(model: LlamaForCausalLM, exported: torch.export.ExportedProgram) -> str:
     """The module after `canonicalize`."""
-    source = SourceModel(Path(), "llama", model.config.to_dict(), model, {}, {}, ())
+    source = SourceModel(Path(), "llama", model.config.to_dict(), model, CAUSAL, {}, {}, ())
     module = lower(exported, source)
     return print_module(Canonicalize().run(module, PassContext(evaluate=evaluator)))
 
