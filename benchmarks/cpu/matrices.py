@@ -77,7 +77,9 @@ class OurKernels:
         """features: processor flags; the first variant of kernels that they allow is taken."""
         folder.mkdir()
         layout = BlockLayout(BLOCK, BLOCK, BLOCK, BLOCK, GROUP)
-        specs, dispatch = select_specs([(layout, np.array([list(mix)], np.uint8))])
+        specs, dispatch = select_specs(
+            [(layout, np.array([list(mix)], np.uint8))], gathered=[GROUP]
+        )
         here = choose_variant(dispatch["variants"], features)["name"]
         compile_kernels({here: specs[here]}, folder / "k.so")
         self.libraries: dict[str, KernelLibrary] = {}
@@ -86,19 +88,30 @@ class OurKernels:
             self.libraries[name].threads = threads
 
     def case(
-        self, name: str, packed: Packed, activations: str, x: NDArray, rounded: bool = False
+        self,
+        name: str,
+        packed: Packed,
+        activations: str,
+        x: NDArray,
+        rounded: bool = False,
+        index: NDArray[np.uint16] | None = None,
     ) -> Case:
-        """y = x W^T from float32 to float32, as a program of two steps; `rounded`: the second."""
+        """y = x W^T from float32 to float32, as a program of two steps; `rounded`: the second.
+
+        index: x is gathered by it as it is rounded.
+        """
         library, calls = self.libraries[activations], []
         # The cases of a matrix share its copies, and each begins elsewhere: the copies that one
         # has just read are still in the cache.
-        quarter = 2 * list(self.libraries).index(activations) + rounded
+        other = rounded or index is not None
+        quarter = 2 * list(self.libraries).index(activations) + other
         first = len(packed.arenas) * quarter // 4
         y = np.empty((len(x), packed.layout.rows), np.float32)
         for arena in packed.arenas[first:] + packed.arenas[:first]:
             linear = PackedLinear(library, packed.layout, arena, packed.bits)
             program = Program()
-            source = library.add_quantize(program, Rows(x, 0, 1, len(x)), packed.layout.group)
+            rows = Rows(x, 0, 1, len(x))
+            source = library.add_quantize(program, rows, packed.layout.group, index)
             linear.add_product(program, source, y)
             library.run(program)
             calls.append(partial(library.run, program, int(rounded)))
