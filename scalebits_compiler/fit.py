@@ -46,7 +46,8 @@ def compile_to_size(work: Compilation, most_bytes: int) -> CompileReport:
             f" {smallest:,} ({math.ceil(smallest / 2**20 * 100) / 100:.2f} MiB)",
             help="head and embedding can be quantized too: --head-bits, --embedding-bits",
         )
-    curves = SearchProblem.load(pinned, work.ctx, search.name, search.loss).curves
+    how = search.name, search.loss, search.whole_blocks
+    curves = SearchProblem.load(pinned, work.ctx, *how).curves
     guess = replace(costs, budget=max(least, 8 * (most_bytes - beside)))
     beside = _bytes_beside(work, pinned, greedy_raise(curves, guess, costs.low), costs)
     for _ in range(_TRIES):

@@ -68,6 +68,10 @@ class AssignBits(Pass):
         default=False, metadata={"help": "start also from the widths that the module has"}
     )
     loss: str | None = field(default=None, metadata={"help": LOSS_HELP})
+    whole_blocks: bool = field(
+        default=False,
+        metadata={"help": "start by the curvature of whole blocks, not of single weights"},
+    )
     z: float = field(
         default=1.0, metadata={"help": "standard errors by which a move must beat the others"}
     )
@@ -87,7 +91,7 @@ class AssignBits(Pass):
             plain = (replace(pinned.weights[s], limits=(typical,) * 2) for s in unreached)
             pinned, costs = self.problem(pinned.with_weights(list(plain)))
         known = ctx.cache.get(self.name)
-        problem = SearchProblem.load(pinned, ctx, self.name, self.loss)
+        problem = SearchProblem.load(pinned, ctx, self.name, self.loss, self.whole_blocks)
         width, _ = best_uniform(costs)
         saved = _Saved(self, module, ctx)
         starts, guards = self._starts(pinned, problem, costs)

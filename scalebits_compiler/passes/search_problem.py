@@ -29,6 +29,7 @@ class SearchProblem:
 
     curves: float64 [8, blocks], predicted loss (nats) of each block at widths 1..8, at full
     precision. full_precision: held loss (nats) there. loss: its kind (objectives.py).
+    whole_blocks: how the curves were measured (`width_curves`).
     """
 
     evaluator: Evaluator
@@ -38,34 +39,41 @@ class SearchProblem:
     text: TextSplit
     ctx: PassContext
     loss: str = "ce"
+    whole_blocks: bool = False
 
     @staticmethod
     def load(
-        module: Module, ctx: PassContext, needed_by: str, asked: str | None = None
+        module: Module,
+        ctx: PassContext,
+        needed_by: str,
+        asked: str | None = None,
+        whole_blocks: bool = False,
     ) -> SearchProblem:
         """Fit the level tables and measure the curves; what an earlier run made is reused."""
         text, loss = ctx.windows(module, needed_by), loss_of(module, asked)
         cached = ctx.cache.get(needed_by)
-        if isinstance(cached, SearchProblem) and cached._is_of(module, text, loss):
+        if isinstance(cached, SearchProblem) and cached._is_of(module, text, (loss, whole_blocks)):
             return cached
         evaluator = ctx.evaluator(module, needed_by)
         matrices = st.load_matrices(module, ctx)
-        curves = st.width_curves(evaluator, matrices, text.calibration, ctx, loss)
+        curves = st.width_curves(evaluator, matrices, text.calibration, ctx, loss, whole_blocks)
         flat = np.concatenate([curve.flatten(1).numpy() for curve in curves.values()], 1)
         exact = st.held_loss(evaluator, {}, text.acceptance, loss)
-        made = SearchProblem(evaluator, matrices, flat, exact, text, ctx, loss)
+        made = SearchProblem(evaluator, matrices, flat, exact, text, ctx, loss, whole_blocks)
         ctx.cache[needed_by] = made
         return made
 
-    def _is_of(self, module: Module, text: TextSplit, loss: str) -> bool:
-        """Whether it was made for these very matrices and windows, and for this loss."""
+    def _is_of(self, module: Module, text: TextSplit, kind: tuple[str, bool]) -> bool:
+        """Whether it was made for these very matrices and windows, and of this kind."""
         import torch
 
         def shape(weight: Weight) -> tuple[object, ...]:
             return weight.symbol, weight.type, weight.block, weight.group, weight.data
 
         known = [matrix.weight for matrix in self.matrices.values()]
-        if (self.loss, *map(shape, known)) != (loss, *map(shape, module.searched())):
+        if (self.loss, self.whole_blocks) != kind:
+            return False
+        if list(map(shape, known)) != list(map(shape, module.searched())):
             return False
         now = [text.calibration, text.acceptance]
         now += [module.resources.torch(w.data.key).float() for w in known if w.data]

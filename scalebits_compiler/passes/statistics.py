@@ -12,7 +12,7 @@ matrix live for one batch. The loss is a mean over tokens, in nats; objectives.p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -66,7 +66,7 @@ class Matrix:
         return self.place.here(self.dense)
 
 
-Take = Callable[[str, Tensor, Tensor], None]  # (symbol, g [m, n], F [m, n]) of one batch
+Take = Callable[[str, Tensor, Tensor], None]  # (symbol, G [T, m], X [T, n]) of one batch
 Bits = Mapping[str, Tensor]  # symbol -> int64 [block rows, block columns]
 
 
@@ -118,7 +118,7 @@ def held_loss(
 
 @dataclass
 class Capture:
-    """Collects (g, F) of each matrix of one batch as its gradient arrives, and hands them on."""
+    """Hands on (G, X) of each matrix of one batch as its gradient arrives."""
 
     weights: Mapping[str, Tensor]
     take: Take
@@ -131,13 +131,6 @@ class Capture:
         # The weights need no gradient of their own; a leaf keeps the chain of the outputs alive.
         source = x if x.requires_grad else x.detach().requires_grad_()
         return _Captured.apply(source, self, symbol)
-
-    def reduce(self, symbol: str, x: Tensor, grad: Tensor) -> None:
-        """Hand on (g, F) of a matrix, from its input and the gradient of its output."""
-        inputs, outputs = x.flatten(0, -2), grad.flatten(0, -2)
-        gradient = outputs.T @ inputs
-        fisher = outputs.square().T @ inputs.square()
-        self.take(symbol, gradient, fisher)
 
 
 class _Captured(torch.autograd.Function):
@@ -152,7 +145,7 @@ class _Captured(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
         (x,), (grad,) = ctx.saved_tensors, grad_outputs
-        ctx.capture.reduce(ctx.symbol, x, grad)
+        ctx.capture.take(ctx.symbol, grad.flatten(0, -2), x.flatten(0, -2))
         return grad @ ctx.capture.weights[ctx.symbol], None, None
 
 
@@ -163,7 +156,7 @@ def backward(
     take: Take,
     loss: str,
 ) -> float:
-    """One batch: `take(symbol, g, F)` for every matrix, both [m, n] of the summed loss (given)."""
+    """One batch: `take(symbol, G, X)` for every matrix, of the summed loss, which is given."""
     capture = Capture(weights, take)
     with torch.enable_grad():
         total = summed_loss(evaluator, ids, capture.rule, loss)
@@ -214,7 +207,8 @@ def move_scores(
     batch = {symbol: torch.zeros_like(total[:, 0]) for symbol, total in sums.items()}
 
     def taker(first: float, second: float) -> Take:
-        def take(symbol: str, gradient: Tensor, fisher: Tensor) -> None:
+        def take(symbol: str, outputs: Tensor, inputs: Tensor) -> None:
+            gradient, fisher = outputs.T @ inputs, outputs.square().T @ inputs.square()
             for score, delta in zip(batch[symbol], deltas[symbol], strict=True):
                 change = first * gradient * delta + second * fisher * delta.square()
                 score += block_sums(change, matrices[symbol].block)
@@ -264,30 +258,65 @@ def width_curves(
     windows: Tensor,
     ctx: PassContext,
     loss: str = "ce",
+    whole_blocks: bool = False,
 ) -> dict[str, Tensor]:
-    """½ Σ F (Q_b - W)² per block and width at full precision: float64 [8, block rows, columns].
+    """½ δᵀFδ, δ = Q_b - W, per block and width at full precision: float64 [8, block rows, columns].
 
-    F is taken at the unrounded weights, for the curvature of `loss`; nats of mean loss. The
-    separable start of the search. F is held for all matrices: eight widths per batch would cost
-    more time than it costs memory.
+    F is that of the curvature of `loss`; nats of mean loss. The separable start of the search.
+    Its diagonal is held for all matrices: eight widths per batch would cost more time than it
+    costs memory. With `whole_blocks` it is the empirical Fisher matrix of a block with all its
+    entries: half the sum over tokens of the squared first-order change of their loss along δ.
     """
     dense = per_matrix(matrices, lambda symbol: matrices[symbol].values())
-    fishers = {symbol: torch.zeros_like(matrix.dense) for symbol, matrix in matrices.items()}
+    sums = {  # of the curve, or of F over the tokens
+        s: torch.zeros(8, *m.weight.grid_shape(), dtype=torch.float64, device=m.place.device)
+        if whole_blocks
+        else torch.zeros_like(m.dense)
+        for s, m in matrices.items()
+    }
 
-    def take(symbol: str, gradient: Tensor, fisher: Tensor) -> None:
-        fishers[symbol] += fisher.to(fishers[symbol].device)
+    def take(symbol: str, outputs: Tensor, inputs: Tensor) -> None:
+        matrix = matrices[symbol]
+        if whole_blocks:
+            changes = (along(outputs, inputs, error, matrix.block) for error in _errors(matrix))
+            sums[symbol] += torch.stack([change.square().sum(0).double() for change in changes])
+        else:
+            fisher = outputs.square().T @ inputs.square()
+            sums[symbol] += fisher.to(matrix.dense.device)
 
     for ids in ctx.progress(batches(windows), "sensitivity at full precision"):
         backward(evaluator, dense, ids, take, curvature_of(loss))
     scale = 0.5 / scored_tokens(windows, curvature_of(loss))
-    return {s: _curve(m, m.place.here(fishers.pop(s)) * scale).cpu() for s, m in matrices.items()}
+    curves: dict[str, Tensor] = {}
+    for symbol, matrix in matrices.items():
+        found = matrix.place.here(sums.pop(symbol)) * scale
+        curves[symbol] = (found if whole_blocks else _curve(matrix, found)).cpu()
+    return curves
+
+
+def _errors(matrix: Matrix) -> Iterator[Tensor]:
+    """Q_b - W of widths 1..8."""
+    exact, shape = matrix.values(), matrix.weight.grid_shape()
+    return (matrix.at(torch.full(shape, bits)) - exact for bits in range(1, 9))
 
 
 def _curve(matrix: Matrix, weight: Tensor) -> Tensor:
-    shape = matrix.weight.grid_shape()
-    exact = matrix.values()
-    errors = ((matrix.at(torch.full(shape, b)) - exact).square() for b in range(1, 9))
-    return torch.stack([block_sums(weight * error, matrix.block).double() for error in errors])
+    changes = (weight * error.square() for error in _errors(matrix))
+    return torch.stack([block_sums(change, matrix.block).double() for change in changes])
+
+
+def along(outputs: Tensor, inputs: Tensor, delta: Tensor, block: tuple[int, int]) -> Tensor:
+    """Σ G_ti δ_ij X_tj over each block [T, block rows, block columns] of a change δ [m, n].
+
+    To first order, what the change of that block does to the loss, as each token sees it.
+    """
+    rows, columns = block
+    parts: list[Tensor] = []
+    for x, change in zip(inputs.split(columns, 1), delta.split(columns, 1), strict=True):
+        effect = outputs * (x @ change.T)
+        padded = torch.nn.functional.pad(effect, (0, -effect.shape[1] % rows))
+        parts.append(padded.unflatten(1, (-1, rows)).sum(2))
+    return torch.stack(parts, 2)
 
 
 @dataclass(frozen=True)

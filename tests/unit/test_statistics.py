@@ -221,6 +221,35 @@ def test_width_curves_equal_the_slow_formula(tiny: Module) -> None:
                 assert found == pytest.approx(expected, rel=1e-3, abs=1e-9)
 
 
+def test_curves_of_whole_blocks_equal_the_slow_formula(tiny: Module) -> None:
+    """½ Σ (g_t·δ)² over the tokens, g_t the gradient that autograd gives for one token's output."""
+    matrices = stats.load_matrices(tiny, PassContext())
+    curves = stats.width_curves(Executor(tiny), matrices, IDS, PassContext(), whole_blocks=True)
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def rule(op: Linear, x: Tensor, weight: Tensor) -> Tensor:
+        y = x.detach().requires_grad_() @ weight.T if not x.requires_grad else x @ weight.T
+        if op.weight.name in matrices:
+            y.retain_grad()
+            seen[op.weight.name] = x.detach(), y
+        return y
+
+    with torch.enable_grad():
+        slow_loss(tiny, IDS, rule, "ce").backward()
+    tokens = IDS.shape[0] * (IDS.shape[1] - 1)
+    for symbol, matrix in matrices.items():
+        x, y = seen[symbol]
+        assert y.grad is not None
+        each = torch.einsum("bti,btj->btij", y.grad, x).flatten(0, 1)
+        for bits in (1, 3, 8):
+            error = matrix.at(torch.full(matrix.weight.grid_shape(), bits)) - matrix.dense
+            for row, column in np.ndindex(*matrix.weight.grid_shape()):
+                parts = (block_of(change, matrix.block, row, column) for change in each * error)
+                expected = sum(0.5 * float(part.double().sum()) ** 2 for part in parts) / tokens
+                found = float(curves[symbol][bits - 1, row, column])
+                assert found == pytest.approx(expected, rel=1e-3, abs=1e-9)
+
+
 def test_line_scores_equal_the_slow_formula(tiny: Module) -> None:
     matrices = stats.load_matrices(tiny, PassContext())
     bits = uniform(matrices, 3)
