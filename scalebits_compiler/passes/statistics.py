@@ -203,7 +203,6 @@ def move_scores(
         s: torch.zeros(2, 2, *bits[s].shape, dtype=torch.float64, device=m.place.device)
         for s, m in matrices.items()
     }
-
     batch = {symbol: torch.zeros_like(total[:, 0]) for symbol, total in sums.items()}
 
     def taker(first: float, second: float) -> Take:
