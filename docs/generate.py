@@ -18,7 +18,7 @@ from scalebits_compiler.ir.ops import OPS
 from scalebits_compiler.ir.printer import print_attr
 from scalebits_compiler.numerics.layout import PIECES
 from scalebits_compiler.passes.table import PASSES, PIPELINES, find_pass
-from scalebits_compiler.runtime.manifest import STEP_RULES
+from scalebits_compiler.runtime.plan import STEP_RULES
 
 DOCS = Path(__file__).resolve().parent
 _PART = re.compile(r"(<!-- begin: (\w+) -->\n).*?(<!-- end: \2 -->)", re.DOTALL)
@@ -84,9 +84,10 @@ def steps() -> str:
     rows = []
     for name, rule in STEP_RULES.items():
         least, most = rule.weights
-        count = str(least) if least == most else f"{least} to {most}"
+        count = str(least) if least == most else f"{least} to {most}" if most else "any"
+        inputs = f"{rule.inputs} or more" if rule.more_inputs else str(rule.inputs)
         attrs = ", ".join(f"`{attr}`" for attr in sorted(rule.attrs))
-        rows.append(f"| `{name}` | {rule.inputs} | {count} | {attrs} |")
+        rows.append(f"| `{name}` | {inputs} | {count} | {attrs} |")
     return "\n| op | inputs | weights | attrs |\n|---|---|---|---|\n" + "\n".join(rows) + "\n\n"
 
 

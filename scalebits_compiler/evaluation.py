@@ -25,10 +25,14 @@ DEFAULT_WINDOW = 512
 
 
 class Model(NamedTuple):
-    """run: ids i64[b, s] -> f32[b, s, n], logits, of an encoder states; task: see tasks.TASKS."""
+    """run: ids i64[b, s] -> f32[b, s, n], logits, of an encoder states; task: see tasks.TASKS.
+
+    execution: of an artifact, how it runs (`Session.execution`).
+    """
 
     run: Callable[[torch.Tensor], torch.Tensor]
     task: str
+    execution: str | None = None
 
 
 def is_artifact(path: Path) -> bool:
@@ -51,7 +55,11 @@ def open_model(
         from scalebits_compiler.sessions import open_session
 
         session = open_session(path, target, activations, torch.get_num_threads(), registry)
-        return Model(lambda ids: torch.from_numpy(session.forward(ids.numpy())), session.task)
+        return Model(
+            lambda ids: torch.from_numpy(session.forward(ids.numpy())),
+            session.task,
+            session.execution,
+        )
     for option, value in (("--target", target), ("--activations", activations)):
         if value not in (None, EXACT):
             raise UsageError(f"{path} is no artifact, {option} does not apply to it")
@@ -76,8 +84,8 @@ def evaluate(
     """Score a text with windows of `seq_len` tokens, no overlap, all but the first token scored.
 
     windows: how many from the start of the text (None: all). versus: the original model. Gives the
-    keys perplexity, kl_divergence, top1_agreement, tokens, protocol; of a model that does not
-    predict the next token those of `PlaceMeter` instead, and `versus` is needed.
+    keys perplexity, kl_divergence, top1_agreement, tokens, protocol, execution; of a model that
+    does not predict the next token those of `PlaceMeter` instead, and `versus` is needed.
     """
     limit = _limit(path)
     length = seq_len or min(DEFAULT_WINDOW, limit)
@@ -106,7 +114,7 @@ def evaluate(
             elif theirs is not None:
                 meter.update(ours.run(ids), theirs)
     protocol = _protocol(length, len(tokens), text, versus, ours.task)
-    return {**meter.result(), "protocol": protocol}
+    return {**meter.result(), "protocol": protocol, "execution": ours.execution}
 
 
 def _limit(path: Path) -> int:

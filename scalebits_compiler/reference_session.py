@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from scalebits_compiler.codegen.plan import missing_ops
+from scalebits_compiler.codegen.plan import unplanned
 from scalebits_compiler.codegen.reference.executor import Executor
 from scalebits_compiler.ir.module import Module
 from scalebits_compiler.ir.parser import read_module
@@ -19,6 +18,7 @@ from scalebits_compiler.ir.verifier import verify
 from scalebits_compiler.passes.roles import embedding_tables, untraced
 from scalebits_compiler.plugins import Registry, load_plugins
 from scalebits_compiler.runtime.artifact import Artifact
+from scalebits_compiler.runtime.cache import Replay
 from scalebits_compiler.runtime.session import Session, open_kernels
 from scalebits_compiler.runtime.weights import Weights
 
@@ -29,24 +29,11 @@ F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
 
 
-@dataclass
-class Replay:
-    """In place of a key-value cache: all ids so far, i64[batch, length]; a step runs them all."""
-
-    ids: I64
-    pad: I64 | None
-
-    @property
-    def length(self) -> int:
-        """Positions so far."""
-        return self.ids.shape[1]
-
-
 class ReferenceSession(Session):
     """Session with every op by its definition in codegen/reference; slow by intent.
 
-    With a kernel library, packed matrices are multiplied by its kernels: for an artifact with ops
-    that the runtime has not.
+    With a kernel library, packed matrices are multiplied by its kernels: for an artifact without a
+    plan.
     """
 
     def __init__(
@@ -98,11 +85,11 @@ def vocabulary(module: Module, config: Mapping[str, Any]) -> int:
 
 
 def why_torch(module: Module) -> str:
-    """What the runtime has no op for."""
+    """Why there is no plan."""
     reason = untraced(module)
     if reason is not None:
         return f"{reason}, so its own code in transformers runs it"
-    return missing_ops(module.function)
+    return unplanned(module.function)
 
 
 def _kernels(weights: Weights) -> Callable[[str, torch.Tensor], torch.Tensor]:
@@ -126,7 +113,7 @@ def load_reference(path: str | Path, registry: Registry | None = None) -> Refere
 def load_with_kernels(
     path: str | Path, activations: str, threads: int | None, registry: Registry | None = None
 ) -> ReferenceSession:
-    """Open an artifact whose ops torch runs, and whose packed matrices its kernels multiply."""
+    """Open an artifact without a plan: torch runs its ops, kernels multiply its packed matrices."""
     artifact = Artifact.open(path)
     library = open_kernels(artifact, activations, threads)
     return ReferenceSession(artifact, registry or load_plugins(), library)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
-from scalebits_compiler.errors import UsageError
-from scalebits_compiler.plugins import Registry
-from scalebits_compiler.runtime.artifact import read_manifest
+from scalebits_compiler.errors import ArtifactError, UsageError
+from scalebits_compiler.plugins import Registry, load_plugins
+from scalebits_compiler.runtime.artifact import Artifact, read_manifest
+from scalebits_compiler.runtime.ops import CallRunner
+from scalebits_compiler.runtime.plan import Plan, told_by_kind
 from scalebits_compiler.runtime.session import Session, load
 from scalebits_compiler.runtime.variants import EXACT
 
@@ -20,14 +23,18 @@ def open_session(
 ) -> Session:
     """An artifact as it was compiled, or (target "reference") by torch definitions.
 
-    Torch is imported for the reference target, and for an artifact without a plan: its ops are run
-    by torch, its packed matrices by its kernels. `registry` knows the ops that it may meet.
+    Torch is imported for the reference target, for a plan with ops that the runtime has not (it
+    runs these), and for an artifact without a plan: all of its ops are run by torch, its packed
+    matrices by its kernels. `registry` knows the ops that it may meet.
     Raises ArtifactError for a damaged artifact, UsageError for options that do not go together.
     """
     manifest = read_manifest(path)
     if "reference" not in (target, manifest.target["kind"]):
         if manifest.plan is not None or manifest.target["kind"] != "cpu":
-            return load(path, activations=activations, threads=threads)
+            session = load(path, activations=activations, threads=threads)
+            if manifest.plan is not None and manifest.plan.calls:
+                session.call_runner = _call_runner(session.artifact, manifest.plan, registry)
+            return session
         from scalebits_compiler.reference_session import load_with_kernels
 
         return load_with_kernels(path, activations, threads, registry)
@@ -39,3 +46,16 @@ def open_session(
     from scalebits_compiler.reference_session import load_reference
 
     return load_reference(path, registry)
+
+
+def _call_runner(artifact: Artifact, plan: Plan, registry: Registry | None) -> CallRunner:
+    """What runs the ops that the runtime has not; `ArtifactError` without torch."""
+    if find_spec("torch") is None:
+        raise ArtifactError(
+            f"{artifact.path}: the runtime has no op for {told_by_kind(plan.calls)}: torch runs"
+            " it, and is not installed",
+            help='pip install "scalebits-compiler[cpu]"',
+        )
+    from scalebits_compiler.torch_calls import TorchCalls
+
+    return TorchCalls(artifact, registry or load_plugins())

@@ -92,9 +92,9 @@ def _check_summary(artifact: Artifact, module: Module) -> Check:
 
 def _check_plan(artifact: Artifact, module: Module) -> Check:
     """The plan is that of the module. Imports torch."""
-    from scalebits_compiler.codegen.plan import make_plan, missing_ops
+    from scalebits_compiler.codegen.plan import make_plan, unplanned
 
-    missing = missing_ops(module.function)
+    missing = unplanned(module.function)
     try:
         plan = None if missing else make_plan(module)
     except TargetError as error:

@@ -16,7 +16,8 @@ from matrices import Matrix, build_kernels, mixed, random_matrix
 from scalebits_compiler.numerics.tiles import TileLayout
 from scalebits_compiler.runtime.cuda.kernels import Kernels, TiledLinear
 from scalebits_compiler.runtime.cuda.session import CudaSession
-from scalebits_compiler.runtime.manifest import Plan, Step, WeightRecord
+from scalebits_compiler.runtime.manifest import WeightRecord
+from scalebits_compiler.runtime.plan import Plan, Step
 
 HIDDEN, INNER, HEADS, GROUPS, HEAD, VOCABULARY = 4096, 14336, 32, 8, 128, 128256
 PROMPT, NEW = 128, 128

@@ -69,4 +69,6 @@ def run(args: argparse.Namespace) -> int:
             print(line.format(result[key]))
     print(f"tokens scored   {result['tokens']:,}")
     print(f"protocol        {result['protocol']}")
+    if result["execution"] is not None:
+        print(f"execution       {result['execution']}")
     return 0

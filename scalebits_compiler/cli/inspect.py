@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 # Of the members of a class, so many are named; --json has all.
 MOST_NAMED = 6
-BY_TORCH = "torch, and kernels for the products; there is no key-value cache"
+BY_TORCH = "by torch as a whole, but for the products; there is no key-value cache"
 
 
 def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -2,76 +2,103 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
+from scalebits_compiler.codegen.positionwise import mixing_op
+from scalebits_compiler.codegen.positionwise_aten import numbers_positions
 from scalebits_compiler.codegen.reference.rules import gather_index, stored_order
 from scalebits_compiler.errors import TargetError
 from scalebits_compiler.ir.attrs import Value
+from scalebits_compiler.ir.host import Host
 from scalebits_compiler.ir.module import Function, Module
 from scalebits_compiler.ir.op import Op, op_fields
 from scalebits_compiler.ir.ops import Aten, Linear, Permute, QLinear
 from scalebits_compiler.ir.types import TensorType, Type
-from scalebits_compiler.runtime.manifest import STEP_RULES, Number, Plan, Step
+from scalebits_compiler.runtime.plan import (
+    STEP_RULES,
+    TORCH,
+    Number,
+    Plan,
+    Step,
+    TorchCall,
+    told_by_kind,
+)
 
-# Of a model that is not recognised at all, this many names tell enough.
-MOST_NAMED = 3
+
+def unplanned(function: Function) -> str:
+    """Why a function has no plan, so that torch runs it as a whole; empty where it has one."""
+    if len(function.args) != 1:
+        return f"it takes {len(function.args)} arguments, the runtime gives token ids"
+    return next((op.reason for op in function.ops if isinstance(op, Host)), "")
 
 
-def make_plan(module: Module) -> Plan:
+def make_plan(module: Module, *, torch: bool = True) -> Plan:
     """One step per op, generic over the op's fields; values are dropped after their last use.
 
-    An attention step gets the attribute `cache`, its running number. Raises `TargetError` for an op
-    that the runtime does not execute, naming the op and its place in the original model.
+    An attention step gets the attribute `cache`, its running number. An op that the runtime does
+    not execute becomes a call of torch; without `torch` it is a TargetError that names the op and
+    its place in the original model. TargetError for a function that has no plan (`unplanned`).
     """
-    function = module.function
-    missing = missing_ops(function)
-    if missing:
+    function, types = module.function, module.function.types()
+    calls = tuple(_calls(function, types))
+    problem = unplanned(function)
+    if problem or (calls and not torch):
+        told = f"@{module.name}: {problem}" if problem else missing_ops(function)
         raise TargetError(
-            missing, help="use --target reference, which runs every op by its torch definition"
-        )
-    for op in function.ops:
-        if isinstance(op, Linear) and op.gather and not module.weight(op.weight).quantize:
-            raise TargetError(
-                f"{op.weight} is dense, and its input is gathered ({op.loc or op.name})",
-                help="use --target reference",
-            )
-    if len(function.args) != 1:
-        raise TargetError(
-            f"@{module.name} takes {len(function.args)} arguments, the runtime gives token ids",
-            help="use --target reference",
+            told, help="use --target reference, which runs every op by its torch definition"
         )
     names = {function.args[0].value: "ids"}
     names.update({op.result: f"v{index}" for index, op in enumerate(function.ops)})
-    last, types = _last_uses(function), function.types()
+    last = _last_uses(function)
+    numbers = {call.index: number for number, call in enumerate(calls)}
     steps, caches = [], 0
     for index, op in enumerate(function.ops):
         name, weights, attrs = _step_fields(op, types)
-        if op.name == "attention":
+        if index in numbers:
+            name, attrs = TORCH, {"call": numbers[index]}
+        if name == "attention":
             attrs["cache"], caches = caches, caches + 1
         operands = tuple(op.operands())
         free = sorted({v.name: v for v in (*operands, op.result)}.values(), key=lambda v: names[v])
         dropped = tuple(names[v] for v in free if last.get(v, index) == index)
         inputs = tuple(names[value] for value in operands)
         steps.append(Step(name, inputs, weights, attrs, names[op.result], dropped))
-    return Plan("ids", tuple(steps), names[function.result])
+    replays, one_length = _decoding(module)
+    return Plan("ids", tuple(steps), names[function.result], calls, replays, one_length)
 
 
 def missing_ops(function: Function) -> str:
     """What the runtime does not execute, first those ops that have a place in the model; or ""."""
-    places: dict[str, str] = {}
-    for op in function.ops:
-        if op.name not in STEP_RULES:
-            what = op.target if isinstance(op, Aten) else op.name
-            places[what] = places.get(what) or op.loc
-    named = sorted(places, key=lambda what: not places[what])
-    if not named:
-        return ""
-    told = [f"{what} ({places[what]})" if places[what] else what for what in named[:MOST_NAMED]]
-    more = f" and {len(named) - MOST_NAMED} more kinds of op" if named[MOST_NAMED:] else ""
-    return f"the runtime has no op for {', '.join(told)}{more}"
+    calls = tuple(_calls(function, function.types()))
+    return f"the runtime has no op for {told_by_kind(calls)}" if calls else ""
+
+
+def _calls(function: Function, types: Mapping[Value, Type]) -> Iterator[TorchCall]:
+    """The ops that the runtime does not execute."""
+    for index, op in enumerate(function.ops):
+        if _step_fields(op, types)[0] not in STEP_RULES:
+            yield _call(op, index)
+
+
+def _call(op: Op, index: int) -> TorchCall:
+    return TorchCall(op.target if isinstance(op, Aten) else op.name, op.loc, index)
+
+
+def _decoding(module: Module) -> tuple[str, str]:
+    """Why a decode step runs all tokens again, and why the rows of a batch must have one length."""
+    ops = module.function.ops
+    mixes = mixing_op(module)
+    replays = ""
+    if mixes is not None:
+        replays = f"{_call(mixes, 0)} is not known to treat every position by itself"
+    aten = [op for op in ops if isinstance(op, Aten)]
+    if mixes is not None and aten:
+        return replays, replays
+    counts = next((op for op in aten if numbers_positions(op)), None)
+    return replays, f"{_call(counts, 0)} counts padding as positions" if counts else ""
 
 
 def _last_uses(function: Function) -> dict[Value, int]:

@@ -13,7 +13,8 @@ from scalebits_compiler.errors import TargetError, UsageError
 
 if TYPE_CHECKING:
     from scalebits_compiler.ir.module import Module
-    from scalebits_compiler.runtime.manifest import Kernels, Plan
+    from scalebits_compiler.runtime.manifest import Kernels
+    from scalebits_compiler.runtime.plan import Plan
 
 
 @dataclass(frozen=True)

@@ -24,13 +24,13 @@ from scalebits_compiler.runtime.manifest import (
     FileRecord,
     Kernels,
     Manifest,
-    Plan,
     Provenance,
     WeightRecord,
     check_name,
     check_plan,
     sha256_of,
 )
+from scalebits_compiler.runtime.plan import Plan
 
 if TYPE_CHECKING:
     import torch

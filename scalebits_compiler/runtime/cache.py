@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -15,6 +17,7 @@ from scalebits_compiler.runtime.program import (
 )
 
 F32 = NDArray[np.float32]
+I64 = NDArray[np.int64]
 _LEAST_ROOM = 64
 
 
@@ -105,3 +108,16 @@ class KVCache:
         for array, old in zip(grown, held or (), strict=False):
             array[:, :, : self.length] = old[:, :, : self.length]
         return grown[0], grown[1]
+
+
+@dataclass
+class Replay:
+    """In place of a key-value cache: all ids so far, i64[batch, length]; a step runs them all."""
+
+    ids: I64
+    pad: I64 | None
+
+    @property
+    def length(self) -> int:
+        """Positions so far."""
+        return self.ids.shape[1]

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scalebits_compiler.runtime.kernels import QuantizedInput
-from scalebits_compiler.runtime.manifest import PRODUCTS, Plan
 from scalebits_compiler.runtime.native_ops import POINTWISE, RULES, Value, fuse, together
+from scalebits_compiler.runtime.plan import PRODUCTS, Plan
 from scalebits_compiler.runtime.program import PADS, Argument, Program, Rows
 
 if TYPE_CHECKING:

@@ -12,67 +12,20 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 from scalebits_compiler.errors import ArtifactError
+from scalebits_compiler.runtime.plan import PRODUCTS, STEP_RULES, TORCH, Plan, Step, TorchCall
 
 MANIFEST = "manifest.json"
 MODEL_FILE = "model.safetensors"
 # A folder of several artifacts has this file, and one folder for each.
 FRONTIER = "frontier.json"
 FORMAT = "scalebits"
-VERSION = 2
+VERSION = 3
 COMPILE_AGAIN = "the artifact is damaged or was edited; compile the model again"
 
 Kinds: TypeAlias = Mapping[str, type | tuple[type, ...]]
-Number: TypeAlias = int | float
-
-
-class StepRule(NamedTuple):
-    """What a step of one op holds: values read, weights read (least, most), attributes.
-
-    more_inputs: it may read more values than `inputs`.
-    """
-
-    inputs: int
-    weights: tuple[int, int]
-    attrs: frozenset[str]
-    more_inputs: bool = False
-
-
-def _rule(inputs: int, least: int, most: int, *attrs: str) -> StepRule:
-    return StepRule(inputs, (least, most), frozenset(attrs))
-
-
-STEP_RULES: dict[str, StepRule] = {
-    "positions": _rule(1, 0, 0),
-    "embedding": _rule(1, 1, 1),
-    "linear": _rule(1, 1, 2),
-    "qlinear": _rule(1, 1, 2),
-    "gather_qlinear": _rule(1, 2, 3),
-    "rms_norm": _rule(1, 1, 1, "eps"),
-    "layer_norm": _rule(1, 1, 2, "eps"),
-    "silu": _rule(1, 0, 0),
-    "gelu": _rule(1, 0, 0),
-    "gelu_tanh": _rule(1, 0, 0),
-    "relu": _rule(1, 0, 0),
-    "tanh": _rule(1, 0, 0),
-    "scale": _rule(1, 0, 0, "factor"),
-    "bias": _rule(1, 1, 1),
-    "add": _rule(2, 0, 0),
-    "mul": _rule(2, 0, 0),
-    "split_heads": _rule(1, 0, 0, "heads"),
-    "merge_heads": _rule(1, 0, 0),
-    "rope": _rule(2, 1, 1, "scaling"),
-    "attention": _rule(3, 0, 0, "scale", "window", "softcap", "causal", "cache"),
-    "route": _rule(1, 0, 0, "top", "normalize"),
-    "dispatch": _rule(2, 0, 0, "expert"),
-    "combine": StepRule(2, (0, 0), frozenset(), more_inputs=True),
-    "permute": _rule(1, 1, 1, "axis"),
-}
-"""The ops that the runtime executes; `runtime/ops.py` has one function for each."""
-PRODUCTS = ("qlinear", "gather_qlinear")
-"""With a packed matrix; the latter's second weight is the index that its input is read by."""
 
 
 @dataclass(frozen=True)
@@ -96,27 +49,6 @@ class WeightRecord:
     shape: tuple[int, ...]
     block: tuple[int, int] | None = None
     group: int | None = None
-
-
-@dataclass(frozen=True)
-class Step:
-    """One op of the plan: reads values and weights, defines `out`, then drops the values `free`."""
-
-    op: str
-    inputs: tuple[str, ...]
-    weights: tuple[str, ...]
-    attrs: Mapping[str, Number]
-    out: str
-    free: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The model as a straight line of steps, from token ids `input` to logits `output`."""
-
-    input: str
-    steps: tuple[Step, ...]
-    output: str
 
 
 @dataclass(frozen=True)
@@ -146,7 +78,7 @@ class Provenance:
 class Manifest:
     """manifest.json.
 
-    plan is None where torch has to run the ops of the model. summary is open, but has at
+    plan is None where torch has to run the model as a whole. summary is open, but has at
     least `code_bits` and `effective_bits` (bits per quantized weight).
     """
 
@@ -271,6 +203,11 @@ _WEIGHT: Kinds = {
     "block": (list, type(None)),
     "group": (int, type(None)),
 }
+_PLAN: Kinds = {
+    **dict.fromkeys(("input", "output", "replays", "one_length"), str),
+    **dict.fromkeys(("steps", "calls"), list),
+}
+_CALL: Kinds = {"op": str, "place": str, "index": int}
 _LISTS = ("inputs", "weights", "free")
 _STEP: Kinds = {"op": str, **dict.fromkeys(_LISTS, list), "attrs": dict, "out": str}
 _PROVENANCE: Kinds = {
@@ -319,9 +256,13 @@ def _weights(value: Any, where: str) -> Iterator[tuple[str, WeightRecord]]:
 def _plan(value: Any, where: str) -> Plan | None:
     if value is None:
         return None
-    found = _fields(value, where, {"input": str, "steps": list, "output": str})
+    found = _fields(value, where, _PLAN)
     steps = (_step(step, f"{where}: step {i}") for i, step in enumerate(found["steps"]))
-    return Plan(found["input"], tuple(steps), found["output"])
+    calls = (
+        TorchCall(**_fields(call, f"{where}: call {i}", _CALL))
+        for i, call in enumerate(found["calls"])
+    )
+    return Plan(**{**found, "steps": tuple(steps), "calls": tuple(calls)})
 
 
 def _step(value: Any, where: str) -> Step:
@@ -355,9 +296,11 @@ def check_plan(manifest: Manifest, where: str = "plan") -> None:
     """Raise `ArtifactError` unless every step obeys its rule and reads what exists."""
     if manifest.plan is None:
         return
-    known = {manifest.plan.input}
+    known, calls = {manifest.plan.input}, range(len(manifest.plan.calls))
     for index, step in enumerate(manifest.plan.steps):
         problem = _step_problem(step, known, manifest.weights)
+        if not problem and step.op == TORCH and step.attrs["call"] not in calls:
+            problem = f"there is no call {step.attrs['call']}"
         if problem:
             raise ArtifactError(f"{where}: step {index} ({step.op}): {problem}", help=COMPILE_AGAIN)
         known.add(step.out)
@@ -372,6 +315,8 @@ def _step_problem(step: Step, known: set[str], weights: Mapping[str, WeightRecor
         return "this op is unknown"
     least, most = rule.weights
     count = min(len(step.inputs), rule.inputs) if rule.more_inputs else len(step.inputs)
+    if most is None:
+        most = len(step.weights)
     if count != rule.inputs or not least <= len(step.weights) <= most:
         return f"wrong number of inputs ({len(step.inputs)}) or weights ({len(step.weights)})"
     if set(step.attrs) != rule.attrs:
@@ -381,7 +326,7 @@ def _step_problem(step: Step, known: set[str], weights: Mapping[str, WeightRecor
     if missing:
         return f"{missing[0]} is not defined"
     records = [weights[symbol] for symbol in step.weights]
-    if step.op == "embedding":
+    if step.op in ("embedding", TORCH):
         return ""  # of either kind
     for nth, (symbol, record) in enumerate(zip(step.weights, records, strict=True)):
         kind = "packed" if step.op in PRODUCTS and not nth else "dense"

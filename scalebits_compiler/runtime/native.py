@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from scalebits_compiler.runtime.cache import NativeCache
 from scalebits_compiler.runtime.kernels import KernelLibrary
 from scalebits_compiler.runtime.lowering import Lowering
-from scalebits_compiler.runtime.manifest import Plan
 from scalebits_compiler.runtime.native_ops import RULES, NotNative
+from scalebits_compiler.runtime.plan import Plan
 from scalebits_compiler.runtime.program import PAST
 from scalebits_compiler.runtime.weights import Weights
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from scalebits_compiler.runtime.manifest import PRODUCTS, Step
+from scalebits_compiler.runtime.plan import PRODUCTS, Step
 from scalebits_compiler.runtime.program import DENSE_ROWS, DENSE_TYPES, ELEMENTS, PADS, SCORE_ROWS
 
 if TYPE_CHECKING:

@@ -6,15 +6,15 @@ defined by the torch rules in `codegen/reference`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from scalebits_compiler.runtime.cache import KVCache
-from scalebits_compiler.runtime.manifest import Step
+from scalebits_compiler.runtime.plan import TORCH, Step, TorchCall
 from scalebits_compiler.runtime.weights import Weights
 
 F32 = NDArray[np.float32]
@@ -24,14 +24,31 @@ Array = NDArray[Any]
 _QUERIES = 256
 
 
+class CallRunner(Protocol):
+    """Runs an op that the runtime has not; the layers above have one."""
+
+    def __call__(
+        self, call: TorchCall, inputs: Sequence[Any], past: int, pad: NDArray[np.int64] | None, /
+    ) -> Any:
+        """What the op gives for its operands, arrays, numbers and tuples of them.
+
+        past: positions before those of this run. pad: padding on the left of each row.
+        """
+        ...
+
+
 @dataclass
 class Frame:
-    """The live values of one run. Without a cache a run sees its own tokens only."""
+    """The live values of one run. Without a cache a run sees its own tokens only.
+
+    call: runs the steps `torch`, by the number of their call.
+    """
 
     weights: Weights
     cache: KVCache | None
     pad: NDArray[np.int64] | None
-    values: dict[str, Array]
+    values: dict[str, Any]
+    call: Callable[[int, Sequence[Any], int, NDArray[np.int64] | None], Any]
     _quantized: dict[tuple[str, int, str], Any] = field(default_factory=dict)
     _tables: dict[tuple[str, str, float], tuple[F32, F32]] = field(default_factory=dict)
 
@@ -326,6 +343,12 @@ def _hide(
     np.copyto(scores, -np.inf, where=(hidden | padded)[:, None])
 
 
+def _torch(frame: Frame, step: Step) -> Any:
+    past = 0 if frame.cache is None else frame.cache.length
+    inputs = [frame.values[name] for name in step.inputs]
+    return frame.call(int(step.attrs["call"]), inputs, past, frame.pad)
+
+
 OPS: dict[str, Callable[[Frame, Step], Array]] = {
     "positions": _positions,
     "embedding": _embedding,
@@ -351,4 +374,5 @@ OPS: dict[str, Callable[[Frame, Step], Array]] = {
     "dispatch": _dispatch,
     "combine": _combine,
     "permute": _permute,
+    TORCH: _torch,
 }

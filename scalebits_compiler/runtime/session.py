@@ -13,10 +13,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from scalebits_compiler.errors import ArtifactError, UsageError
 from scalebits_compiler.runtime.artifact import Artifact
-from scalebits_compiler.runtime.cache import KVCache, NativeCache
+from scalebits_compiler.runtime.cache import KVCache, NativeCache, Replay
 from scalebits_compiler.runtime.cpu_features import default_threads
-from scalebits_compiler.runtime.manifest import COMPILE_AGAIN, PRODUCTS, Plan, Step
-from scalebits_compiler.runtime.ops import Frame
+from scalebits_compiler.runtime.manifest import COMPILE_AGAIN
+from scalebits_compiler.runtime.ops import CallRunner, Frame
+from scalebits_compiler.runtime.plan import PRODUCTS, Plan, Step, told_by_kind
 from scalebits_compiler.runtime.variants import ACTIVATIONS, EXACT
 from scalebits_compiler.runtime.weights import Weights
 from scalebits_compiler.tasks import CAUSAL, ENCODER
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
-Cache: TypeAlias = KVCache | NativeCache
+Cache: TypeAlias = KVCache | NativeCache | Replay
 _NO_TEXT = "does not continue a text"
 _INSTEAD = {ENCODER: "use embed, or scalebitsc run OUT --prompt TEXT, which prints the embedding"}
 
@@ -114,9 +115,11 @@ class Session:
     execution: "native" (a step is one call of compiled code), or "step by step" in numpy and why.
     vocabulary: number of token ids. limit: longest sequence that the model knows, None if unknown.
     on_step: if set, called after every op with its name and the seconds it took.
+    call_runner: runs the ops that this runtime has not; `sessions.open_session` sets it.
     """
 
     execution: str = "step by step"
+    call_runner: CallRunner | None = None
     threads: int = 1
     _native: NativeModel | None = None
 
@@ -142,7 +145,7 @@ class Session:
         ids that do not fit the model.
         """
         tokens = self._tokens(ids)
-        padded = self._pad(pad, tokens)
+        padded = self._padding(pad, tokens)
         if self._native is not None:
             cache = self._native.new_cache(len(tokens), padded, tokens.shape[1])
             return self._native.run(tokens, cache, False, self.on_step)
@@ -156,7 +159,10 @@ class Session:
         pad as in `forward`; capacity: positions to make room for.
         """
         tokens = self._tokens(ids)
-        padded, room = self._pad(pad, tokens), max(capacity, tokens.shape[1])
+        padded, room = self._padding(pad, tokens), max(capacity, tokens.shape[1])
+        if self._plan.replays:
+            replay = Replay(tokens, padded)
+            return self._replayed(replay), replay
         if self._native is not None:
             cache: Cache = self._native.new_cache(len(tokens), padded, room)
         else:
@@ -165,7 +171,11 @@ class Session:
 
     def decode(self, ids: ArrayLike, cache: Cache) -> F32:
         """Logits f32[batch, vocabulary] after one more token i64[batch]; the cache grows by it."""
-        return self._extend(self._tokens(np.asarray(ids)[:, None], cache.length), cache)
+        tokens = self._tokens(np.asarray(ids)[:, None], cache.length)
+        if isinstance(cache, Replay):
+            cache.ids = np.concatenate([cache.ids, tokens], 1)
+            return self._replayed(cache)
+        return self._extend(tokens, cache)
 
     def generate(
         self,
@@ -233,7 +243,11 @@ class Session:
                 return frozenset([found] if isinstance(found, int) else found)
         return frozenset()
 
-    def _extend(self, tokens: I64, cache: Cache) -> F32:
+    def _replayed(self, replay: Replay) -> F32:
+        """Logits after the last of all ids, where a step runs them all."""
+        return self._run(replay.ids, None, replay.pad, last=True)[:, -1]
+
+    def _extend(self, tokens: I64, cache: KVCache | NativeCache) -> F32:
         if self._native is not None and isinstance(cache, NativeCache):
             logits = self._native.run(tokens, cache, True, self.on_step)
         elif isinstance(cache, KVCache):
@@ -245,7 +259,7 @@ class Session:
 
     def _run(self, tokens: I64, cache: KVCache | None, pad: I64 | None, last: bool) -> F32:
         """All steps; with `last` the final product is computed for the last position only."""
-        frame = Frame(self._weights, cache, pad, {self._plan.input: tokens})
+        frame = Frame(self._weights, cache, pad, {self._plan.input: tokens}, self._call)
         for step in self._plan.steps[:-1]:
             self._step(frame, step)
         final = self._plan.steps[-1]
@@ -253,6 +267,16 @@ class Session:
             frame.replace(final.inputs[0], frame.values[final.inputs[0]][:, -1:])
         self._step(frame, final)
         return frame.values[self._plan.output]
+
+    def _call(self, number: int, inputs: Sequence[Any], past: int, pad: I64 | None) -> Any:
+        """An op that this runtime has not."""
+        call = self._plan.calls[number]
+        if self.call_runner is None:
+            raise ArtifactError(
+                f"{self.artifact.path}: the runtime has no op for {call}, it needs torch",
+                help="install torch and open it with sessions.open_session (scalebitsc run)",
+            )
+        return self.call_runner(call, inputs, past, pad)
 
     def _step(self, frame: Frame, step: Step) -> None:
         if self.on_step is None:
@@ -299,6 +323,16 @@ class Session:
             )
         return counts.astype(np.int64) if counts.any() else None
 
+    def _padding(self, pad: ArrayLike | None, tokens: I64) -> I64 | None:
+        """As `_pad`; UsageError for padding that an op would not skip."""
+        padded = self._pad(pad, tokens)
+        if padded is not None and self._plan.one_length:
+            raise UsageError(
+                f"{self.artifact.path} cannot skip padding: {self._plan.one_length}",
+                help="run prompts of different length one by one",
+            )
+        return padded
+
     def _vocabulary(self) -> int:
         for step in self._plan.steps:
             if step.op == "embedding" and step.inputs[0] == self._plan.input:
@@ -308,15 +342,26 @@ class Session:
 
 def _native(plan: Plan, weights: Weights) -> tuple[NativeModel | None, str]:
     """The plan on native kernels, or None where an op has none, and how it runs."""
-    if weights.library is None:
-        return None, "step by step"
+    told = _told_calls(plan)
+    if weights.library is None or plan.calls:
+        return None, _how("step by step", told)
     from scalebits_compiler.runtime.native import NativeModel
     from scalebits_compiler.runtime.native_ops import NotNative
 
     try:
         return NativeModel(plan, weights, weights.library), "native"
     except NotNative as reason:
-        return None, f"step by step: no native kernel for {reason}"
+        return None, _how("step by step", [f"no native kernel for {reason}", *told])
+
+
+def _told_calls(plan: Plan) -> list[str]:
+    """Which ops torch runs, and whether there is a key-value cache all the same."""
+    told = [f"torch runs {told_by_kind(plan.calls)}"] if plan.calls else []
+    return told + ([f"decoding runs all tokens again, {plan.replays}"] if plan.replays else [])
+
+
+def _how(mode: str, reasons: list[str]) -> str:
+    return f"{mode}: {'; '.join(reasons)}" if reasons else mode
 
 
 def runnable(artifact: Artifact) -> Plan:

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from scalebits_compiler.reference_session import load_reference
 from scalebits_compiler.runtime.session import load
 
-EVAL_KEYS = {"perplexity", "kl_divergence", "top1_agreement", "tokens", "protocol"}
+EVAL_KEYS = {"perplexity", "kl_divergence", "top1_agreement", "tokens", "protocol", "execution"}
 LENGTH, WINDOWS = 24, 5
 
 

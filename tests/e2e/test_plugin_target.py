@@ -187,8 +187,8 @@ def test_an_op_of_a_file_from_pass_to_artifact(
     assert ran.code == 0, ran.err
     ran = cli("run", tmp_path / "kernels", *plugin, "--prompt", "The city", "-n", 2)
     assert ran.code == 0, ran.err
-    assert "by torch: " in ran.err
-    assert "mine.swish" in ran.err
+    assert "note: runs step by step: torch runs mine.swish (model.layers.0.mlp" in ran.err
+    assert "decoding runs all tokens again, mine.swish" in ran.err
     ran = compile_small(compiled.model, out, *start, "--target", "reference")
     assert ran.code == 0, ran.err
     ran = cli("run", out, *plugin, "--prompt", "The city", "-n", 2)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from scalebits_compiler import sessions
 from scalebits_compiler.errors import ArtifactError
 from scalebits_compiler.runtime.session import load
 from scalebits_compiler.sessions import open_session
@@ -64,15 +65,17 @@ def test_the_runtime_alone_refuses_it_by_name(artifact: Path) -> None:
 
 
 def test_kernels_for_the_products_and_torch_for_the_rest(
-    cli: Any, artifact: Path, tmp_path: Path
+    cli: Any, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The cpu target says what the runtime lacks; it gives what the definitions give."""
+    """The cpu target says what torch runs; it gives what the definitions give."""
     out = tmp_path / "out"
     ran = cli("retarget", artifact, "--target", "cpu", "-o", out)
     assert ran.code == 0, ran.err
     session = open_session(out)
-    told = "by torch: the runtime has no op for aten.full.default (transformer)"
+    told = "step by step: torch runs aten.full.default (transformer), "
     assert session.execution.startswith(told)
+    replays = "decoding runs all tokens again, aten.le.Tensor (transformer) is not known to"
+    assert replays in session.execution
     ids = np.random.default_rng(3).integers(0, 256, (2, 11))
     expected = open_session(artifact).forward(ids)
     np.testing.assert_allclose(session.forward(ids), expected, rtol=1e-3, atol=1e-3)
@@ -82,6 +85,15 @@ def test_kernels_for_the_products_and_torch_for_the_rest(
         logits = session.decode(ids[:, place], cache)
     ran = cli("run", out, "--prompt", "The city", "-n", 2)
     assert f"note: runs {told}" in ran.err
+    assert replays in cli("inspect", out).out
+    ran = cli("run", out, "--prompt", "The city", "--prompt", "A", "-n", 2)
+    assert ran.code == 2
+    assert "cannot skip padding: aten.le.Tensor (transformer) is not known to treat" in ran.err
+    with pytest.raises(ArtifactError, match=r"has no op for aten\.\S+, it needs torch"):
+        load(out).forward(ids)
+    monkeypatch.setattr(sessions, "find_spec", lambda _: None)
+    with pytest.raises(ArtifactError, match=r"aten\.full.*torch runs it, and is not installed"):
+        open_session(out)
     assert cli("verify", out).code == 0
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from scalebits_compiler.codegen.plan import make_plan, missing_ops
+from scalebits_compiler.codegen.plan import make_plan, unplanned
 from scalebits_compiler.codegen.writer import write_artifact
 from scalebits_compiler.ir.parser import parse_module
 from scalebits_compiler.ir.resources import ResourceStore
@@ -169,7 +169,7 @@ class Float64:
         data = self.module.resources.torch(weight.data.key)
         if weight.type.dtype != "packed":
             return data.double().numpy()
-        layout = BlockLayout(*weight.type.static_shape(), *weight.block, weight.group)
+        layout = BlockLayout(*weight.type.static_shape(), *weight.block, weight.group)  # type: ignore[call-arg]
         stored = layout.dequantize(data.numpy(), self.module.bits(weight)).astype(np.float64)
         natural = np.empty_like(stored)
         orders = weight.type.dims[1].orders
@@ -240,7 +240,7 @@ def write(tmp_path):
             out,
             module,
             target={"kind": "cpu" if kernels else "reference"},
-            plan=None if missing_ops(module.function) else make_plan(module),
+            plan=None if unplanned(module.function) else make_plan(module),
             kernels=kernels,
             files={"generation_config.json": b'{"eos_token_id": 0}', **(files or {})},
             config={"model_type": "llama", "max_position_embeddings": limit},

@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runtime": {"errors", "tasks", "numerics.layout", "numerics.tiles", "runtime"},
     "frontend": {*LOW, "frontend"},
     "passes": {*LOW, "passes"},
-    "codegen": {*LOW, "codegen", "runtime.manifest", "runtime.program"},
+    "codegen": {*LOW, "codegen", "runtime.manifest", "runtime.plan", "runtime.program"},
     **dict.fromkeys(DRIVERS, BELOW_CLI),
     "cli": {*BELOW_CLI, "cli"},
 }

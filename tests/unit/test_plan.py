@@ -8,6 +8,7 @@ import pytest
 from scalebits_compiler.codegen.plan import make_plan, order_tensors
 from scalebits_compiler.errors import TargetError
 from scalebits_compiler.ir.parser import parse_module
+from scalebits_compiler.runtime.plan import Step, TorchCall
 
 
 def module(text):
@@ -50,8 +51,11 @@ def test_what_cannot_run_is_named():
         "    return %0\n  }\n}\n"
     )
     with pytest.raises(TargetError, match=r"aten\.cos\.default \(model\.rope\)") as caught:
-        make_plan(module(text))
+        make_plan(module(text), torch=False)
     assert "--target reference" in caught.value.help
+    plan = make_plan(module(text))
+    assert plan.calls == (TorchCall("aten.cos.default", "model.rope", 0),)
+    assert plan.steps == (Step("torch", ("ids",), (), {"call": 0}, "v0", ("ids",)),)
 
 
 def test_one_argument_only():

@@ -7,8 +7,8 @@ import pytest
 
 from scalebits_compiler.runtime import cpu_features
 from scalebits_compiler.runtime.cpu_features import default_threads
-from scalebits_compiler.runtime.manifest import Step
 from scalebits_compiler.runtime.native_ops import together
+from scalebits_compiler.runtime.plan import Step
 from scalebits_compiler.runtime.program import ALONE, ALONE_NUMBERS, SYNC, Program
 from scalebits_compiler.runtime.team import FIRST_PAUSE, LONGEST_PAUSE, Team
 
@@ -96,7 +96,7 @@ def test_a_thread_that_waits_is_counted(tmp_path):
     if not library.threads_meet:
         pytest.skip("one thread here")
     told = []
-    library._team.tell = told.append
+    library._team.tell = told.append  # type: ignore[method-assign]
     program, x, y = Program(), *np.zeros((2, 1 << 20), np.float32)
     number = library.op_number("gelu", "")
     for source, target in ((x, y), (y, x), (x, y)):

@@ -11,8 +11,8 @@ import torch
 from scalebits_compiler.errors import ArtifactError, UsageError
 from scalebits_compiler.ir.parser import parse_module
 from scalebits_compiler.ir.resources import ResourceStore
-from scalebits_compiler.runtime.manifest import STEP_RULES
 from scalebits_compiler.runtime.ops import OPS, attend
+from scalebits_compiler.runtime.plan import STEP_RULES
 from scalebits_compiler.runtime.session import load
 
 VARIANTS = {

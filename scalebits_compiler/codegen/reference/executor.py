@@ -81,13 +81,17 @@ class _Frame:
 
     def step(self, op: Op) -> None:
         """Run one op."""
+        self.finish(op, self.result(op))
+
+    def result(self, op: Op) -> Any:
+        """What one op gives."""
         rule = RULES.get(type(op))
         if rule is None:
             raise TargetError(
                 f"the reference target has no rule for the op {op.name}",
                 help="a plugin that adds an op must add its rule to codegen.reference.rules.RULES",
             )
-        self.finish(op, rule(op, self))
+        return rule(op, self)
 
     def finish(self, op: Op, result: Any) -> None:
         """Keep the result of an op and drop what no later op reads."""
@@ -208,6 +212,12 @@ class Executor:
             for op in self.module.function.ops:
                 frame.step(op)
         return frame.values[self.module.function.result]
+
+    def apply(self, op: Op, values: Mapping[Value, Any], pad: torch.Tensor | None) -> Any:
+        """What one op of the module gives for values of its operands; `pad` as in `run`."""
+        frame = _Frame(self, self.weight, self.weight, _plain_linear, pad)
+        frame.values.update(values)
+        return frame.result(op)
 
     def stream(self, batches: Sequence[torch.Tensor], weight: WeightRule) -> None:
         """Run all batches op by op without gradients, holding only live values.

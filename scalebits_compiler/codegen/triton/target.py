@@ -58,7 +58,7 @@ class CudaTarget(Target):
 
     def check_module(self, module: Module) -> None:
         """Every op needs a step of the runtime, and every matrix must fit the order of tiles."""
-        make_plan(module)
+        make_plan(module, torch=False)
         for weight in module.quantized():
             _layout(weight)
 
@@ -68,7 +68,7 @@ class CudaTarget(Target):
         from scalebits_compiler.codegen.triton.emit import emit_module
         from scalebits_compiler.codegen.triton.spec import select_specs
 
-        plan = make_plan(module)
+        plan = make_plan(module, torch=False)
         matrices = [(_layout(weight), module.bits(weight)) for weight in module.quantized()]
         specs, dispatch = select_specs(matrices, self.dtype)
         files: dict[str, Path | bytes] = {LIBRARY: emit_module(specs).encode()}

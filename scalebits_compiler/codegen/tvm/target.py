@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from scalebits_compiler.codegen.plan import make_plan, missing_ops
+from scalebits_compiler.codegen.plan import make_plan, unplanned
 from scalebits_compiler.codegen.target import Built, Target
 from scalebits_compiler.errors import TargetError
 from scalebits_compiler.numerics.layout import BlockLayout
@@ -41,12 +41,12 @@ class CpuTarget(Target):
     def build(self, module: Module, folder: Path) -> Built:
         """Select, compile and link the kernels that the module's matrices need.
 
-        There is no plan where the runtime lacks an op: torch runs the ops then.
+        There is no plan where torch has to run the model as a whole.
         """
         from scalebits_compiler.codegen.tvm.build import compile_kernels
         from scalebits_compiler.codegen.tvm.spec import select_specs
 
-        plan = None if missing_ops(module.function) else make_plan(module)
+        plan = None if unplanned(module.function) else make_plan(module)
         matrices = []
         for weight in module.quantized():
             if weight.block is None or weight.group is None:

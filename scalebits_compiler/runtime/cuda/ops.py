@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from scalebits_compiler.runtime.cuda.cache import DeviceCache
 from scalebits_compiler.runtime.cuda.weights import DeviceWeights
-from scalebits_compiler.runtime.manifest import Step
+from scalebits_compiler.runtime.plan import Step
 
 
 @dataclass

@@ -15,7 +15,8 @@ from scalebits_compiler.runtime.cuda.kernels import Kernels
 from scalebits_compiler.runtime.cuda.launchers import BinaryLauncher, SourceLauncher, Tell, say
 from scalebits_compiler.runtime.cuda.ops import OPS, UNCAPTURED, Frame
 from scalebits_compiler.runtime.cuda.weights import DeviceWeights
-from scalebits_compiler.runtime.manifest import COMPILE_AGAIN, Step
+from scalebits_compiler.runtime.manifest import COMPILE_AGAIN
+from scalebits_compiler.runtime.plan import Step
 from scalebits_compiler.runtime.session import Session, runnable
 
 F32 = NDArray[np.float32]
