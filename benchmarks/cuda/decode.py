@@ -46,7 +46,9 @@ def steps(layers: int) -> Iterator[Step]:
             yield matrix(name, "x", name)
             yield step("split_heads", name, name, heads=count)
         for name in ("q", "k"):
-            yield step("rope", name, name, "pos", weights=("frequency",), scaling=1.0)
+            yield step(
+                "rope", name, name, "pos", weights=("frequency",), scaling=1.0, interleaved=0
+            )
         attrs = {"scale": HEAD**-0.5, "window": 0, "softcap": 0.0, "causal": 1, "cache": layer}
         yield step("attention", "a", "q", "k", "v", **attrs)
         yield step("merge_heads", "a", "a")

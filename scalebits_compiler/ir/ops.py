@@ -225,8 +225,9 @@ def _positions(t: Typing, positions: Value) -> tuple[Dim, Dim]:
 
 @dataclass(frozen=True, kw_only=True)
 class Rope(Op):
-    """Rotary embedding, halves convention: pair (i, i+r/2) turns by position · frequency[i].
+    """Rotary embedding: pair (i, i+r/2) turns by position · frequency[i].
 
+    If `interleaved`, the pairs are (2i, 2i+1).
     x is [batch, heads, sequence, d], frequency [r/2]; cos and sin are multiplied by `scaling`.
     Where r < d, the channels from r on pass unchanged, in any order.
     """
@@ -236,6 +237,7 @@ class Rope(Op):
     positions: Value
     frequency: Symbol
     scaling: float = 1.0
+    interleaved: bool = False
 
     def infer(self, t: Typing) -> Type:
         xtype = t.type(self.x)
@@ -255,10 +257,14 @@ class Rope(Op):
             t.natural(frequency, f"frequencies {self.frequency}")
             return xtype.with_dim(-1, t.leading(inner, turned, "channels that rope turns"))
         # A pair moves only as one, and its frequency with it.
-        halves, pairs = t.split(inner, 2, "halves of the head dimension under rope")
-        halves = t.natural(halves, "halves of the head dimension under rope")
+        outer = turned // 2 if self.interleaved else 2
+        dims = t.split(inner, outer, "pairs of the head dimension under rope")
+        pairs, inside = dims if self.interleaved else dims[::-1]
+        inside = t.natural(inside, "channels of a pair under rope")
         pairs = t.same(pairs, frequency, f"pairs under rope and {self.frequency}")
-        return xtype.with_dim(-1, Dim.join((halves, pairs)))
+        return xtype.with_dim(
+            -1, Dim.join((pairs, inside) if self.interleaved else (inside, pairs))
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from scalebits_compiler.ir.types import TensorType
 from scalebits_compiler.numerics.placement import Placement
 from scalebits_compiler.passes.base import PassContext
 from scalebits_compiler.passes.raising_attention import EVERYTHING
-from scalebits_compiler.passes.raising_graph import Graph, Replacement, is_call, one
+from scalebits_compiler.passes.raising_graph import RESHAPES, Graph, Replacement, is_call, one
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +37,7 @@ class PositionOnly:
         self.graph = graph
         self.ctx = ctx
         self._windows: dict[Value, int | None] = {}
-        self._tables: dict[tuple[Value, Value], tuple[Symbol, float] | None] = {}
+        self._tables: dict[tuple[Value, Value, bool], tuple[Symbol, float] | None] = {}
         self._positions: Value | None = None
 
     def window_of(self, mask: Value) -> int | None:
@@ -76,8 +76,8 @@ class PositionOnly:
             match = self._match_rotation(straight, turned)
             if match is None:
                 continue
-            x, cos, sin = match
-            table = self.table_of(cos, sin)
+            x, cos, sin, interleaved = match
+            table = self.table_of(cos, sin, interleaved)
             if table is None:
                 return None
             frequency, scaling = table
@@ -89,6 +89,7 @@ class PositionOnly:
                 positions=self.position_value(),
                 frequency=frequency,
                 scaling=scaling,
+                interleaved=interleaved,
             )
             made = self.graph.typed(rope, op.type)
             return None if made is None else [made]
@@ -127,24 +128,30 @@ class PositionOnly:
 
     def _match_rotation(
         self, straight: object, turned: object
-    ) -> tuple[Value, Value, Value] | None:
-        """(x, cos, sin) without the axis for the heads."""
+    ) -> tuple[Value, Value, Value, bool] | None:
+        """(x, cos, sin, whether the pairs are interleaved), without the axis for the heads."""
         first, second = self.graph.factors(straight), self.graph.factors(turned)
         if first is None or second is None:
             return None
         for x, cos in (first, first[::-1]):
             for rotated, sin in (second, second[::-1]):
-                cos_table, sin_table = self._unsqueezed(cos), self._unsqueezed(sin)
-                found = isinstance(x, Value) and self._rotates(rotated, x)
-                if found and isinstance(x, Value) and cos_table and sin_table:
-                    return x, cos_table, sin_table
+                cos_table, sin_table = self._table_value(cos), self._table_value(sin)
+                if not isinstance(x, Value) or not cos_table or not sin_table:
+                    continue
+                for rotates in (self._rotates, self._turns_neighbours):
+                    if rotates(rotated, x):
+                        interleaved = rotates == self._turns_neighbours
+                        return x, cos_table, sin_table, interleaved
         return None
 
-    def _unsqueezed(self, value: object) -> Value | None:
+    def _table_value(self, value: object) -> Value | None:
+        """A table [batch or 1, sequence, d], or one with an axis of one element for the heads."""
         call = self.graph.call(value, "unsqueeze")
-        table = call.args[0] if call and call.args[1] == 1 else None
-        known = isinstance(table, Value) and table not in self.graph.of_tokens
-        return table if known and isinstance(table, Value) else None
+        table = call.args[0] if call and call.args[1] == 1 else value
+        kind = self.graph.tensor(table)
+        if not isinstance(table, Value) or table in self.graph.of_tokens or kind is None:
+            return None
+        return table if kind.rank == 3 or (kind.rank == 4 and kind.shape[1] == 1) else None
 
     def _rotates(self, value: object, x: Value) -> bool:
         """Whether a value is cat(-second half of x, first half of x) on the last axis."""
@@ -163,18 +170,41 @@ class PositionOnly:
             and self._is_part(parts[1], x, range(half))
         )
 
+    def _turns_neighbours(self, value: object, x: Value) -> bool:
+        """Whether a value is -x[2i + 1], x[2i] in turn, on the last axis."""
+        flat = self.graph.call(value, "flatten", *RESHAPES)
+        stack = self.graph.call(flat.args[0], "stack") if flat else None
+        kind = self.graph.tensor(x)
+        if stack is None or kind is None or kind.rank != 4 or kind.dims[-1].size is None:
+            return False
+        parts, axis = stack.args[0], (*stack.args, 0)[1]
+        if not isinstance(parts, tuple) or len(parts) != 2 or axis not in (-1, 4):
+            return False
+        if flat is None or flat.type != kind:
+            return False
+        size = kind.dims[-1].size
+        negated = self.graph.call(parts[0], "neg")
+        return (
+            negated is not None
+            and self._is_part(negated.args[0], x, range(1, size, 2))
+            and self._is_part(parts[1], x, range(0, size, 2))
+        )
+
     def _is_part(self, value: object, x: Value, places: range) -> bool:
         """Whether a value is some channels of x [batch, heads, sequence, d]."""
         picked = self.graph.picked.get(value) if isinstance(value, Value) else None
         return picked == (x, 3, tuple(places))
 
-    def table_of(self, cos: Value, sin: Value) -> tuple[Symbol, float] | None:
+    def table_of(
+        self, cos: Value, sin: Value, interleaved: bool = False
+    ) -> tuple[Symbol, float] | None:
         """(frequency weight, scaling) such that the tables are cos, sin of position · frequency."""
-        if (cos, sin) not in self._tables:
-            self._tables[cos, sin] = self._table(cos, sin)
-        return self._tables[cos, sin]
+        key = (cos, sin, interleaved)
+        if key not in self._tables:
+            self._tables[key] = self._table(*key)
+        return self._tables[key]
 
-    def _table(self, cos: Value, sin: Value) -> tuple[Symbol, float] | None:
+    def _table(self, cos: Value, sin: Value, interleaved: bool) -> tuple[Symbol, float] | None:
         ops, sin_ops = self._closure(cos), self._closure(sin)
         module = self.graph.module
         # Tables that change at some length look the same at the small ones tried here.
@@ -191,6 +221,7 @@ class PositionOnly:
                     self._run(ops, cos, shape),
                     self._run(sin_ops, sin, shape),
                     frequency,
+                    interleaved,
                 )
                 for shape in _SHAPES
             }
@@ -282,14 +313,22 @@ def _window_seen(mask: torch.Tensor, shape: tuple[int, int]) -> int | None:
     return 0 if window == length else window
 
 
-def _scaling(cos: torch.Tensor, sin: torch.Tensor, frequency: torch.Tensor) -> float | None:
-    """The factor of tables [batch or 1, s, d] of these frequencies [d/2]; None if they are not."""
+def _scaling(
+    cos: torch.Tensor, sin: torch.Tensor, frequency: torch.Tensor, interleaved: bool
+) -> float | None:
+    """The factor of tables [batch or 1, s, d] of these frequencies [d/2]; None if they are not.
+
+    They may have an axis for the heads behind the batch.
+    """
     import torch
 
+    if cos.dim() == 4:
+        cos, sin = cos.squeeze(1), sin.squeeze(1)
     if cos.dim() != 3 or cos.shape != sin.shape or cos.shape[-1] != 2 * frequency.shape[0]:
         return None
     positions = torch.arange(cos.shape[1], dtype=torch.float32)
-    angles = (positions[:, None] * frequency.to(torch.float32)).repeat(1, 2)
+    angles = positions[:, None] * frequency.to(torch.float32)
+    angles = angles.repeat_interleave(2, 1) if interleaved else angles.repeat(1, 2)
     scaling = float(cos[0, 0, 0])
     error = max(
         float((cos - torch.cos(angles) * scaling).abs().max()),

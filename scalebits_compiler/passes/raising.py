@@ -8,6 +8,7 @@ that stands for its result, or None. Rules match what an op does, never what it 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from scalebits_compiler.ir.attrs import Resource, Symbol, Value
 from scalebits_compiler.ir.module import Weight
@@ -87,7 +88,9 @@ def raise_embedding(graph: Graph, op: Op) -> Replacement:
 
 
 def raise_rms_norm(graph: Graph, op: Op) -> Replacement:
-    """gain · (x · rsqrt(mean(x²) + eps)), in any order of the factors."""
+    """gain · (x · rsqrt(mean(x²) + eps)), in any order of the factors; a layer norm if x is
+    something less its mean.
+    """
     if not is_call(op, "mul") or not isinstance(op, Aten):
         return None
     written, scaled = _ordered(op.args[:2], lambda a: graph.factors(a) is None)
@@ -99,12 +102,34 @@ def raise_rms_norm(graph: Graph, op: Op) -> Replacement:
     gain = None if eps is None else _gain(graph, written)
     if eps is None or gain is None or not isinstance(x, Value):
         return None
-    made = RmsNorm(result=op.result, type=op.type, loc=op.loc, x=x, gain=gain, eps=eps)
-    return one(graph, made)
+    fields: dict[str, Any] = {"result": op.result, "type": op.type, "loc": op.loc}
+    source = _centred(graph, x)
+    if source is not None:
+        return one(graph, LayerNorm(**fields, x=source, gain=gain, eps=eps))
+    return one(graph, RmsNorm(**fields, x=x, gain=gain, eps=eps))
+
+
+def _centred(graph: Graph, value: object) -> Value | None:
+    """x, if a value is x - mean(x, last axis, kept)."""
+    less = graph.call(value, "sub")
+    mean = graph.call(less.args[1], "mean") if less and not less.kwargs else None
+    if less is None or mean is None or mean.args != (less.args[0], (-1,), True) or mean.kwargs:
+        return None
+    return less.args[0] if isinstance(less.args[0], Value) else None
+
+
+def _same(graph: Graph, a: object, b: object) -> bool:
+    """Whether two values are one, or the same value less its mean."""
+    centred = _centred(graph, a)
+    return a == b or (centred is not None and centred == _centred(graph, b))
 
 
 def _gain(graph: Graph, written: object) -> Symbol | None:
     """The weight that a norm multiplies with; w + 1 becomes a weight of its own."""
+    cast = graph.call(written, "to")
+    if cast is not None and isinstance(cast.args[0], Symbol):
+        kept = graph.module.weight(cast.args[0]).type == cast.type
+        written = cast.args[0] if kept else written
     if isinstance(written, Symbol):
         return written
     total = graph.call(written, "add")
@@ -145,7 +170,7 @@ def _mean_square_eps(graph: Graph, inverse: object, x: object) -> float | None:
     if mean is None or mean.args[1:] != ((-1,), True) or mean.kwargs:
         return None
     power = graph.call(mean.args[0], "pow")
-    squared = power is not None and power.args == (x, 2)
+    squared = power is not None and power.args[1] == 2 and _same(graph, power.args[0], x)
     return total.args[1] if squared or graph.factors(mean.args[0]) == (x, x) else None
 
 

@@ -200,7 +200,8 @@ def _rope(to: Lowering, step: Step) -> Value:
     y = to.new(x.data.shape)
     to.add(
         "rope", to.tokens * x.heads, x=x.data, positions=positions.data, table=table,
-        heads=x.heads, d=x.cols // x.heads, half=table.shape[2], y=y,
+        heads=x.heads, d=x.cols // x.heads, half=table.shape[2],
+        interleaved=int(step.attrs["interleaved"]), y=y,
     )  # fmt: skip
     return Value(y, x.heads)
 

@@ -228,9 +228,19 @@ def _merge_heads(frame: Frame, step: Step) -> F32:
 def _rope(frame: Frame, step: Step) -> F32:
     x = frame.values[step.inputs[0]]
     cos, sin = frame.rotation(step.inputs[1], step.weights[0], step.attrs["scaling"])
-    half = cos.shape[-1]
-    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return np.concatenate((first * cos - second * sin, second * cos + first * sin, rest), -1)
+    turned = 2 * cos.shape[-1]
+    y = x.copy()
+    first, second = _pairs(turned, bool(step.attrs["interleaved"]))
+    y[..., first] = x[..., first] * cos - x[..., second] * sin
+    y[..., second] = x[..., second] * cos + x[..., first] * sin
+    return y
+
+
+def _pairs(turned: int, interleaved: bool) -> tuple[slice, slice]:
+    """The first and the second channels of the pairs that rope turns."""
+    if interleaved:
+        return slice(0, turned, 2), slice(1, turned, 2)
+    return slice(0, turned // 2), slice(turned // 2, turned)
 
 
 def _route(frame: Frame, step: Step) -> F32:

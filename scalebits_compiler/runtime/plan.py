@@ -47,7 +47,7 @@ STEP_RULES: dict[str, StepRule] = {
     "mul": _rule(2, 0, 0),
     "split_heads": _rule(1, 0, 0, "heads"),
     "merge_heads": _rule(1, 0, 0),
-    "rope": _rule(2, 1, 1, "scaling"),
+    "rope": _rule(2, 1, 1, "scaling", "interleaved"),
     "attention": _rule(3, 0, 0, "scale", "window", "softcap", "causal", "cache"),
     "route": _rule(1, 0, 0, "top", "normalize"),
     "dispatch": _rule(2, 0, 0, "expert"),

@@ -67,7 +67,7 @@ _FIELDS = {
     "mul": "x z y! size",
     "silu_mul": "x z y! size",
     "positions": "state count y!",
-    "rope": "x positions table heads d half y!",
+    "rope": "x positions table heads d half interleaved y!",
     "store_keys": "state count x groups d keys!",
     "store_values": "state count x groups d values!",
     "attention": "state count q heads groups d e keys values scale window softcap causal y!",

@@ -56,7 +56,8 @@ STEPS = [
     step("bias", "x", "a"),
     step("add", "xx"),
     step("mul", "xx"),
-    step("rope", ("x", "positions"), ("frequency",), scaling=1.5),
+    step("rope", ("x", "positions"), ("frequency",), scaling=1.5, interleaved=0),
+    step("rope", ("x", "positions"), ("frequency",), scaling=0.5, interleaved=1),
 ]
 
 

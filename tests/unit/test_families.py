@@ -60,6 +60,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "olmo": {},
     "olmo2": {},
     "nemotron": {},
+    "cohere": {},
+    "glm": {"head_dim": 16},
     "bert": {},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {
@@ -82,6 +84,7 @@ CLASSES: dict[str, dict[int, int]] = {
     "gpt_neox": {64: 1, 96: 2, 4: 2, 16: 4},  # rope turns 4 of 16 channels, the others move
     "stablelm": {64: 1, 96: 2, 16: 4, 2: 4},
     "nemotron": {64: 1, 96: 2, 16: 4, 2: 4},
+    "glm": {64: 1, 96: 2, 16: 4, 2: 4},  # the pairs that rope turns are neighbours
     "falcon": {64: 1, 256: 2, 4: 2, 16: 2, 8: 1},
     "mixtral": {64: 1, 96: 8, 16: 2, 8: 1, 2: 4},  # each expert has its own
     "qwen3_moe": {64: 1, 48: 8, 16: 2, 8: 1, 2: 4},
@@ -102,7 +105,6 @@ PARTLY: dict[str, tuple[dict[str, Any], str]] = {
         "aten.scaled_dot_product_attention.default",
     ),
     "gptj": ({"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8}, "aten.stack.default"),
-    "cohere": ({}, "aten.mean.dim"),
     "seed_oss": ({"head_dim": 16, "hidden_act": "quick_gelu"}, "aten.sigmoid.default"),
 }
 

@@ -58,17 +58,22 @@ def test_rms_norm_silu_add_mul_linear():
     torch.testing.assert_close(Executor(module).run(IDS), expected)
 
 
-def test_rope_turns_pairs():
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rope_turns_pairs(interleaved):
     body = f"""%p = positions %ids : i64[?, ?]
     %h = split_heads %x {{heads = 4}} : {X4}
-    %y = rope %h, %p, @f {{scaling = 1.5}} : {X4}"""
+    %y = rope %h, %p, @f {{scaling = 1.5, interleaved = {str(interleaved).lower()}}} : {X4}"""
     frequency = torch.tensor([1.0, 0.5, 0.1, 0.01])
     module = build(body, "%y", X4, 'weight @f : f32[4] {data = resource("f")}', f=frequency)
     x = TABLE[IDS].reshape(2, 5, 4, 8).transpose(1, 2)
     pairs = torch.complex(x[..., :4], x[..., 4:])
+    if interleaved:
+        pairs = torch.view_as_complex(x.unflatten(-1, (4, 2)).contiguous())
     angle = torch.arange(5)[:, None] * frequency
     turned = pairs * torch.polar(torch.full_like(angle, 1.5), angle)
     expected = torch.cat((turned.real, turned.imag), -1)
+    if interleaved:
+        expected = torch.view_as_real(turned).flatten(-2)
     torch.testing.assert_close(Executor(module).run(IDS), expected)
 
 

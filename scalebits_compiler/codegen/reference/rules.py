@@ -184,8 +184,12 @@ def _rope(op: Rope, scope: Scope) -> torch.Tensor:
     angles = positions[:, None, :, None].to(torch.float32) * scope.weight(op.frequency)
     cos, sin = torch.cos(angles) * op.scaling, torch.sin(angles) * op.scaling
     half = cos.shape[-1]
-    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), -1)
+    turned, rest = x[..., : 2 * half], x[..., 2 * half :]
+    pairs = turned.unflatten(-1, (half, 2) if op.interleaved else (2, half))
+    axis = -1 if op.interleaved else -2
+    first, second = pairs.unbind(axis)
+    made = torch.stack((first * cos - second * sin, second * cos + first * sin), axis)
+    return torch.cat((made.flatten(-2), rest), -1)
 
 
 def attention_mask(

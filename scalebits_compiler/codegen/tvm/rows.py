@@ -162,12 +162,14 @@ def build_layer_norm(spec: OpSpec) -> Any:
 
 
 def build_rope(spec: OpSpec) -> Any:
-    """Turn pairs (i, i + half) of x f32[tokens, heads, d]; channels from 2 * half on stay.
+    """Turn pairs (i, i + half) of x f32[tokens, heads, d], if interleaved (2 i, 2 i + 1); channels
+    from 2 * half on stay.
 
     table f32[positions, 2, half]: cos and sin. Items are heads of tokens.
     """
     with kernel(spec.key, spec.kind) as (builder, args):
         heads, d, half = args.int("heads"), args.int("d"), args.int("half")
+        interleaved = args.int("interleaved")
         x, y = (args.buffer(name, (MANY, d), "float32") for name in "xy")
         positions = args.buffer("positions", (MANY,), "int64")
         table = args.buffer("table", (MANY, i64(2), half), "float32")
@@ -181,7 +183,15 @@ def build_rope(spec: OpSpec) -> Any:
                 lanes.store(y, fma(a, cos, -(b * sin)), [item, col])
                 lanes.store(y, fma(b, cos, a * sin), [item, half + col])
 
-            each_vector(half, spill, turn)
+            with T.If(interleaved > 0):
+                with T.Then(), T.serial(0, half) as pair:
+                    first = T.bind(pair * 2)
+                    a, b = T.bind(x[item, first]), T.bind(x[item, first + 1])
+                    cos, sin = (T.bind(table[position, i64(part), pair]) for part in range(2))
+                    T.buffer_store(y, fma(a, cos, -(b * sin)), [item, first])
+                    T.buffer_store(y, fma(b, cos, a * sin), [item, first + 1])
+                with T.Else():
+                    each_vector(half, spill, turn)
             rest = T.bind(half * 2)
             each_vector(
                 T.bind(d - rest),

@@ -174,11 +174,11 @@ def _merge_heads(frame: Frame, step: Step) -> torch.Tensor:
 def _rope(frame: Frame, step: Step) -> torch.Tensor:
     x = frame.input(step)
     cos, sin = frame.rotation(step)
-    half = cos.shape[-1]
-    wide = x.float()
-    first, second, rest = wide[..., :half], wide[..., half : 2 * half], wide[..., 2 * half :]
-    turned = (first * cos - second * sin, second * cos + first * sin, rest)
-    return torch.cat(turned, -1).to(x.dtype)
+    half, wide = cos.shape[-1], x.float()
+    shape, axis = ((half, 2), -1) if step.attrs["interleaved"] else ((2, half), -2)
+    first, second = wide[..., : 2 * half].unflatten(-1, shape).unbind(axis)
+    turned = torch.stack((first * cos - second * sin, second * cos + first * sin), axis)
+    return torch.cat((turned.flatten(-2), wide[..., 2 * half :]), -1).to(x.dtype)
 
 
 def _permute(frame: Frame, step: Step) -> torch.Tensor:
