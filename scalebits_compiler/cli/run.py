@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     session = open_session(
         args.artifact, args.target, args.activations, args.threads, load_plugins(args.plugin)
     )
-    if session.execution.startswith(("step by step: ", "by torch: ")):
+    if session.execution.startswith(("native: ", "step by step: ", "by torch: ")):
         print(f"note: runs {session.execution}", file=sys.stderr)
     if session.task == ENCODER:
         return _embed(session, args)

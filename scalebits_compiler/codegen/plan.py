@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from scalebits_compiler.codegen.positionwise import mixing_op
+from scalebits_compiler.codegen.positionwise import follow
 from scalebits_compiler.codegen.positionwise_aten import numbers_positions
 from scalebits_compiler.codegen.reference.rules import gather_index, stored_order
 from scalebits_compiler.errors import TargetError
@@ -66,7 +67,13 @@ def make_plan(module: Module, *, torch: bool = True) -> Plan:
         dropped = tuple(names[v] for v in free if last.get(v, index) == index)
         inputs = tuple(names[value] for value in operands)
         steps.append(Step(name, inputs, weights, attrs, names[op.result], dropped))
-    replays, one_length = _decoding(module)
+    kinds, mixes = follow(module)
+    activations = [kinds.activation(function.ops[call.index].result) for call in calls]
+    calls = tuple(
+        replace(call, heads=heads, channels=channels)
+        for call, (heads, channels) in zip(calls, activations, strict=True)
+    )
+    replays, one_length = _decoding(function, mixes)
     return Plan("ids", tuple(steps), names[function.result], calls, replays, one_length)
 
 
@@ -87,14 +94,12 @@ def _call(op: Op, index: int) -> TorchCall:
     return TorchCall(op.target if isinstance(op, Aten) else op.name, op.loc, index)
 
 
-def _decoding(module: Module) -> tuple[str, str]:
+def _decoding(function: Function, mixes: Op | None) -> tuple[str, str]:
     """Why a decode step runs all tokens again, and why the rows of a batch must have one length."""
-    ops = module.function.ops
-    mixes = mixing_op(module)
     replays = ""
     if mixes is not None:
         replays = f"{_call(mixes, 0)} is not known to treat every position by itself"
-    aten = [op for op in ops if isinstance(op, Aten)]
+    aten = [op for op in function.ops if isinstance(op, Aten)]
     if mixes is not None and aten:
         return replays, replays
     counts = next((op for op in aten if numbers_positions(op)), None)

@@ -33,8 +33,8 @@ from scalebits_compiler.ir.ops import (
 from scalebits_compiler.ir.pointwise import Bias, Binary, Unary
 
 
-def mixing_op(module: Module) -> Op | None:
-    """The first op that may mix positions, but for attention; None if there is none."""
+def follow(module: Module) -> tuple[Kinds, Op | None]:
+    """What is known of the values, and the first op, but for attention, that may mix positions."""
     function = module.function
     kinds = Kinds(module)
     for argument in function.args:
@@ -43,9 +43,9 @@ def mixing_op(module: Module) -> Op | None:
         try:
             kinds.found[op.result] = _follow(kinds, op)
         except Mixes:
-            return op
+            return kinds, op
     ends = kinds.found.get(function.result) == Along(1)
-    return None if ends or not function.ops else function.ops[-1]
+    return kinds, None if ends or not function.ops else function.ops[-1]
 
 
 def _follow(kinds: Kinds, op: Op) -> Kind:

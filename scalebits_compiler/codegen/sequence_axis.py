@@ -75,6 +75,20 @@ class Kinds:
                 raise Mixes
         return () if kind is None else kind.shape
 
+    def activation(self, value: Value) -> tuple[int, int]:
+        """(heads, channels) of a float32 value [batch, sequence, channels], which has 0 heads, or
+        [batch, heads, sequence, d]; (0, 0) for another, or where that is not known.
+        """
+        kind, type_ = self.found.get(value), self._types[value]
+        if not isinstance(type_, TensorType) or type_.dtype != "f32" or type_.shape[:1] != (None,):
+            return 0, 0
+        if kind == Along(1) and type_.rank == 3:
+            return 0, type_.shape[2] or 0
+        if kind == Along(2) and type_.rank == 4:
+            heads, inner = type_.shape[1] or 0, type_.shape[3] or 0
+            return (heads, heads * inner) if heads * inner else (0, 0)
+        return 0, 0
+
     def rank(self, argument: object) -> int:
         """Number of axes of a tensor."""
         return len(self.shape(argument))

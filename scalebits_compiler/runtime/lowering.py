@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from scalebits_compiler.runtime.kernels import QuantizedInput
-from scalebits_compiler.runtime.native_ops import POINTWISE, RULES, Value, fuse, together
-from scalebits_compiler.runtime.plan import PRODUCTS, Plan
+from scalebits_compiler.runtime.native_ops import (
+    POINTWISE,
+    RULES,
+    NotNative,
+    Value,
+    fuse,
+    together,
+)
+from scalebits_compiler.runtime.ops import RunCall
+from scalebits_compiler.runtime.plan import PRODUCTS, TORCH, Plan, Step
 from scalebits_compiler.runtime.program import PADS, Argument, Program, Rows
 
 if TYPE_CHECKING:
@@ -19,21 +28,68 @@ F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
 
 
+class _Values(dict[str, Value]):
+    """The values that the program has."""
+
+    def __missing__(self, name: str) -> Value:
+        raise NotNative("what reads a value that torch alone has")
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """An op that torch runs after the first `at` steps of a program.
+
+    inputs: arrays of the program, in the axes of the plan, and names of values that it has not.
+    into: the array that the result goes into; None if the program does not have it. free: as of a
+    step.
+    """
+
+    at: int
+    number: int
+    inputs: tuple[NDArray[Any] | str, ...]
+    out: str
+    into: NDArray[Any] | None
+    free: tuple[str, ...]
+
+    def run(self, call: RunCall, outside: dict[str, Any], past: int, pad: I64 | None) -> None:
+        """Run it; outside: the values that the program has not."""
+        inputs = [outside[item] if isinstance(item, str) else item for item in self.inputs]
+        made = call(self.number, inputs, past, pad)
+        if self.into is None:
+            outside[self.out] = _kept(made, [a for a in self.inputs if isinstance(a, np.ndarray)])
+        elif made.shape != self.into.shape:
+            raise ValueError(f"torch gave {made.shape} where the plan says {self.into.shape}")
+        else:
+            self.into[...] = made
+        for name in self.free:
+            outside.pop(name, None)
+
+
+def _kept(value: Any, arrays: list[NDArray[Any]]) -> Any:
+    """A value that stays when the program uses its arrays again."""
+    if isinstance(value, tuple):
+        return tuple(_kept(item, arrays) for item in value)
+    shared = isinstance(value, np.ndarray) and any(np.may_share_memory(value, a) for a in arrays)
+    return value.copy() if shared else value
+
+
 class Lowering:
     """The program of `model`'s plan for `batch` x `count` new tokens.
 
     With `last` the final product is computed for the last position of each row only. Before a run,
     `ids` i64[tokens, 1] and `state` (that of the cache) are filled in; then `output` holds the
     logits. tables: packed tables, and where their rows of the token ids are expected: these are
-    looked up before the run. ops: the op that each step of the program belongs to.
+    looked up before the run. ops: the op that each step of the program belongs to. calls: what is
+    run between steps, in order.
     """
 
     def __init__(self, model: NativeModel, batch: int, count: int, last: bool) -> None:
         plan = model.plan
         self.model, self.batch, self.count = model, batch, count
         self.program = Program()
-        self.values: dict[str, Value] = {}
+        self.values: dict[str, Value] = _Values()
         self.ops: list[str] = []
+        self.calls: list[Call] = []
         self.tables: dict[str, F32] = {}
         self._last_of = _final_product_input(plan) if last else None
         self._quantized: dict[tuple[str, int, str], QuantizedInput] = {}
@@ -54,10 +110,36 @@ class Lowering:
     def _lower(self, plan: Plan) -> None:
         self.values[plan.input] = Value(self.ids)
         for step in fuse(together(plan.steps)):
-            self.values[step.out] = RULES[step.op](self, step)
+            if step.op == TORCH:
+                self._add_call(plan, step)
+            else:
+                self.values[step.out] = RULES[step.op](self, step)
             self.ops += [step.op] * (len(self.program) - len(self.ops))
             for name in step.free:
-                self._drop(name)
+                if name in self.values:
+                    self._drop(name)
+
+    def _add_call(self, plan: Plan, step: Step) -> None:
+        """An op that torch runs after the steps so far."""
+        number = int(step.attrs["call"])
+        heads, channels = plan.calls[number].heads, plan.calls[number].channels
+        inputs = tuple(
+            self._whole(self.values[name]) if name in self.values else name for name in step.inputs
+        )
+        into = None
+        if channels:
+            value = Value(self.new((self.tokens, channels)), heads)
+            self.values[step.out], into = value, self._whole(value)
+        self.calls.append(Call(len(self.program), number, inputs, step.out, into, step.free))
+
+    def _whole(self, value: Value) -> NDArray[Any]:
+        """The rows of a value with the axes that it has in the plan; in the same memory."""
+        if value.data.dtype == np.int64:  # token ids and positions
+            return value.data.reshape(self.batch, -1)
+        if not value.heads:
+            return value.data.reshape(self.batch, -1, value.cols)
+        split = (self.batch, -1, value.heads, value.cols // value.heads)
+        return value.data.reshape(split).swapaxes(1, 2)
 
     def add(
         self, kind: str, items: int, dtype: str = "", work: int = 0, /, **fields: Argument

@@ -207,7 +207,7 @@ _PLAN: Kinds = {
     **dict.fromkeys(("input", "output", "replays", "one_length"), str),
     **dict.fromkeys(("steps", "calls"), list),
 }
-_CALL: Kinds = {"op": str, "place": str, "index": int}
+_CALL: Kinds = {"op": str, "place": str, **dict.fromkeys(("index", "heads", "channels"), int)}
 _LISTS = ("inputs", "weights", "free")
 _STEP: Kinds = {"op": str, **dict.fromkeys(_LISTS, list), "attrs": dict, "out": str}
 _PROVENANCE: Kinds = {

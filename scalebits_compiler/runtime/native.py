@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from itertools import groupby
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,8 @@ from scalebits_compiler.runtime.cache import NativeCache
 from scalebits_compiler.runtime.kernels import KernelLibrary
 from scalebits_compiler.runtime.lowering import Lowering
 from scalebits_compiler.runtime.native_ops import RULES, NotNative
-from scalebits_compiler.runtime.plan import Plan
+from scalebits_compiler.runtime.ops import RunCall
+from scalebits_compiler.runtime.plan import TORCH, Plan
 from scalebits_compiler.runtime.program import PAST
 from scalebits_compiler.runtime.weights import Weights
 
@@ -31,14 +32,16 @@ _PIECE = 256
 class NativeModel:
     """Runs a plan on the kernels of a library. Raises `NotNative` for a plan that it cannot run.
 
-    shapes: of every attention layer the key-value heads, the channels of a key and of a value.
+    call: runs the ops that the runtime has not, between steps of the program. shapes: of every
+    attention layer the key-value heads, the channels of a key and of a value.
     """
 
-    def __init__(self, plan: Plan, weights: Weights, library: KernelLibrary) -> None:
-        missing = sorted({step.op for step in plan.steps} - RULES.keys())
+    def __init__(self, plan: Plan, weights: Weights, library: KernelLibrary, call: RunCall) -> None:
+        missing = sorted({step.op for step in plan.steps} - RULES.keys() - {TORCH})
         if missing:
             raise NotNative(", ".join(missing))
         self.plan, self.weights, self.library = plan, weights, library
+        self._call = call
         self.shapes: dict[int, tuple[int, int, int]] = {}
         self._rotations: dict[tuple[str, float], F32] = {}
         self._positions = 0
@@ -69,15 +72,24 @@ class NativeModel:
         lowered.state[PAST] = cache.length
         for symbol, rows in lowered.tables.items():
             rows[:] = self.weights.rows(symbol, lowered.ids[:, 0])
-        if on_step is None:
-            self.library.run(lowered.program)
-        else:
-            self._run_by_op(lowered, on_step)
+        first, outside = 0, dict[str, Any]()
+        for call in lowered.calls:
+            self._run_steps(lowered, first, call.at, on_step)
+            start = time.perf_counter()
+            call.run(self._call, outside, cache.length, cache.pad)
+            first = call.at
+            if on_step is not None:
+                on_step(TORCH, time.perf_counter() - start)
+        self._run_steps(lowered, first, len(lowered.program), on_step)
         return lowered.output.reshape(batch, 1 if last else count, -1).copy()
 
-    def _run_by_op(self, lowered: Lowering, on_step: OnStep) -> None:
-        first = 0
-        for op, same in groupby(lowered.ops):
+    def _run_steps(self, lowered: Lowering, first: int, end: int, on_step: OnStep | None) -> None:
+        """The steps first..end of the program, with `on_step` op by op."""
+        if on_step is None:
+            if first < end:
+                self.library.run(lowered.program, first, end)
+            return
+        for op, same in groupby(lowered.ops[first:end]):
             last, start = first + len(list(same)), time.perf_counter()
             self.library.run(lowered.program, first, last, threads=1)
             on_step(op, time.perf_counter() - start)

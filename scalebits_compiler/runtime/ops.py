@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,10 @@ Array = NDArray[Any]
 
 # Queries that attention scores at once: bounds the memory of a long prefill.
 _QUERIES = 256
+
+
+RunCall: TypeAlias = Callable[[int, Sequence[Any], int, NDArray[np.int64] | None], Any]
+"""What `CallRunner` does, for the number of a call in the plan."""
 
 
 class CallRunner(Protocol):
@@ -48,7 +52,7 @@ class Frame:
     cache: KVCache | None
     pad: NDArray[np.int64] | None
     values: dict[str, Any]
-    call: Callable[[int, Sequence[Any], int, NDArray[np.int64] | None], Any]
+    call: RunCall
     _quantized: dict[tuple[str, int, str], Any] = field(default_factory=dict)
     _tables: dict[tuple[str, str, float], tuple[F32, F32]] = field(default_factory=dict)
 

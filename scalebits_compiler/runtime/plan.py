@@ -78,12 +78,15 @@ class TorchCall:
     """An op that torch runs by its definition.
 
     op: its name. place: where it comes from in the original model, may be empty. index: its number
-    among the ops of module.sbir.
+    among the ops of module.sbir. channels: of its result, if that is float32 and known to be
+    [batch, sequence, channels], or with heads [batch, heads, sequence, channels / heads]; else 0.
     """
 
     op: str
     place: str
     index: int
+    heads: int = 0
+    channels: int = 0
 
     def __str__(self) -> str:
         return f"{self.op} ({self.place})" if self.place else self.op

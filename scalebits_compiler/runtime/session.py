@@ -16,7 +16,7 @@ from scalebits_compiler.runtime.artifact import Artifact
 from scalebits_compiler.runtime.cache import KVCache, NativeCache, Replay
 from scalebits_compiler.runtime.cpu_features import default_threads
 from scalebits_compiler.runtime.manifest import COMPILE_AGAIN
-from scalebits_compiler.runtime.ops import CallRunner, Frame
+from scalebits_compiler.runtime.ops import CallRunner, Frame, RunCall
 from scalebits_compiler.runtime.plan import PRODUCTS, Plan, Step, told_by_kind
 from scalebits_compiler.runtime.variants import ACTIVATIONS, EXACT
 from scalebits_compiler.runtime.weights import Weights
@@ -133,7 +133,7 @@ class Session:
         for step in self._plan.steps:
             if step.op in PRODUCTS and library is not None:
                 self._weights.packed(step.weights[0])
-        self._native, self.execution = _native(self._plan, self._weights)
+        self._native, self.execution = _native(self._plan, self._weights, self._call)
         self.vocabulary = self._vocabulary()
         self.limit: int | None = artifact.limit
         self.on_step: Callable[[str, float], None] | None = None
@@ -340,16 +340,16 @@ class Session:
         raise ArtifactError(f"{self.artifact.path}: the plan has no embedding", help=COMPILE_AGAIN)
 
 
-def _native(plan: Plan, weights: Weights) -> tuple[NativeModel | None, str]:
+def _native(plan: Plan, weights: Weights, call: RunCall) -> tuple[NativeModel | None, str]:
     """The plan on native kernels, or None where an op has none, and how it runs."""
     told = _told_calls(plan)
-    if weights.library is None or plan.calls:
+    if weights.library is None or plan.replays:
         return None, _how("step by step", told)
     from scalebits_compiler.runtime.native import NativeModel
     from scalebits_compiler.runtime.native_ops import NotNative
 
     try:
-        return NativeModel(plan, weights, weights.library), "native"
+        return NativeModel(plan, weights, weights.library, call), _how("native", told)
     except NotNative as reason:
         return None, _how("step by step", [f"no native kernel for {reason}", *told])
 

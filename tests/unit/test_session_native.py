@@ -1,18 +1,26 @@
 """A plan on native kernels: every family against float64, bit-equal rows, threads, what is said."""
 
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from scalebits_compiler.errors import ArtifactError
+from scalebits_compiler.ir.attrs import Value
+from scalebits_compiler.ir.ops import Aten, Silu
 from scalebits_compiler.ir.parser import parse_module
 from scalebits_compiler.ir.resources import ResourceStore
+from scalebits_compiler.ir.types import TensorType
+from scalebits_compiler.ir.verifier import verify
 from scalebits_compiler.numerics.layout import BlockLayout
+from scalebits_compiler.reference_session import load_reference
 from scalebits_compiler.runtime import kernels, native, team
 from scalebits_compiler.runtime.cpu_features import cpu_features
 from scalebits_compiler.runtime.manifest import Kernels
 from scalebits_compiler.runtime.native_ops import NotNative
 from scalebits_compiler.runtime.session import load
+from scalebits_compiler.sessions import open_session
 
 pytest.importorskip("tvm", reason="the kernel compiler needs apache-tvm")
 from scalebits_compiler.codegen.tvm.build import compile_kernels
@@ -42,7 +50,7 @@ def built(tmp_path_factory, build_module, module_shape):
     shapes = {name: module_shape(**changes) for name, changes in SHAPES.items()}
     modules = {name: build_module(shape) for name, shape in shapes.items()}
     matrices = [
-        (BlockLayout(*w.type.static_shape(), *w.block, w.group), module.bits(w))
+        (BlockLayout(*w.type.static_shape(), *w.block, w.group), module.bits(w))  # type: ignore[call-arg]
         for module in modules.values()
         for w in module.quantized()
     ]
@@ -170,3 +178,63 @@ def test_a_plan_that_is_not_native_is_named(built, write, op, dtype, why):
     assert session.execution.startswith("step by step: no native kernel for ")
     assert why in session.execution
     assert session.forward([[1, 2]]).shape == (1, 2, 6)
+
+
+def turned(module):
+    """Calls swap the axes of what MLPs multiply, and swap them back after an op that needs memory.
+
+    In between torch alone has the value, in memory of the program unless it is copied.
+    """
+    swapped, ops = TensorType.of("f32", None, 104, None), []
+    for op in module.function.ops:
+        if op.name != "mul":
+            ops.append(op)
+            continue
+        whole, there, other, back = (Value(f"{op.result.name}.{i}") for i in range(4))
+        call = Aten(result=there, type=swapped, target="aten.transpose.int", args=(whole, 1, 2))
+        ops += [
+            replace(op, result=whole),
+            call,
+            Silu(result=other, type=op.type, x=op.b),
+            replace(call, result=back, type=op.type, args=(there, 1, 2)),
+            replace(op, a=back, b=other),
+        ]
+    made = replace(module, function=replace(module.function, ops=tuple(ops)))
+    verify(made)
+    return made
+
+
+@pytest.fixture
+def partly(built, write):
+    """An artifact with ops that torch runs between the steps of the native program."""
+    modules, _, table, files = built
+    return write(turned(modules["llama"]), kernels=table, files=files)
+
+
+def test_torch_runs_its_ops_and_the_program_the_rest(partly, ids, monkeypatch):
+    """As by definition; the same bits in one pass, token by token, padded and on threads."""
+    session = open_session(partly, threads=1)
+    told = "native: torch runs aten.transpose.int"
+    assert session.execution == told
+    found = session.forward(ids)
+    expected = load_reference(partly).forward(ids)
+    assert np.linalg.norm(found - expected) < 3e-4 * np.linalg.norm(expected)
+    padded, pad = np.pad(ids[:, :9], ((0, 0), (4, 0))), np.array([4, 4, 4])
+    logits, cache = session.prefill(padded, pad)
+    for place in range(9, 21):
+        np.testing.assert_array_equal(logits, found[:, place - 1])
+        logits = session.decode(ids[:, place], cache)
+    monkeypatch.setattr(kernels, "THREAD_WORK", 0)
+    monkeypatch.setattr(team, "MOST_WAITING", 1.0)  # also where no core is free
+    np.testing.assert_array_equal(open_session(partly, threads=3).forward(ids), found)
+    seen = Counter()
+    session.on_step = lambda name, _: seen.update([name])
+    np.testing.assert_array_equal(session.forward(ids), found)
+    assert seen["torch"] == 4
+
+
+def test_without_torch_the_op_is_named(partly, ids):
+    session = load(partly)
+    assert session.execution.startswith("native: torch runs aten.transpose.int")
+    with pytest.raises(ArtifactError, match=r"has no op for aten\.transpose\.int, it needs torch"):
+        session.forward(ids)
