@@ -227,9 +227,8 @@ def _positions(t: Typing, positions: Value) -> tuple[Dim, Dim]:
 class Rope(Op):
     """Rotary embedding: pair (i, i+r/2) turns by position · frequency[i].
 
-    If `interleaved`, the pairs are (2i, 2i+1).
-    x is [batch, heads, sequence, d], frequency [r/2]; cos and sin are multiplied by `scaling`.
-    Where r < d, the channels from r on pass unchanged, in any order.
+    If `interleaved`, the pairs are (2i, 2i+1). x is [batch, heads, sequence, d], frequency [r/2];
+    cos and sin are multiplied by `scaling`. Where r < d, the channels from r on pass unchanged.
     """
 
     name: ClassVar[str] = "rope"
@@ -273,12 +272,14 @@ class Attention(Op):
 
     Query head h reads key-value head h // (H/G). `window` > 0 limits how far back a query sees.
     `softcap` c > 0 makes scores z to c · tanh(z/c). Without `causal` every query sees every key.
+    `slopes` [H] adds slope · (position of the key - position of the query) to the scores (ALiBi).
     """
 
     name: ClassVar[str] = "attention"
     q: Value
     k: Value
     v: Value
+    slopes: Symbol | None = None
     scale: float
     window: int = 0
     softcap: float = 0.0
@@ -300,6 +301,9 @@ class Attention(Op):
         groups = t.same(k.dims[1], v.dims[1], "key and value heads")
         outer, _ = t.split(q.dims[1], groups.size or 0, "query heads per key-value head")
         t.same(outer, groups, "query and key-value heads")
+        if self.slopes is not None:
+            check(self.causal, "slopes need causal attention")
+            t.same(q.dims[1], vector_axis(t, self.slopes), f"query heads and {self.slopes}")
         t.same(q.dims[3], k.dims[3], "head dimension of query and key")
         t.same(k.dims[2], v.dims[2], "key and value positions")
         return TensorType(q.dtype, (q.dims[0], q.dims[1], q.dims[2], v.dims[3]))

@@ -21,7 +21,8 @@ from scalebits_compiler.passes.blocks import default_block
 from scalebits_compiler.passes.patterns import check_pattern, matching
 from scalebits_compiler.passes.position_only import PositionOnly
 from scalebits_compiler.passes.raising import STRUCTURAL
-from scalebits_compiler.passes.raising_attention import raise_attention, raise_eager_attention
+from scalebits_compiler.passes.raising_attention import raise_attention
+from scalebits_compiler.passes.raising_biased import raise_eager_attention
 from scalebits_compiler.passes.raising_embedding import raise_table
 from scalebits_compiler.passes.raising_experts import raise_experts
 from scalebits_compiler.passes.raising_graph import Graph, Replacement, one
@@ -34,6 +35,7 @@ from scalebits_compiler.passes.roles import (
     router_values,
     untraced,
 )
+from scalebits_compiler.passes.slopes import Slopes
 
 
 @dataclass(frozen=True)
@@ -178,12 +180,13 @@ Rule = Callable[[Op], Replacement]
 def _rules(graph: Graph, ctx: PassContext) -> list[Rule]:
     """The rules in the order in which they are tried."""
     positions = PositionOnly(graph, ctx)
+    slopes = Slopes(positions)
     return [
         positions.raise_rope,
         positions.raise_partial_rope,
         partial(raise_table, positions),
         lambda op: raise_attention(graph, op, positions.window_of),
-        lambda op: raise_eager_attention(graph, op, positions.window_of),
+        lambda op: raise_eager_attention(graph, op, positions.window_of, slopes.of),
         lambda op: _raise_chain(graph, ctx, op),
         *(partial(rule, graph) for rule in STRUCTURAL),
     ]

@@ -36,36 +36,42 @@ class PositionOnly:
     def __init__(self, graph: Graph, ctx: PassContext) -> None:
         self.graph = graph
         self.ctx = ctx
-        self._windows: dict[Value, int | None] = {}
+        self._windows: dict[tuple[Value, bool], int | None] = {}
         self._tables: dict[tuple[Value, Value, bool], tuple[Symbol, float] | None] = {}
         self._positions: Value | None = None
 
-    def window_of(self, mask: Value) -> int | None:
-        """How far back a mask lets a query see; 0: no limit, EVERYTHING: all keys, None: other."""
-        if mask not in self._windows:
-            self._windows[mask] = None if mask in self.graph.of_tokens else self._window(mask)
-        return self._windows[mask]
+    def window_of(self, mask: Value, hidden: bool = False) -> int | None:
+        """How far back a mask lets a query see; 0: no limit, EVERYTHING: all keys, None: other.
 
-    def _window(self, mask: Value) -> int | None:
+        hidden: a mask of bools is true where a query does not see.
+        """
+        key = (mask, hidden)
+        if key not in self._windows:
+            self._windows[key] = None if mask in self.graph.of_tokens else self._window(*key)
+        return self._windows[key]
+
+    def _window(self, mask: Value, hidden: bool) -> int | None:
         # A window longer than the shapes that are tried cannot be seen. So the one constant it
         # can come from is replaced by small ones: the window must follow it.
         ops = self._closure(mask)
         constants = {c for op in ops for c in _constants(op)}
-        hidden = any(_is_beyond(n) for op in ops for n in _other_numbers(op))
+        beyond = any(_is_beyond(n) for op in ops for n in _other_numbers(op))
         divides = any(is_call(op, *_DIVISIONS) for op in ops)
         stored = any(True for op in ops for _ in op.symbols())
-        if len(constants) > 1 or hidden or divides or stored:
+        if len(constants) > 1 or beyond or divides or stored:
             return None
         if not constants:
-            return self._measure(ops, mask)
+            return self._measure(ops, mask, hidden)
         (constant,) = constants
-        small = [self._measure([_exchange(op, constant, c) for op in ops], mask) for c in (3, 5)]
+        small = [
+            self._measure([_exchange(op, constant, c) for op in ops], mask, hidden) for c in (3, 5)
+        ]
         if small in ([0, 0], [EVERYTHING] * 2):
             return small[0]
         return constant if small == [3, 5] else None
 
-    def _measure(self, ops: list[Op], mask: Value) -> int | None:
-        windows = {_window_seen(self._run(ops, mask, shape), shape) for shape in _SHAPES}
+    def _measure(self, ops: list[Op], mask: Value, hidden: bool) -> int | None:
+        windows = {_window_seen(self._run(ops, mask, shape), shape, hidden) for shape in _SHAPES}
         return windows.pop() if len(windows) == 1 else None
 
     def raise_rope(self, op: Op) -> Replacement:
@@ -230,6 +236,11 @@ class PositionOnly:
                 return symbol, scaling
         return None
 
+    def longest(self, value: Value) -> int:
+        """The largest number in the computation of a value beyond the shapes that are tried."""
+        numbers = [n for op in self._closure(value) for n in (*_constants(op), *_other_numbers(op))]
+        return max((abs(int(n)) for n in numbers if _is_beyond(n)), default=0)
+
     def stored(self, value: Value) -> list[TensorType]:
         """The types of the stored tensors that a value is computed from."""
         symbols = {symbol for op in self._closure(value) for symbol in op.symbols()}
@@ -291,7 +302,7 @@ def _exchange(op: Op, constant: int, by: int) -> Op:
     return replace(op, args=args)
 
 
-def _window_seen(mask: torch.Tensor, shape: tuple[int, int]) -> int | None:
+def _window_seen(mask: torch.Tensor, shape: tuple[int, int], hidden: bool) -> int | None:
     """The window of an evaluated mask [batch or 1, 1, s, s]; 0 for plain causal, else None."""
     import torch
 
@@ -301,6 +312,8 @@ def _window_seen(mask: torch.Tensor, shape: tuple[int, int]) -> int | None:
         if not bool(((mask == 0) | blocked).all()):
             return None
         mask = ~blocked
+    elif hidden:
+        mask = ~mask
     if mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[2:] != (length, length):
         return None
     query, key = torch.arange(length)[:, None], torch.arange(length)[None, :]

@@ -6,10 +6,9 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
-from scalebits_compiler.ir.attrs import Value
+from scalebits_compiler.ir.attrs import Symbol, Value
 from scalebits_compiler.ir.op import Op
 from scalebits_compiler.ir.ops import Aten, Attention, MergeHeads, RmsNorm, SplitHeads
-from scalebits_compiler.ir.pointwise import Add, Scale, Tanh, Unary
 from scalebits_compiler.ir.types import TensorType
 from scalebits_compiler.passes.raising_graph import (
     RESHAPES,
@@ -97,7 +96,7 @@ def raise_attention(graph: Graph, op: Op, window_of: Callable[[Value], int | Non
     if window is None or width is None:
         return None
     factor = float(scale) if isinstance(scale, (int, float)) else 1 / math.sqrt(width)
-    return _attention(graph, op, (q, k, v), factor, window, 0.0)
+    return attention_of(graph, op, (q, k, v), factor, window, 0.0)
 
 
 def _window(mask: object, window_of: Callable[[Value], int | None]) -> int | None:
@@ -106,14 +105,16 @@ def _window(mask: object, window_of: Callable[[Value], int | None]) -> int | Non
     return window_of(mask) if isinstance(mask, Value) else None
 
 
-def _attention(
+def attention_of(
     graph: Graph,
     op: Aten,
     inputs: tuple[object, object, object],
     scale: float,
     window: int,
     softcap: float,
+    slopes: Symbol | None = None,
 ) -> Replacement:
+    """The attention op of query, key and value for the result of a call."""
     q, k, v = inputs[0], _without_repeat(graph, inputs[1]), _without_repeat(graph, inputs[2])
     kind = graph.tensor(q)
     if not isinstance(q, Value) or not isinstance(k, Value) or not isinstance(v, Value):
@@ -127,65 +128,13 @@ def _attention(
         q=q,
         k=k,
         v=v,
+        slopes=slopes,
         scale=scale,
         window=max(window, 0),
         softcap=softcap,
         causal=window != EVERYTHING,
     )
     return one(graph, made)
-
-
-def raise_eager_attention(
-    graph: Graph, op: Op, window_of: Callable[[Value], int | None]
-) -> Replacement:
-    """matmul(softmax(scores + mask), v), scores = q kᵀ that may be scaled and capped by tanh."""
-    if not is_call(op, "matmul") or not isinstance(op, Aten):
-        return None
-    softmax = graph.call(op.args[0], "softmax", "_softmax")
-    if softmax is None or softmax.args[1] not in (-1, 3):
-        return None
-    scores, window = _unmasked(graph, softmax.args[0], window_of)
-    found = _scores(graph, scores)
-    if found is None or window is None:
-        return None
-    q, k, scale, softcap = found
-    return _attention(graph, op, (q, k, op.args[1]), scale, window, softcap)
-
-
-def _unmasked(
-    graph: Graph, value: object, window_of: Callable[[Value], int | None]
-) -> tuple[object, int | None]:
-    """The scores without what a mask adds to them, and the window of the mask."""
-    total = graph.defs.get(value) if isinstance(value, Value) else None
-    if isinstance(total, Aten) and is_call(total, "add") and not total.kwargs:
-        pair = total.args
-    elif isinstance(total, Add):
-        pair = (total.a, total.b)
-    else:
-        return value, EVERYTHING
-    for scores, mask in (pair, pair[::-1]):
-        if isinstance(mask, Value) and mask not in graph.of_tokens:
-            return scores, window_of(mask)
-    return value, None
-
-
-def _scores(graph: Graph, value: object) -> tuple[object, object, float, float] | None:
-    """(q, k, scale, softcap) of q kᵀ · scale, perhaps as softcap · tanh(that / softcap)."""
-    before, after, capped = 1.0, 1.0, False
-    while isinstance(op := graph.defs.get(value) if isinstance(value, Value) else None, Unary):
-        if isinstance(op, Tanh) and not capped:
-            before, after, capped = 1.0, before, True
-        elif isinstance(op, Scale):
-            before *= op.factor
-        else:
-            return None
-        value = op.x
-    product = graph.call(value, "matmul")
-    turned = graph.call(product.args[1], "transpose") if product else None
-    if product is None or turned is None or set(turned.args[1:]) not in ({2, 3}, {-1, -2}):
-        return None
-    softcap = after if capped else 0.0
-    return product.args[0], turned.args[0], before * (softcap or 1.0), softcap
 
 
 def _sdpa_arguments(op: Aten) -> tuple[object, ...]:

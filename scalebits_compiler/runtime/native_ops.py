@@ -219,13 +219,16 @@ def _attention(to: Lowering, step: Step) -> Value:
     here = {"state": to.state, "count": to.count}
     to.add("store_keys", to.tokens, **here, x=k.data, groups=groups, d=d, keys=keys)
     to.add("store_values", to.tokens, **here, x=v.data, groups=groups, d=e, values=values)
+    slopes = np.zeros(q.heads, np.float32)
+    if step.weights:
+        slopes = to.model.weights.float32(step.weights[0])
     y = to.new((to.tokens, q.heads * e))
     tiles = -(-to.count * (q.heads // groups) // SCORE_ROWS)
     to.add(
         "attention", to.batch * groups * tiles, **here, q=q.data, heads=q.heads, groups=groups,
         d=d, e=e, keys=keys, values=values, scale=float(attrs["scale"]),
         window=int(attrs["window"]), softcap=float(attrs["softcap"]), causal=int(attrs["causal"]),
-        y=y,
+        slopes=slopes, y=y,
     )  # fmt: skip
     return Value(y, q.heads)
 

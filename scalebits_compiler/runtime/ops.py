@@ -285,8 +285,9 @@ def _attention(frame: Frame, step: Step) -> F32:
     if frame.cache is not None:
         k, v = frame.cache.extend(int(step.attrs["cache"]), k, v)
     window, softcap = int(step.attrs["window"]), step.attrs["softcap"]
-    causal = bool(step.attrs["causal"])
-    return attend(q, k, v, step.attrs["scale"], window, frame.pad, softcap=softcap, causal=causal)
+    causal, scale = bool(step.attrs["causal"]), step.attrs["scale"]
+    slopes = frame.weights.float32(step.weights[0]) if step.weights else None
+    return attend(q, k, v, scale, window, frame.pad, softcap=softcap, causal=causal, slopes=slopes)
 
 
 def attend(
@@ -299,12 +300,14 @@ def attend(
     *,
     softcap: float = 0.0,
     causal: bool = True,
+    slopes: F32 | None = None,
 ) -> F32:
     """Attention of the newest positions q [b, H, s, d] to k [b, G, t, d], v [b, G, t, e].
 
     The last query stands at position t - 1; H is a multiple of G. `window` > 0 limits how many
     positions a query sees; the first pad[row] keys of a row are hidden; `softcap` c > 0 makes
-    scores z to c · tanh(z/c); without `causal` later keys are seen too. Gives [b, H, s, e].
+    scores z to c · tanh(z/c); without `causal` later keys are seen too; slopes [H] as in the op.
+    Gives [b, H, s, e].
     """
     batch, heads, count, _ = q.shape
     groups, total = k.shape[1:3]
@@ -321,6 +324,9 @@ def attend(
         scores = scores.reshape(batch, heads, stop - start, end - first)
         if softcap:
             scores = np.tanh(scores / np.float32(softcap)) * np.float32(softcap)
+        if slopes is not None:
+            away = np.arange(first, end) - np.arange(last - (stop - start), last)[:, None]
+            scores += slopes[:, None, None] * away.astype(np.float32)
         _hide(scores, first, last, window, pad, causal)
         scores -= scores.max(-1, keepdims=True)
         np.exp(scores, out=scores)

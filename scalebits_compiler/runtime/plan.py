@@ -48,7 +48,7 @@ STEP_RULES: dict[str, StepRule] = {
     "split_heads": _rule(1, 0, 0, "heads"),
     "merge_heads": _rule(1, 0, 0),
     "rope": _rule(2, 1, 1, "scaling", "interleaved"),
-    "attention": _rule(3, 0, 0, "scale", "window", "softcap", "causal", "cache"),
+    "attention": _rule(3, 0, 1, "scale", "window", "softcap", "causal", "cache"),
     "route": _rule(1, 0, 0, "top", "normalize"),
     "dispatch": _rule(2, 0, 0, "expert"),
     "combine": StepRule(2, (0, 0), frozenset(), more_inputs=True),

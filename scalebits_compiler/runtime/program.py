@@ -70,7 +70,7 @@ _FIELDS = {
     "rope": "x positions table heads d half interleaved y!",
     "store_keys": "state count x groups d keys!",
     "store_values": "state count x groups d values!",
-    "attention": "state count q heads groups d e keys values scale window softcap causal y!",
+    "attention": "state count q heads groups d e keys values scale window softcap causal slopes y!",
 }
 """Kind of kernel -> its arguments in order; it writes those with an exclamation mark."""
 

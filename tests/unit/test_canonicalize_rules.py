@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from scalebits_compiler.codegen.reference.executor import Executor
+from scalebits_compiler.ir.ops import Aten
 from scalebits_compiler.ir.parser import parse_module
 from scalebits_compiler.ir.resources import ResourceStore
 from scalebits_compiler.ir.verifier import verify
@@ -44,7 +45,7 @@ def canonical(body, result, kind):
     verify(after)
     ids = torch.randint(0, 8, (2, 9), generator=generator)
     torch.testing.assert_close(Executor(after).run(ids), Executor(module).run(ids))
-    return [op.target if op.name == "aten" else op.name for op in after.function.ops]
+    return [op.target if isinstance(op, Aten) else op.name for op in after.function.ops]
 
 
 def aten(result, target, args, kind):
@@ -239,3 +240,48 @@ def test_attention_without_a_mask_is_causal_only_if_it_says_so():
     assert names[-1] == "attention"
     # without any mask every query sees every key
     assert canonical(attend(CAUSAL, "none, 0.0, false"), "%y", HEADS)[-1] == "attention"
+
+
+def biased(bias, mask="%mask"):
+    """Attention that is written out, with what is added to its scores."""
+    scores = "f32[?, 4, ?, ?]"
+    made = attend(CAUSAL, "none, 0.0, false")
+    return (
+        made[: made.index("%y =")]
+        + aten("z", "zeros.default", "[]", "f32[]")
+        + aten("m", "where.ScalarOther", f"{mask}, %z, -1e+30", "f32[1, 1, ?, ?]")
+        + aten("a1", "arange.start", "1, 5", "i64[4]")
+        + aten("a2", "mul.Tensor", "%a1, 0.3", "f32[4]")
+        + aten("a3", "view.default", "%a2, [4, 1, 1]", "f32[4, 1, 1]")
+        + bias
+        + aten("t", "transpose.int", "%h, 2, 3", "f32[?, 4, 8, ?]")
+        + aten("s0", "matmul.default", "%h, %t", scores)
+        + aten("s1", "add.Tensor", "%s0, %bias", scores)
+        + aten("s2", "add.Tensor", "%s1, %m", scores)
+        + aten("s3", "softmax.int", "%s2, -1", scores)
+        + aten("y", "matmul.default", "%s3, %h", HEADS)
+    )
+
+
+BY_KEY = aten("bias", "mul.Tensor", "%a3, %q", "f32[4, 1, ?]")
+BY_DISTANCE = aten("d", "sub.Tensor", "%q, %r", "i64[?, ?]")
+BY_DISTANCE += aten("bias", "mul.Tensor", "%a3, %d", "f32[4, ?, ?]")
+
+
+@pytest.mark.parametrize("bias", [BY_KEY, BY_DISTANCE])
+def test_biases_linear_in_the_position_become_slopes(bias):
+    assert canonical(biased(bias), "%y", HEADS) == ["embedding", "split_heads", "attention"]
+
+
+def clipped(most):
+    bent = aten("q2", "clamp.default", f"%q, 0, {most}", "i64[?]")
+    return bent + aten("bias", "mul.Tensor", "%a3, %q2", "f32[4, 1, ?]")
+
+
+SQUARED = aten("q2", "mul.Tensor", "%q, %q", "i64[?]")
+SQUARED += aten("bias", "mul.Tensor", "%a3, %q2", "f32[4, 1, ?]")
+
+
+@pytest.mark.parametrize("bias", [clipped(7), clipped(64), SQUARED])
+def test_other_biases_stay(bias):
+    assert "attention" not in canonical(biased(bias), "%y", HEADS)

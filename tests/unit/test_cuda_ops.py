@@ -14,6 +14,7 @@ from scalebits_compiler.runtime.plan import STEP_RULES, Step
 
 CPU = torch.device("cpu")
 WEIGHTS = {name: np.random.default_rng(5).normal(size=16).astype("f4") for name in ("a", "b")}
+WEIGHTS["slopes"] = np.array([0.5, 0.25, -0.3, 0.1], np.float32)
 WEIGHTS["frequency"] = np.array([1.0, 0.3, 0.1], np.float32)
 
 
@@ -84,11 +85,12 @@ CASES = [
 
 @pytest.mark.parametrize("pad", [None, np.array([0, 2])], ids=["whole", "padded"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case.values())))
-def test_attention_is_that_of_the_cpu(case, pad):
+@pytest.mark.parametrize("slopes", [(), ("slopes",)], ids=["", "biased"])
+def test_attention_is_that_of_the_cpu(case, pad, slopes):
     rng = np.random.default_rng(1)
     shapes = {"q": (2, 4, 6, 16), "k": (2, 2, 6, 16), "v": (2, 2, 6, 16)}
     values = {name: rng.normal(size=shape).astype("f4") for name, shape in shapes.items()}
-    made = step("attention", "qkv", scale=0.5, cache=0, **case)
+    made = step("attention", "qkv", slopes, scale=0.5, cache=0, **case)
     ours, expected = both(made, values, pad)
     np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
     if not case["causal"]:

@@ -220,21 +220,31 @@ def _attention(op: Attention, scope: Scope) -> torch.Tensor:
     mask = None
     if not plain:
         mask = attention_mask(q.shape[2], op.window, scope.pad, op.causal, q.device)
-    if op.softcap:
-        return _capped_attention(op, q, k, v, mask)
+    if op.softcap or op.slopes is not None:
+        slopes = None if op.slopes is None else scope.weight(op.slopes)
+        return _written_out(op, (q, k, v), mask, slopes)
     causal = op.causal and plain
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, scale=op.scale, enable_gqa=True
     )
 
 
-def _capped_attention(
-    op: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+def _written_out(
+    op: Attention,
+    inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    mask: torch.Tensor | None,
+    slopes: torch.Tensor | None,
 ) -> torch.Tensor:
+    q, k, v = inputs
     if mask is None:
         mask = attention_mask(q.shape[2], op.window, None, op.causal, q.device)
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    scores = torch.tanh(q @ k.transpose(2, 3) * (op.scale / op.softcap)) * op.softcap
+    scores = q @ k.transpose(2, 3) * op.scale
+    if op.softcap:
+        scores = torch.tanh(scores / op.softcap) * op.softcap
+    if slopes is not None:
+        places = torch.arange(q.shape[2], dtype=q.dtype, device=q.device)
+        scores = scores + slopes[:, None, None] * (places - places[:, None])
     return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
 
 

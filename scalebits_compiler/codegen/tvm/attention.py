@@ -175,6 +175,7 @@ class _Attention:
         self.scale, self.softcap = args.float("scale"), args.float("softcap")
         capacity = self.place.capacity
         blocks = opaque(T.floordiv(capacity, i64(KEY_BLOCK)))
+        self.slopes = args.buffer("slopes", (heads,), "float32")
         self.q = args.buffer("q", (MANY, heads, self.d), "float32")
         self.y = args.buffer("y", (MANY, heads, self.e), "float32")
         keys, values = (self.groups, blocks, self.d), (self.groups, capacity, _padded(self.e))
@@ -251,6 +252,11 @@ class _Attention:
         with T.If(self.softcap > T.float32(0)), T.Then():
             cap = splat(self.softcap)
             vstore(self.scores, cap * tanh(score / cap), at)
+        # How far the keys stand behind the query: whole numbers, so the sum is exact.
+        away = splat(T.cast(position - query.last, "float32"))
+        away = away + T.cast(T.ramp(T.int32(0), T.int32(1), LANES), f"float32x{LANES}")
+        slope = splat(self.slopes[query.head])
+        vstore(self.scores, fma(slope, away, vload(self.scores, at, "float32x16")), at)
         most = self.largest[query.slot]
         seen = T.Select(query.sees(position), vload(self.scores, at, "float32x16"), most)
         self.largest[query.slot] = _larger(most, T.bind(seen))

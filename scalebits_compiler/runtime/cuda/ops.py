@@ -77,6 +77,12 @@ class Frame:
             self._masks[key] = self._make_mask(count, window, causal)
         return self._masks[key]
 
+    def distances(self, count: int) -> torch.Tensor:
+        """[queries, keys]: how far each key of `mask` stands behind the query; below 0: before."""
+        total = self.cache.capacity if self.decoding and self.cache is not None else count
+        keys = torch.arange(total, device=self.weights.device)
+        return keys - self.slots(count)[:, None]
+
     def _make_mask(self, count: int, window: int, causal: bool) -> torch.Tensor:
         total = self.cache.capacity if self.decoding and self.cache is not None else count
         query = self.slots(count)[:, None]
@@ -193,17 +199,21 @@ def _attention(frame: Frame, step: Step) -> torch.Tensor:
         held = frame.cache.store(int(step.attrs["cache"]), frame.slots(count), k, v)
         k, v = held if frame.decoding else (k, v)
     scale, softcap = step.attrs["scale"], step.attrs["softcap"]
-    if not softcap and frame.is_plain(window):
+    slopes = frame.weights.float32(step.weights[0]) if step.weights else None
+    if not softcap and slopes is None and frame.is_plain(window):
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=causal, scale=scale, enable_gqa=True
         )
     mask = frame.mask(count, window, causal)
+    bias = None if slopes is None else slopes[:, None, None] * frame.distances(count)
     if frame.decoding:
         # One query for each head: the heads that share keys are the queries of one product.
         queries = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
-        return attend(queries, k, v, mask, scale, softcap).reshape(*q.shape[:3], -1)
+        if bias is not None:
+            bias = bias.reshape(k.shape[1], -1, bias.shape[-1])
+        return attend(queries, k, v, mask, scale, softcap, bias).reshape(*q.shape[:3], -1)
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    return attend(q, k, v, mask, scale, softcap)
+    return attend(q, k, v, mask, scale, softcap, bias)
 
 
 def attend(
@@ -213,12 +223,20 @@ def attend(
     mask: torch.Tensor,
     scale: float,
     softcap: float,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention of q [b, H, s, d] to keys and values of as many heads; `softcap` as in the op."""
-    if not softcap:
+    """Attention of q [b, H, s, d] to keys and values of as many heads; `softcap` as in the op.
+
+    bias [H, s, keys] is added to the scores.
+    """
+    if not softcap and bias is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    scores = q.float() @ k.float().transpose(2, 3) * (scale / softcap)
-    scores = (torch.tanh(scores) * softcap).masked_fill(~mask, -torch.inf)
+    scores = q.float() @ k.float().transpose(2, 3) * scale
+    if softcap:
+        scores = torch.tanh(scores / softcap) * softcap
+    if bias is not None:
+        scores = scores + bias
+    scores = scores.masked_fill(~mask, -torch.inf)
     return scores.softmax(-1).to(v.dtype) @ v
 
 
