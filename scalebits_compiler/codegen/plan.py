@@ -44,10 +44,11 @@ def make_plan(module: Module, *, torch: bool = True) -> Plan:
     its place in the original model. TargetError for a function that has no plan (`unplanned`).
     """
     function, types = module.function, module.function.types()
-    calls = tuple(_calls(function, types))
+    calls = tuple(_calls(module))
     problem = unplanned(function)
     if problem or (calls and not torch):
-        told = f"@{module.name}: {problem}" if problem else missing_ops(function)
+        missing = f"the runtime has no op for {told_by_kind(calls)}"
+        told = f"@{module.name}: {problem}" if problem else missing
         raise TargetError(
             told, help="use --target reference, which runs every op by its torch definition"
         )
@@ -77,21 +78,21 @@ def make_plan(module: Module, *, torch: bool = True) -> Plan:
     return Plan("ids", tuple(steps), names[function.result], calls, replays, one_length)
 
 
-def missing_ops(function: Function) -> str:
-    """What the runtime does not execute, first those ops that have a place in the model; or ""."""
-    calls = tuple(_calls(function, function.types()))
-    return f"the runtime has no op for {told_by_kind(calls)}" if calls else ""
-
-
-def _calls(function: Function, types: Mapping[Value, Type]) -> Iterator[TorchCall]:
-    """The ops that the runtime does not execute."""
-    for index, op in enumerate(function.ops):
-        if _step_fields(op, types)[0] not in STEP_RULES:
+def _calls(module: Module) -> Iterator[TorchCall]:
+    """The ops that the runtime does not execute; matrices that will be packed count as packed."""
+    for index, op in enumerate(module.function.ops):
+        to_pack = isinstance(op, Linear) and module.weight(op.weight).quantize
+        if _step_name(op) not in STEP_RULES and not to_pack:
             yield _call(op, index)
 
 
 def _call(op: Op, index: int) -> TorchCall:
-    return TorchCall(op.target if isinstance(op, Aten) else op.name, op.loc, index)
+    return TorchCall(op.target if isinstance(op, Aten) else _step_name(op), op.loc, index)
+
+
+def _step_name(op: Op) -> str:
+    gathers = isinstance(op, (Linear, QLinear)) and op.gather
+    return f"gather_{op.name}" if gathers else op.name
 
 
 def _decoding(function: Function, mixes: Op | None) -> tuple[str, str]:
@@ -116,17 +117,17 @@ def _step_fields(
     op: Op, types: Mapping[Value, Type]
 ) -> tuple[str, tuple[str, ...], dict[str, Number]]:
     """(op, weights, attributes) of the step of an op."""
+    name = _step_name(op)
     weights = tuple(symbol.name for symbol in op.symbols())
     if isinstance(op, Permute):
-        return op.name, (order_key(op),), {"axis": op.axis}
+        return name, (order_key(op),), {"axis": op.axis}
     if isinstance(op, (Linear, QLinear)):
-        if not op.gather:
-            return op.name, weights, {}
-        return f"gather_{op.name}", (weights[0], gather_key(op, types), *weights[1:]), {}
+        index = (gather_key(op, types),) if op.gather else ()
+        return name, (weights[0], *index, *weights[1:]), {}
     specs = [spec for spec in op_fields(type(op)) if spec.role == "attr"]
     attrs = {spec.name: getattr(op, spec.name) for spec in specs}
     # A plan has numbers only.
-    return op.name, weights, {k: int(v) if isinstance(v, bool) else v for k, v in attrs.items()}
+    return name, weights, {k: int(v) if isinstance(v, bool) else v for k, v in attrs.items()}
 
 
 def order_key(op: Permute) -> str:

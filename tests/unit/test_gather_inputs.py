@@ -211,7 +211,7 @@ def test_a_plan_reads_through_the_index_between_both_orders() -> None:
     np.testing.assert_array_equal(stored[index], module.permutation("q"))
 
 
-def test_a_gather_by_a_dense_matrix_is_for_the_reference_target() -> None:
+def test_a_gather_by_a_dense_matrix_is_for_torch() -> None:
     text = """
     module @m {
       perm @q : i32[4] {data = [3, 2, 1, 0]}
@@ -222,5 +222,8 @@ def test_a_gather_by_a_dense_matrix_is_for_the_reference_target() -> None:
       }
     }
     """
-    with pytest.raises(TargetError, match="@w is dense, and its input is gathered"):
-        make_plan(parse_module(text)[0])
+    assert [call.op for call in make_plan(parse_module(text)[0]).calls] == ["gather_linear"]
+    with pytest.raises(TargetError, match="no op for gather_linear"):
+        make_plan(parse_module(text)[0], torch=False)
+    text = text.replace("4@q]\n", "4@q] {quantize = true}\n", 1)  # to be packed later
+    make_plan(parse_module(text)[0], torch=False)
