@@ -6,13 +6,14 @@ import sys
 from collections.abc import Callable
 
 import torch
-from matrices import U8, Matrix, build_kernels, mixed, random_matrix, uniform
+from matrices import U8, Matrix, build_kernels, mixed, random_matrix, random_order, uniform
 
 from scalebits_compiler.numerics.tiles import TileLayout
 from scalebits_compiler.runtime.cuda.kernels import DTYPES, Kernels, TiledLinear
 
 TOLERANCE = {"fp16": 2e-3, "bf16": 1.5e-2}
 TOKENS = (1, 3, 16, 40, 64, 200, 300)
+GATHERED = "1 to 8 bits, gathered"
 CHECKED = {
     "128 x 128, group 128": TileLayout(512, 1024, 128, 128, 128),
     "128 x 128, group 64": TileLayout(384, 512, 128, 128, 64),
@@ -23,28 +24,32 @@ CHECKED = {
 
 
 def check(dtype: str, launcher: str) -> float:
-    """Every width alone and all mixed, in every bucket, in kernels that know all widths.
+    """Every width alone and all mixed, in every bucket, in kernels that know all widths; those with
+    all mixed also with their input read through an index.
 
     Gives the worst relative error; exits with a message at one beyond `TOLERANCE`.
     """
     grids = [(layout, mixed(layout, range(1, 9))) for layout in CHECKED.values()]
-    kernels = build_kernels(grids, dtype, launcher)  # compiled side by side
+    kernels = build_kernels(grids, dtype, launcher, grids)  # compiled side by side
     worst = 0.0
     for name, layout in CHECKED.items():
         cases: dict[str, U8] = {f"{width} bits": uniform(layout, width) for width in range(1, 9)}
-        cases["1 to 8 bits"] = mixed(layout, range(1, 9))
+        cases["1 to 8 bits"] = cases[GATHERED] = mixed(layout, range(1, 9))
         for kind, bits in cases.items():
             matrix = random_matrix(layout, bits)
             arena = torch.from_numpy(matrix.arena).to(kernels.device)
-            layer, exact = TiledLinear(kernels, layout, arena, bits), exact_of(matrix, kernels)
+            index = random_order(layout).to(kernels.device) if kind == GATHERED else None
+            layer = TiledLinear(kernels, layout, arena, bits, index)
+            exact = exact_of(matrix, kernels, index)
             for tokens in TOKENS:
                 worst = max(worst, error(layer, exact, kernels, tokens, f"{name}, {kind}"))
     return worst
 
 
-def exact_of(matrix: Matrix, kernels: Kernels) -> torch.Tensor:
-    """What a packed matrix stands for, float64 [rows, columns] on the device."""
-    return torch.from_numpy(matrix.layout.dequantize(*matrix[1:])).to(kernels.device).double()
+def exact_of(matrix: Matrix, kernels: Kernels, index: torch.Tensor | None = None) -> torch.Tensor:
+    """What a packed matrix stands for, float64 [rows, channels of its input] on the device."""
+    stored = torch.from_numpy(matrix.layout.dequantize(*matrix[1:])).to(kernels.device).double()
+    return stored if index is None else stored[:, index.int().argsort()]
 
 
 def error(

@@ -86,8 +86,8 @@ class RandomWeights:
 
     dense = table = float32
 
-    def packed(self, symbol: str) -> TiledLinear:
-        """A packed matrix."""
+    def packed(self, symbol: str, index: str) -> TiledLinear:
+        """A packed matrix; the plan names no index."""
         return self._packed[symbol]
 
 

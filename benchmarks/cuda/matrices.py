@@ -57,6 +57,12 @@ def random_matrix(layout: TileLayout, bits: U8) -> Matrix:
     return Matrix(layout, layout.pack(codes, scales, zeros, bits), bits)
 
 
+def random_order(layout: TileLayout) -> torch.Tensor:
+    """u16[columns]: a channel of the input for each column."""
+    order = np.random.default_rng(1).permutation(layout.cols)
+    return torch.from_numpy(order.astype(np.uint16))
+
+
 def copies_beyond_cache(size: int) -> int:
     """How many matrices of `size` bytes are together four times the L2 cache, at least one."""
     cache = torch.cuda.get_device_properties(0).L2_cache_size
@@ -68,9 +74,17 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="scalebits-bench-")
 
 
-def build_kernels(matrices: Sequence[tuple[TileLayout, U8]], dtype: str, launcher: str) -> Kernels:
-    """Kernels for matrices, compiled for this GPU ("binary") or by Triton at first use."""
-    specs, dispatch = select_specs(matrices, dtype)
+def build_kernels(
+    matrices: Sequence[tuple[TileLayout, U8]],
+    dtype: str,
+    launcher: str,
+    gathered: Sequence[tuple[TileLayout, U8]] = (),
+) -> Kernels:
+    """Kernels for matrices, compiled for this GPU ("binary") or by Triton at first use.
+
+    gathered: matrices whose input is read through an index.
+    """
+    specs, dispatch = select_specs(matrices, dtype, gathered)
     folder = Path(tempfile.mkdtemp(dir=_folder().name))
     source = folder / "kernels.py"
     source.write_text(emit_module(specs))

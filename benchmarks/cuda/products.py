@@ -13,12 +13,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from check import error, exact_of
-from matrices import U8, build_kernels, copies_beyond_cache, mixed, random_matrix, uniform
+from matrices import (
+    U8,
+    build_kernels,
+    copies_beyond_cache,
+    mixed,
+    random_matrix,
+    random_order,
+    uniform,
+)
 
 from scalebits_compiler.numerics.tiles import TileLayout
 from scalebits_compiler.runtime.cuda.kernels import DTYPES, TiledLinear
 
 Calls = list[Callable[[], object]]
+GATHERED = "gathered 2/3/4"
 
 
 def captured(calls: Calls) -> Callable[[], None]:
@@ -72,18 +81,21 @@ def _layers(shape: tuple[int, int], launcher: str) -> dict[str, list[TiledLinear
     """Candidate -> its layers, as many as are together larger than the cache; all are checked."""
     layout = TileLayout(*shape, 128, 128, 128)
     grids: dict[str, U8] = {f"uniform {width}": uniform(layout, width) for width in (2, 3, 4, 8)}
-    grids["mixed 2/3/4"] = mixed(layout, (2, 3, 3, 4))
+    grids["mixed 2/3/4"] = grids[GATHERED] = mixed(layout, (2, 3, 3, 4))
     made: dict[str, list[TiledLinear]] = {}
     for name, bits in grids.items():
         matrix = random_matrix(layout, bits)
         for dtype in DTYPES:
-            kernels = build_kernels([(layout, bits)], dtype, launcher)
+            given = [(layout, bits)]
+            plain, gathered = ([], given) if name == GATHERED else (given, [])
+            kernels = build_kernels(plain, dtype, launcher, gathered)
             arena = torch.from_numpy(matrix.arena).to(kernels.device)
+            index = random_order(layout).to(kernels.device) if gathered else None
             copies = copies_beyond_cache(arena.numel())
             made[f"{name} {dtype}"] = [
-                TiledLinear(kernels, layout, arena.clone(), bits) for _ in range(copies)
+                TiledLinear(kernels, layout, arena.clone(), bits, index) for _ in range(copies)
             ]
-            exact = exact_of(matrix, kernels)
+            exact = exact_of(matrix, kernels, index)
             for tokens in (1, 16, 64, 256, 512):
                 error(made[f"{name} {dtype}"][0], exact, kernels, tokens, f"{shape}, {name}")
     return made

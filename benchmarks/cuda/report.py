@@ -8,7 +8,8 @@ from typing import Any
 
 ANCHOR, MIXED, UNIFORM = "cuBLAS bf16", "mixed 2/3/4 {}", "uniform 3 {}"
 COLUMNS = ("uniform 2 fp16", "uniform 3 fp16", "uniform 4 fp16", "uniform 8 fp16")
-COLUMNS += ("mixed 2/3/4 fp16", "mixed 2/3/4 bf16", "cuBLAS fp16", "gemlite 4 fp16")
+COLUMNS += ("mixed 2/3/4 fp16", "mixed 2/3/4 bf16", "gathered 2/3/4 fp16", "cuBLAS fp16")
+COLUMNS += ("gemlite 4 fp16",)
 DECODE = {
     "decode ours": "ours, mixed 2/3/4 fp16, CUDA graph",
     "decode transformers dynamic": "transformers bf16",

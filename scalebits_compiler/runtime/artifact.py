@@ -141,6 +141,13 @@ class Artifact:
         arena, bits = (self.tensors[f"{symbol}.{part}"].data for part in ("packed", "bits"))
         return PackedMatrix(layout, arena, bits)
 
+    def index(self, symbol: str) -> NDArray[np.uint16]:
+        """Which channel a matrix reads at each place; `ArtifactError` unless it reads each once."""
+        found = self.tensors[symbol].data
+        if not np.array_equal(np.sort(found), np.arange(len(found))):
+            raise self._wrong(f"{symbol} is no order of {len(found)} channels")
+        return found
+
     def _check_weight(self, symbol: str, record: WeightRecord) -> None:
         keys = (symbol,) if record.kind == "dense" else (f"{symbol}.packed", f"{symbol}.bits")
         for key in keys:

@@ -7,9 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from scalebits_compiler.errors import ArtifactError
 from scalebits_compiler.runtime.artifact import Artifact, PackedMatrix, StoredTensor
-from scalebits_compiler.runtime.manifest import COMPILE_AGAIN
 
 if TYPE_CHECKING:
     from scalebits_compiler.runtime.kernels import KernelLibrary, PackedLinear
@@ -65,6 +63,7 @@ class Weights:
         self._dense: dict[str, F32] = {}
         self._packed: dict[str, PackedLinear | DequantizedLinear] = {}
         self._tables: dict[str, PackedRows] = {}
+        self._indices: dict[str, NDArray[np.uint16]] = {}
 
     def float32(self, symbol: str) -> F32:
         """A dense weight as float32, converted once."""
@@ -85,11 +84,10 @@ class Weights:
         return self._artifact.tensors[symbol].data
 
     def index(self, symbol: str) -> NDArray[np.uint16]:
-        """The index that a matrix's input is read by; `ArtifactError` for places beyond it."""
-        found = self.raw(symbol)
-        if found.max(initial=0) >= len(found):
-            raise ArtifactError(f"{symbol} names channels that there are not", help=COMPILE_AGAIN)
-        return found
+        """The index that a matrix's input is read by."""
+        if symbol not in self._indices:
+            self._indices[symbol] = self._artifact.index(symbol)
+        return self._indices[symbol]
 
     def is_packed(self, symbol: str) -> bool:
         """Whether a weight is packed."""

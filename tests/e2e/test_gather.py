@@ -13,11 +13,25 @@ import pytest
 import torch
 
 from scalebits_compiler.codegen.reference.executor import Executor
+from scalebits_compiler.codegen.triton.aot import Binary
 from scalebits_compiler.ir.parser import read_module
+from scalebits_compiler.reference_session import load_reference
+from scalebits_compiler.runtime.artifact import Artifact
 from scalebits_compiler.runtime.cpu_features import cpu_features
+from scalebits_compiler.runtime.cuda.session import interpreted
 from scalebits_compiler.runtime.session import load
 
 SHAPE = ("--block", "16x32", "--group", "32")
+PLAIN = """
+from scalebits_compiler.codegen.target import Built, Target
+
+class Plain(Target):
+    name = "plain"
+
+    def build(self, module, folder):
+        return Built()
+"""
+PLAIN_REFUSES = "the target 'plain' does not read inputs through an index (--gather fused)"
 
 
 @dataclass(frozen=True)
@@ -47,6 +61,14 @@ def gathered(
     ran = compile_small(model, path, "--from", dump, "--gather", "fused", "--no-tuning")
     assert ran.code == 0, ran.err
     return Gathered(model, dump, path, ran.out)
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Path:
+    """A plugin with a target that knows no gathers."""
+    path = tmp_path / "plain.py"
+    path.write_text(PLAIN)
+    return path
 
 
 def test_kernels_read_the_order_that_the_module_states(gathered: Gathered) -> None:
@@ -94,7 +116,7 @@ def test_an_order_that_saves_nothing_is_not_made(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--gather", "fused", "--target", "cuda"), "'cuda' does not read inputs through an index"),
+        (("--gather", "fused", "--target", "plain", "--plugin", "PLAIN"), PLAIN_REFUSES),
         (("--from", "GATHERED"), "allow it with --gather fused"),
         (("--from", "GATHERED", "--no-runtime-gather"), "allow it with --gather fused"),
         (("--from", "WIDTHS", "--gather", "fused"), "--gather comes too late"),
@@ -102,10 +124,10 @@ def test_an_order_that_saves_nothing_is_not_made(
     ],
 )
 def test_what_is_refused(
-    gathered: Gathered, compile_small: Any, options: Any, message: str, tmp_path: Path
+    gathered: Gathered, compile_small: Any, options: Any, message: str, tmp_path: Path, plain: Path
 ) -> None:
     widths = gathered.dump.parent / "dump" / "05-assign-bits.sbir"
-    places = {"GATHERED": gathered.dump, "WIDTHS": widths}
+    places = {"GATHERED": gathered.dump, "WIDTHS": widths, "PLAIN": plain}
     ran = compile_small(
         gathered.model, tmp_path / "out", *(places.get(option, option) for option in options)
     )
@@ -115,8 +137,34 @@ def test_what_is_refused(
 
 
 def test_a_target_without_gathers_refuses_the_artifact(
-    gathered: Gathered, cli: Any, tmp_path: Path
+    gathered: Gathered, cli: Any, tmp_path: Path, plain: Path
 ) -> None:
-    ran = cli("retarget", gathered.path, "-o", tmp_path / "out", "--target", "cuda")
+    target = ("--target", "plain", "--plugin", plain)
+    ran = cli("retarget", gathered.path, "-o", tmp_path / "out", *target)
     assert ran.code == 1
-    assert "does not read inputs through an index" in ran.err
+    assert PLAIN_REFUSES in ran.err
+
+
+def test_the_cuda_target_reads_the_same_order(
+    gathered: Gathered, cli: Any, compile_small: Any, tmp_path: Path, triton_interpreter: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Binaries are not needed here: tests/unit/test_cuda_binaries.py compiles such kernels."""
+    monkeypatch.setattr(
+        "scalebits_compiler.codegen.triton.aot.compile_specs",
+        lambda specs, archs: {spec.key: {"sm_90": Binary(b"", 0, 2)} for spec in specs},
+    )
+    there, direct, back = (tmp_path / name for name in ("there", "direct", "back"))
+    ran = cli("retarget", gathered.path, "-o", there, "--target", "cuda")
+    assert ran.code == 0, ran.err
+    options = ("--from", gathered.dump, "--gather", "fused", "--no-tuning", "--target", "cuda")
+    ran = compile_small(gathered.model, direct, *options)
+    assert ran.code == 0, ran.err
+    assert (there / "manifest.json").read_bytes() == (direct / "manifest.json").read_bytes()
+    ran = cli("retarget", there, "-o", back, "--target", "cpu")
+    assert ran.code == 0, ran.err
+    assert (back / "manifest.json").read_bytes() == (gathered.path / "manifest.json").read_bytes()
+    ids = np.random.default_rng(2).integers(0, 256, (1, 6))
+    expected = load_reference(there).forward(ids)
+    found = interpreted(Artifact.open(there), 1).forward(ids)
+    assert np.abs(found - expected).max() < 5e-3 * expected.std()

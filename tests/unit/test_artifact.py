@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from scalebits_compiler.errors import ArtifactError, TargetError, UsageError
 from scalebits_compiler.ir.parser import read_module
 from scalebits_compiler.ir.verifier import verify as verify_module
 from scalebits_compiler.runtime import artifact as artifact_module
-from scalebits_compiler.runtime.artifact import Artifact, map_tensors, verify
+from scalebits_compiler.runtime.artifact import Artifact, StoredTensor, map_tensors, verify
 
 
 @pytest.fixture
@@ -51,6 +52,18 @@ def test_official_library_reads_the_tensors(module, write):
             assert stored.data.ctypes.data % stored.data.itemsize == 0
 
 
+def test_an_index_names_every_channel_once(module, write):
+    opened = Artifact.open(write(module))
+    for places, right in (([2, 0, 1], True), ([2, 0, 2], False), ([1, 2, 3], False)):
+        stored = StoredTensor(np.array(places, np.uint16), "U16")
+        changed = replace(opened, tensors={"gather:x": stored})
+        if right:
+            assert changed.index("gather:x") is stored.data
+            continue
+        with pytest.raises(ArtifactError, match="gather:x is no order of 3 channels"):
+            changed.index("gather:x")
+
+
 def test_weights_are_mapped_not_copied(module, write):
     opened = Artifact.open(write(module))
     matrix = opened.matrix("layers.0.q")
@@ -67,6 +80,7 @@ def test_module_text_reads_back_with_its_tensors(module, write):
     assert again.function == module.function
     weight = again.weight("layers.0.q")
     expected = module.resources.torch(module.weight("layers.0.q").data.key)
+    assert weight.data is not None
     assert torch.equal(again.resources.torch(weight.data.key), expected)
 
 

@@ -27,8 +27,8 @@ from scalebits_compiler.runtime.cuda.kernels import Kernels
 from scalebits_compiler.runtime.cuda.launchers import SourceLauncher
 """
 CHECK = """
-def on_the_host(given, dtype, launcher):
-    specs, dispatch = matrices.select_specs(given, dtype)
+def on_the_host(given, dtype, launcher, gathered=()):
+    specs, dispatch = matrices.select_specs(given, dtype, gathered)
     (folder / "kernels.py").write_text(matrices.emit_module(specs))
     table = {spec.key: {"warps": spec.warps, "stages": spec.stages} for spec in specs}
     launcher = SourceLauncher(folder / "kernels.py", table)
@@ -58,7 +58,7 @@ done = []
 def part(name, value):
     return lambda: done.append(name) or value
 
-names = ("cuBLAS bf16", "uniform 3 bf16", *report.COLUMNS[:7])
+names = ("cuBLAS bf16", "uniform 3 bf16", *report.COLUMNS[:8])
 times = {name: [30.0, 10.0, 12.0] for name in names}
 times |= {"mixed 2/3/4 fp16": [10.0, 4.0, 4.0], "uniform 3 fp16": [10.0, 4.0, 5.0]}
 measured = {"microseconds": times, "bytes": {"mixed 2/3/4 fp16": 4_000_000}}

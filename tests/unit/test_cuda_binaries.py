@@ -3,7 +3,7 @@
 import re
 import subprocess
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -21,9 +21,12 @@ PREFILL = KernelSpec("matmul", "bf16", 128, 128, (3, 4), False, 64)
 WORST = KernelSpec("matmul", "fp16", 128, 128, (3, 5, 6, 7), False, 64)
 DENSE = KernelSpec("dequantize", "fp16", 128, 128, (3,), False)
 DENSE_ALL = KernelSpec("dequantize", "bf16", 128, 128, tuple(range(1, 9)), False)
+GATHER = KernelSpec("matmul", "fp16", 128, 128, (3,), False, 64, gather=True)
+GATHER_DENSE = replace(DENSE, gather=True)
 BUILT = [
     (DECODE, "sm_80"), (DECODE, "sm_89"), (DECODE, "sm_90"),
     (PREFILL, "sm_90"), (WORST, "sm_89"), (DENSE, "sm_90"), (DENSE_ALL, "sm_90"),
+    (GATHER, "sm_80"), (GATHER, "sm_89"), (GATHER, "sm_90"), (GATHER_DENSE, "sm_90"),
 ]  # fmt: skip
 # What a program may use of each architecture's shared memory, in bytes.
 SHARED = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10}
@@ -47,6 +50,7 @@ def cuobjdump(path, option):
 def listing(image, path):
     path.write_bytes(image)
     usage = re.search(r"REG:(\d+) STACK:(\d+)", cuobjdump(path, "-res-usage"))
+    assert usage is not None
     lines = re.findall(
         r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9]*)", cuobjdump(path, "-sass")
     )
@@ -59,7 +63,7 @@ def built(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SCALEBITS_CACHE", str(tmp_path_factory.mktemp("cache")))
         found = {}
-        for spec in (DECODE, PREFILL, WORST, DENSE, DENSE_ALL):
+        for spec in dict.fromkeys(spec for spec, _ in BUILT):
             archs = [arch for other, arch in BUILT if other == spec]
             made = compile_specs([spec], archs)[spec.key]
             found |= {(spec, arch): made[arch] for arch in archs}

@@ -29,14 +29,17 @@ def matrix(layout, bits, seed=0):
     return arena, layout.dequantize(arena, bits).astype(np.float64)
 
 
-def linear(layout, bits, arena, dtype, folder, multiprocessors=2):
-    specs, dispatch = select_specs([(layout, bits)], dtype)
+def linear(layout, bits, arena, dtype, folder, multiprocessors=2, order=None):
+    """order: column k of the matrix belongs to channel order[k] of the input."""
+    plain, gathered = ([(layout, bits)], []) if order is None else ([], [(layout, bits)])
+    specs, dispatch = select_specs(plain, dtype, gathered)
     path = folder / f"kernels_{dtype}.py"
     path.write_text(emit_module(specs))
     options = {spec.key: {"warps": spec.warps, "stages": spec.stages} for spec in specs}
     launcher = SourceLauncher(path, options)
     kernels = Kernels(dispatch, launcher, torch.device("cpu"), multiprocessors)
-    return TiledLinear(kernels, layout, torch.from_numpy(arena), bits)
+    index = None if order is None else torch.from_numpy(order.astype(np.uint16))
+    return TiledLinear(kernels, layout, torch.from_numpy(arena), bits, index)
 
 
 def error(layer, dense, tokens):
@@ -73,13 +76,15 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "gather"), [("bf16", False), ("fp16", True)])
 @pytest.mark.parametrize("name", SHAPES)
-def test_mixed_widths_in_every_bucket(name, dtype, tmp_path, triton_interpreter):
-    layout = SHAPES[name]
-    bits = np.random.default_rng(3).integers(1, 9, layout.grid).astype(np.uint8)
-    arena, dense = matrix(layout, bits)
-    layer = linear(layout, bits, arena, dtype, tmp_path)
+def test_mixed_widths_in_every_bucket(name, dtype, gather, tmp_path, triton_interpreter):
+    layout, rng = SHAPES[name], np.random.default_rng(3)
+    bits = rng.integers(1, 9, layout.grid).astype(np.uint8)
+    arena, stored = matrix(layout, bits)
+    dense, order = stored.copy(), rng.permutation(layout.cols) if gather else None
+    dense[:, order if gather else slice(None)] = stored
+    layer = linear(layout, bits, arena, dtype, tmp_path, order=order)
     for tokens in (1, 5, 40, 70, 257):
         assert error(layer, dense, tokens) < TOLERANCE[dtype], tokens
 
@@ -108,5 +113,7 @@ def test_a_matrix_without_kernels_is_refused(tmp_path, triton_interpreter):
     bits = np.full(layout.grid, 3, np.uint8)
     arena, _ = matrix(layout, bits)
     layer = linear(layout, bits, arena, "fp16", tmp_path)
-    with pytest.raises(ArtifactError, match="no kernel for a matrix 256 x 384"):
-        TiledLinear(layer.kernels, layout, layer.arena, np.full(layout.grid, 4, np.uint8))
+    index = torch.arange(layout.cols).to(torch.uint16)
+    for grid, order in ((np.full(layout.grid, 4, np.uint8), None), (bits, index)):
+        with pytest.raises(ArtifactError, match="no kernel for a matrix 256 x 384"):
+            TiledLinear(layer.kernels, layout, layer.arena, grid, order)

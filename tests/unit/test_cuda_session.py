@@ -17,7 +17,7 @@ SMALL = {"layers": 1, "hidden": 56, "inner": 72, "heads": 2, "groups": 1}
 
 
 @pytest.fixture
-def sessions(build_module, write, monkeypatch, triton_interpreter):
+def sessions(build_module, write, monkeypatch, tmp_path, triton_interpreter):
     """(cuda session, reference session) of one module."""
 
     def open_both(shape, dtype="fp16", seed=0):
@@ -28,7 +28,7 @@ def sessions(build_module, write, monkeypatch, triton_interpreter):
         )
         target = CudaTarget(dtype=dtype)
         module = repack(build_module(shape, seed), target.order)
-        built = target.build(module, None)
+        built = target.build(module, tmp_path)
         path = write(module, kernels=built.kernels, files=built.files)
         return interpreted(Artifact.open(path), multiprocessors=1), load_reference(path)
 
@@ -47,7 +47,9 @@ def test_logits_are_those_of_the_reference(dtype, sessions, module_shape):
 
 
 def test_decoding_goes_on_where_prefill_ends(sessions, module_shape, monkeypatch):
-    ours, reference = sessions(module_shape(**SMALL, window=4, qk_norm=True, bias=True))
+    ours, reference = sessions(
+        module_shape(**SMALL, window=4, qk_norm=True, bias=True, gather=True)
+    )
     ids = np.random.default_rng(1).integers(0, 90, (2, 8))
     pad = [0, 3]
     whole = reference.forward(ids, pad)

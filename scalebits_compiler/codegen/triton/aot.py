@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from scalebits_compiler.codegen.triton import worker
-from scalebits_compiler.codegen.triton.emit import PARAMETERS, emit_module
+from scalebits_compiler.codegen.triton.emit import emit_module, parameters
 from scalebits_compiler.codegen.triton.spec import KernelSpec
 from scalebits_compiler.errors import TargetError
 
 POINTERS = {
     "x": "*{dtype}", "y": "*{dtype}", "arena": "*u8", "offsets": "*i32", "starts": "*i32",
-    "groups": "*i32", "partial": "*fp32", "tickets": "*i32",
+    "groups": "*i32", "partial": "*fp32", "tickets": "*i32", "index": "*u16",
 }  # fmt: skip
 
 # What the binaries depend on besides their source and the options in the key. Line numbers would
@@ -78,7 +78,7 @@ def _binaries(spec: KernelSpec, archs: Sequence[str]) -> dict[str, Binary]:
 
 def job_of(spec: KernelSpec, archs: Sequence[str], folder: Path) -> dict[str, Any]:
     """The job of `worker` for a spec; `folder` holds kernels.py and gets the binaries."""
-    names = PARAMETERS[spec.kind].split(", ")
+    names = parameters(spec).split(", ")
     signature = {name: POINTERS.get(name, "i32").format(dtype=spec.dtype) for name in names}
     # Torch aligns what it allocates. x may be a row inside of that, which is aligned too where rows
     # are a multiple of the group, and that of 32.

@@ -6,6 +6,9 @@ its bits, moved to the top of a byte, are or-ed to those of the float 1024. The 
 as well, becomes 1024 + zero in the same way. Their difference is exact in 8 bits, and
 
     scale * (code - zero * 2**b / 256) = scale * 2**(b - 8) * (code * 2**(8 - b) - zero)
+
+With `gather`, column k of the matrix belongs to channel index[k] of x: `matmul` loads that channel
+in place of channel k, and `dequantize` stores the column at its place.
 """
 
 from __future__ import annotations
@@ -17,11 +20,15 @@ from scalebits_compiler.numerics.layout import MAX_BITS, PIECES, SCALE_SHIFT, SU
 
 TYPES = {"fp16": "tl.float16", "bf16": "tl.bfloat16"}
 _TABLES = "arena, offsets, starts, groups"
-PARAMETERS = {
+_PARAMETERS = {
     "matmul": f"x, {_TABLES}, y, partial, tickets, tokens, rows, cols, stored, count, span, splits",
     "dequantize": f"{_TABLES}, y, rows, cols, stored, count, span",
 }
-"""The arguments of a kernel of each kind, in order; docs/cuda.md says what they are."""
+
+
+def parameters(spec: KernelSpec) -> str:
+    """The arguments of a kernel, in order; docs/cuda.md says what they are."""
+    return f"{'index, ' if spec.gather else ''}{_PARAMETERS[spec.kind]}"
 
 
 def emit_module(specs: Sequence[KernelSpec]) -> str:
@@ -39,7 +46,7 @@ def emit(spec: KernelSpec) -> str:
         "dequantize": (_dequantize_step, _dequantize),
     }[spec.kind]
     steps = [_function(*step(spec, width)) for width in spec.bits]
-    return "\n\n".join([*steps, _function(f"{spec.key}({PARAMETERS[spec.kind]})", kernel(spec))])
+    return "\n\n".join([*steps, _function(f"{spec.key}({parameters(spec)})", kernel(spec))])
 
 
 _HEADER = '''"""Written by scalebits_compiler/codegen/triton/emit.py, not by hand."""
@@ -126,21 +133,33 @@ def _step(spec: KernelSpec, width: int) -> str:
 
 
 def _extra(spec: KernelSpec) -> str:
-    return ", cols, stored" if spec.ragged else ""
+    return f"{', cols, stored' if spec.ragged else ''}{', index' if spec.gather else ''}"
+
+
+def _place(spec: KernelSpec, at: str, lane: str) -> str:
+    """Loads which channels of x, i32, the columns `at` belong to."""
+    inside = f"{at} < cols" if spec.ragged else f"{lane} < {spec.held}"
+    guard = f", mask={inside}, other=0" if _masked(spec) else ""
+    return f"place = tl.load(index + {at}{guard}).to(tl.int32)"
 
 
 def _matmul_step_body(spec: KernelSpec, width: int) -> Iterator[str]:
     yield from _codes(spec, width)
     yield f"part = tl.full(({spec.tile_m}, {spec.tile_n}), 0, tl.float32)"
-    if _masked(spec):
+    if _masked(spec) or spec.gather:
         yield f"slice = tl.arange(0, {SLICE})[None, :]"
+    if _masked(spec):
         yield f"seen = seen & (slice < {'held' if spec.ragged else spec.held})"
     # To bfloat16 by way of float32, which is exact: the interpreter knows no other way.
     operand = "w" if spec.dtype == "fp16" else "w.to(tl.float32).to(tl.bfloat16)"
     for sub in range(SUBS):
         start = _start(spec, sub)
-        guard = f"seen & ({_plus('column', start, 'slice')} < cols)" if spec.ragged else "seen"
-        yield f"x = tl.load({_plus('x_rows', 'column', start)}, mask={guard}, other=0)"
+        at = _plus("column", start, "slice")
+        guard = f"seen & ({at} < cols)" if spec.ragged else "seen"
+        if spec.gather:
+            yield _place(spec, at, "slice")
+        channel = "place" if spec.gather else _plus("column", start)
+        yield f"x = tl.load({_plus('x_rows', channel)}, mask={guard}, other=0)"
         yield f"w = number({_formed(width, sub)}) - zero"
         yield f"part = tl.dot(x, {operand}, part)"
     yield "return acc + part * scale"
@@ -170,7 +189,8 @@ def _matmul(spec: KernelSpec) -> Iterator[str]:
     yield "low = tl.program_id(2) * span"
     yield "high = tl.minimum(low + span, count)"
     yield "seen = m < tokens"
-    yield f"x_rows = x + m * cols + tl.arange(0, {SLICE})[None, :]"
+    inside = "" if spec.gather else f" + tl.arange(0, {SLICE})[None, :]"
+    yield f"x_rows = x + m * cols{inside}"
     yield f"acc = tl.full({shape}, 0, tl.float32)"
     arguments = f"acc, x_rows, seen, column, data, n{_extra(spec)}"
     yield from _loops(spec, f"acc = {{step}}({arguments})")
@@ -208,7 +228,10 @@ def _dequantize_step_body(spec: KernelSpec, width: int) -> Iterator[str]:
         yield f"w = (number({_formed(width, sub)}) - zero).to(tl.float32) * scale"
         yield f"at = {_plus('column', start, 'k')}"
         guard = "kept & (at < cols)" if spec.ragged else "kept"
-        yield f"tl.store(y + at.to(tl.int64) * rows, w.to({TYPES[spec.dtype]}), mask={guard})"
+        if spec.gather:
+            yield _place(spec, "at", "k")
+        row = "place" if spec.gather else "at"
+        yield f"tl.store(y + {row}.to(tl.int64) * rows, w.to({TYPES[spec.dtype]}), mask={guard})"
 
 
 def _dequantize(spec: KernelSpec) -> Iterator[str]:

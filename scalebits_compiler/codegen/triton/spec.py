@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -28,7 +28,8 @@ class KernelSpec:
     """One kernel. Rows, columns, tokens and splits are run-time values; this is compiled in.
 
     dtype: of the activations, "fp16" or "bf16". ragged: columns need not be a multiple of the
-    group. tile_m: token rows of a tile, 0 for `dequantize`.
+    group. tile_m: token rows of a tile, 0 for `dequantize`. gather: a column of the matrix belongs
+    to the channel of x that an index names.
     """
 
     kind: Kind
@@ -38,13 +39,15 @@ class KernelSpec:
     bits: tuple[int, ...]
     ragged: bool
     tile_m: int = 0
+    gather: bool = False
 
     @property
     def key(self) -> str:
         """Symbol, file and cache name."""
         tile = f"_m{self.tile_m}" if self.tile_m else ""
         shape = f"p{self.panel}_g{self.group}{'r' if self.ragged else ''}"
-        return f"{self.kind}_{self.dtype}_{shape}{tile}_b{''.join(map(str, self.bits))}"
+        kind = f"gather_{self.kind}" if self.gather else self.kind
+        return f"{kind}_{self.dtype}_{shape}{tile}_b{''.join(map(str, self.bits))}"
 
     @property
     def tile_n(self) -> int:
@@ -74,48 +77,55 @@ class KernelSpec:
         return self.panel * self.held * width + FOOTER_BYTES * self.panel
 
 
+Matrix = tuple[TileLayout, NDArray[np.uint8]]
+
+
 def select_specs(
-    matrices: Sequence[tuple[TileLayout, NDArray[np.uint8]]], dtype: str
+    matrices: Sequence[Matrix], dtype: str, gathered: Sequence[Matrix] = ()
 ) -> tuple[list[KernelSpec], dict[str, Any]]:
     """The kernels for packed matrices, each given as its layout and u8 bit grid.
 
-    Returns the specs, and the JSON-able dispatch table for the manifest. Matrices of the same panel
-    height and group share kernels, which then know the widths of all of them. Raises `TargetError`
-    if there are no matrices.
+    gathered: those whose input is read through an index; a matrix may be in both. Returns the
+    specs, and the JSON-able dispatch table for the manifest. Matrices of the same panel height and
+    group that read their input in the same way share kernels, which then know the widths of all of
+    them. Raises `TargetError` if there are no matrices.
     """
-    if not matrices:
+    if not matrices and not gathered:
         raise TargetError("the model has no packed matrix, so there is no kernel to generate")
-    shapes: dict[tuple[int, int, bool], set[int]] = {}
-    for layout, bits in matrices:
-        shape = (layout.panel, layout.group, layout.cols % layout.group != 0)
-        shapes.setdefault(shape, set()).update(np.unique(bits).tolist())
+    shapes: dict[tuple[int, int, bool, bool], set[int]] = {}
+    for gather, given in ((False, matrices), (True, gathered)):
+        for layout, bits in given:
+            shape = (layout.panel, layout.group, layout.cols % layout.group != 0, gather)
+            shapes.setdefault(shape, set()).update(np.unique(bits).tolist())
     specs, table = [], []
-    for (panel, group, ragged), widths in sorted(shapes.items()):
+    for (panel, group, ragged, gather), widths in sorted(shapes.items()):
         bits = tuple(sorted(widths))
+        whole = KernelSpec("dequantize", dtype, panel, group, bits, ragged, gather=gather)
         tiles = sorted({tile for _, tile, _ in BUCKETS})
-        by_tile = {
-            tile: KernelSpec("matmul", dtype, panel, group, bits, ragged, tile) for tile in tiles
-        }
-        whole = KernelSpec("dequantize", dtype, panel, group, bits, ragged)
+        by_tile = {tile: replace(whole, kind="matmul", tile_m=tile) for tile in tiles}
         specs += [*by_tile.values(), whole]
-        buckets = [
-            {
-                "tokens": tokens,
-                "kernel": by_tile[tile].key,
-                "tile_m": tile,
-                "tile_n": by_tile[tile].tile_n,
-                "programs": programs,
-            }
-            for tokens, tile, programs in BUCKETS
-        ]
         table.append(
             {
                 "panel": panel,
                 "group": group,
                 "ragged": ragged,
+                **({"gather": True} if gather else {}),
                 "bits": list(bits),
-                "buckets": buckets,
+                "buckets": _buckets(by_tile),
                 "beyond": whole.key,
             }
         )
     return specs, {"version": FORMAT_VERSION, "dtype": dtype, "matrices": table}
+
+
+def _buckets(by_tile: Mapping[int, KernelSpec]) -> list[dict[str, Any]]:
+    return [
+        {
+            "tokens": tokens,
+            "kernel": by_tile[tile].key,
+            "tile_m": tile,
+            "tile_n": by_tile[tile].tile_n,
+            "programs": programs,
+        }
+        for tokens, tile, programs in BUCKETS
+    ]

@@ -15,7 +15,9 @@ from scalebits_compiler.numerics.tiles import TileLayout
 from scalebits_compiler.runtime.manifest import Kernels
 
 if TYPE_CHECKING:
+    from scalebits_compiler.codegen.triton.spec import Matrix
     from scalebits_compiler.ir.module import Module, Weight
+    from scalebits_compiler.runtime.plan import Plan
 
 LIBRARY = "kernels/cuda.py"
 DTYPES = ("fp16", "bf16")
@@ -30,6 +32,7 @@ class CudaTarget(Target):
 
     name: ClassVar[str] = "cuda"
     order: ClassVar[str] = "tiled"
+    gathers: ClassVar[bool] = True
     arch: str = "sm_80,sm_89,sm_90"
     dtype: str = "fp16"
 
@@ -69,8 +72,8 @@ class CudaTarget(Target):
         from scalebits_compiler.codegen.triton.spec import select_specs
 
         plan = make_plan(module, torch=False)
-        matrices = [(_layout(weight), module.bits(weight)) for weight in module.quantized()]
-        specs, dispatch = select_specs(matrices, self.dtype)
+        plain, gathered = _by_input(module, plan)
+        specs, dispatch = select_specs(plain, self.dtype, gathered)
         files: dict[str, Path | bytes] = {LIBRARY: emit_module(specs).encode()}
         kernels = {}
         made = compile_specs(specs, self.archs)
@@ -87,6 +90,17 @@ class CudaTarget(Target):
             options = {"warps": spec.warps, "stages": spec.stages}
             kernels[spec.key] = {**options, "binaries": entries}
         return Built(plan, Kernels(LIBRARY, {**dispatch, "kernels": kernels}), files)
+
+
+def _by_input(module: Module, plan: Plan) -> tuple[list[Matrix], list[Matrix]]:
+    """The matrices whose input is read as it is, and those that read it through an index."""
+    found: tuple[list[Matrix], list[Matrix]] = ([], [])
+    for weight in module.quantized():
+        readers = [step.op for step in plan.steps if weight.symbol in step.weights]
+        for gather, matrices in enumerate(found):
+            if any((op == "gather_qlinear") == gather for op in readers):
+                matrices.append((_layout(weight), module.bits(weight)))
+    return found
 
 
 def _layout(weight: Weight) -> TileLayout:

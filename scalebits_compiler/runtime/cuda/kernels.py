@@ -90,13 +90,16 @@ class Kernels:
         self.multiprocessors = multiprocessors
         self.workspace = Workspace(device)
         self._tables = {
-            (table["panel"], table["group"], table["ragged"]): table
+            (table["panel"], table["group"], table["ragged"], table.get("gather", False)): table
             for table in dispatch["matrices"]
         }
 
-    def table(self, layout: TileLayout, bits: NDArray[np.uint8]) -> Mapping[str, Any]:
-        """The entry of the dispatch table for a matrix, or `ArtifactError`."""
-        key = (layout.panel, layout.group, layout.cols % layout.group != 0)
+    def table(self, layout: TileLayout, bits: NDArray[np.uint8], gather: bool) -> Mapping[str, Any]:
+        """The entry of the dispatch table for a matrix, or `ArtifactError`.
+
+        gather: its input is read through an index.
+        """
+        key = (layout.panel, layout.group, layout.cols % layout.group != 0, gather)
         found = self._tables.get(key)
         if found is None or not set(np.unique(bits).tolist()) <= set(found["bits"]):
             raise ArtifactError(
@@ -110,14 +113,21 @@ class Kernels:
 class TiledLinear:
     """y = x W^T for one packed matrix W[N, K] on a device.
 
-    arena: its bytes u8[n], on the device already; they are used as they are.
+    arena: its bytes u8[n], on the device already; they are used as they are. index: u16[K] on the
+    device; column k of W belongs to channel index[k] of x. Without it, to channel k.
     """
 
     def __init__(
-        self, kernels: Kernels, layout: TileLayout, arena: torch.Tensor, bits: NDArray[np.uint8]
+        self,
+        kernels: Kernels,
+        layout: TileLayout,
+        arena: torch.Tensor,
+        bits: NDArray[np.uint8],
+        index: torch.Tensor | None = None,
     ) -> None:
         self.kernels, self.layout, self.arena = kernels, layout, arena
-        self._table = kernels.table(layout, bits)
+        self._table = kernels.table(layout, bits, index is not None)
+        self._index = () if index is None else (index,)
         self._walk = [torch.from_numpy(array).to(kernels.device) for array in layout.tables(bits)]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -131,12 +141,15 @@ class TiledLinear:
         return x @ self.dense()
 
     def dense(self) -> torch.Tensor:
-        """The matrix as [K, N] of the kernels' dtype, in the workspace: valid until the next."""
+        """The matrix as [K, N] of the kernels' dtype, its rows in the order of the channels of x.
+
+        It is in the workspace: valid until the next.
+        """
         layout, kernels = self.layout, self.kernels
         out = kernels.workspace.matrix(layout.cols, layout.rows, kernels.dtype)
         splits, span = self._split(layout.panels, 4)
         sizes = (layout.rows, layout.cols, layout.stored_cols, layout.groups, span)
-        arguments = (self.arena, *self._walk, out, *sizes)
+        arguments = (*self._index, self.arena, *self._walk, out, *sizes)
         kernels.launcher.launch(self._table["beyond"], (layout.panels, splits, 1), arguments)
         return out
 
@@ -150,7 +163,8 @@ class TiledLinear:
             space.reserve(splits * tokens * layout.rows, tiles * parts)
         y = torch.empty((tokens, layout.rows), dtype=kernels.dtype, device=kernels.device)
         sizes = (tokens, layout.rows, layout.cols, layout.stored_cols, layout.groups, span, splits)
-        arguments = (x, self.arena, *self._walk, y, space.partial, space.tickets, *sizes)
+        matrix = (self.arena, *self._walk)
+        arguments = (*self._index, x, *matrix, y, space.partial, space.tickets, *sizes)
         kernels.launcher.launch(bucket["kernel"], (tiles, parts, splits), arguments)
         return y
 

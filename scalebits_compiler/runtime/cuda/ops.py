@@ -9,7 +9,7 @@ as a graph. What the ops mean is defined in `codegen/reference`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -112,8 +112,17 @@ def _linear(frame: Frame, step: Step) -> torch.Tensor:
 
 
 def _qlinear(frame: Frame, step: Step) -> torch.Tensor:
+    return _product(frame, step, "")
+
+
+def _gather_qlinear(frame: Frame, step: Step) -> torch.Tensor:
+    matrix, index, *bias = step.weights
+    return _product(frame, replace(step, weights=(matrix, *bias)), index)
+
+
+def _product(frame: Frame, step: Step, index: str) -> torch.Tensor:
     x = frame.input(step)
-    y = frame.weights.packed(step.weights[0])(x.reshape(-1, x.shape[-1]))
+    y = frame.weights.packed(step.weights[0], index)(x.reshape(-1, x.shape[-1]))
     return _biased(frame, step, y.view(*x.shape[:-1], y.shape[-1]))
 
 
@@ -272,6 +281,7 @@ OPS: dict[str, Callable[[Frame, Step], torch.Tensor]] = {
     "embedding": _embedding,
     "linear": _linear,
     "qlinear": _qlinear,
+    "gather_qlinear": _gather_qlinear,
     "rms_norm": _rms_norm,
     "layer_norm": _layer_norm,
     "silu": _silu,

@@ -16,7 +16,7 @@ from scalebits_compiler.runtime.cuda.launchers import BinaryLauncher, SourceLaun
 from scalebits_compiler.runtime.cuda.ops import OPS, UNCAPTURED, Frame
 from scalebits_compiler.runtime.cuda.weights import DeviceWeights
 from scalebits_compiler.runtime.manifest import COMPILE_AGAIN
-from scalebits_compiler.runtime.plan import Step
+from scalebits_compiler.runtime.plan import PRODUCTS, Step
 from scalebits_compiler.runtime.session import Session, runnable
 
 F32 = NDArray[np.float32]
@@ -180,7 +180,7 @@ class CudaSession(Session):
         for step in self._plan.steps[:-1]:
             self._step(frame, step)
         final = self._plan.steps[-1]
-        if last and final.op in ("linear", "qlinear"):
+        if last and final.op in ("linear", *PRODUCTS):
             frame.values[final.inputs[0]] = frame.input(final)[:, -1:]
         self._step(frame, final)
         return frame.values[self._plan.output]

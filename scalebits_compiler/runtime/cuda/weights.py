@@ -22,12 +22,12 @@ class DeviceWeights:
         self._kernels = kernels
         self._raw: dict[str, torch.Tensor] = {}
         self._cast: dict[tuple[str, torch.dtype], torch.Tensor] = {}
-        self._packed: dict[str, TiledLinear] = {}
+        self._packed: dict[tuple[str, str], TiledLinear] = {}
         path = str(artifact.path / MODEL_FILE)
         self._file = safe_open(path, framework="pt", device=str(kernels.device))
 
     def raw(self, symbol: str) -> torch.Tensor:
-        """A dense weight as stored."""
+        """A tensor as stored."""
         if symbol not in self._raw:
             self._raw[symbol] = self._file.get_tensor(symbol)
         return self._raw[symbol]
@@ -47,9 +47,14 @@ class DeviceWeights:
             self._cast[key] = self.packed(symbol).dense().T.contiguous()
         return self._as(symbol, self._kernels.dtype)
 
-    def packed(self, symbol: str) -> TiledLinear:
-        """A packed matrix, ready to be applied."""
-        if symbol not in self._packed:
+    def packed(self, symbol: str, index: str = "") -> TiledLinear:
+        """A packed matrix, ready to be applied.
+
+        index: the weight that the channels of its input are gathered by; empty where they are read
+        as they are.
+        """
+        key = (symbol, index)
+        if key not in self._packed:
             layout, _, bits = self._artifact.matrix(symbol)
             if not isinstance(layout, TileLayout):
                 raise ArtifactError(
@@ -57,9 +62,11 @@ class DeviceWeights:
                     " cuda target",
                     help=COMPILE_AGAIN,
                 )
-            arena = self._file.get_tensor(f"{symbol}.packed")
-            self._packed[symbol] = TiledLinear(self._kernels, layout, arena, bits)
-        return self._packed[symbol]
+            arena, order = self.raw(f"{symbol}.packed"), None
+            if index:
+                order = torch.from_numpy(self._artifact.index(index).copy()).to(self.device)
+            self._packed[key] = TiledLinear(self._kernels, layout, arena, bits, order)
+        return self._packed[key]
 
     def _as(self, symbol: str, dtype: torch.dtype) -> torch.Tensor:
         key = (symbol, dtype)
