@@ -63,26 +63,44 @@ def _first(names: Any) -> str:
     return names if isinstance(names, str) else names[0]
 
 
-def call(model: nn.Module, task: str, ids: torch.Tensor) -> torch.Tensor:
+def call(
+    model: nn.Module, task: str, ids: torch.Tensor, decoder_ids: torch.Tensor | None = None
+) -> torch.Tensor:
     """f32[batch, sequence, n] of token ids i64[batch, sequence]: logits, or last hidden states.
 
-    An encoder-decoder reads the ids, and continues them: its decoder is given the same ids behind
-    its start token, so that position i predicts token i.
+    An encoder-decoder reads the ids and continues `decoder_ids`; None: `shifted` ids.
     """
-    import torch
-
     module: Any = model
     given: dict[str, Any] = {"input_ids": ids}
     if task in (CAUSAL, SEQ2SEQ) or "use_cache" in signature(module.forward).parameters:
         given["use_cache"] = False
     if task == SEQ2SEQ:
-        names = ("decoder_start_token_id", "bos_token_id", "pad_token_id")
-        known = [getattr(module.config, name, None) for name in names]
-        start = next((token for token in known if token is not None), 0)
-        first = torch.full_like(ids[:, :1], start)
-        given["decoder_input_ids"] = torch.cat((first, ids[:, :-1]), 1)
+        if decoder_ids is None:
+            decoder_ids = shifted(ids, start_token(model))
+        given["decoder_input_ids"] = decoder_ids
     found = module(**given)
     return found.last_hidden_state if task == ENCODER else found.logits
+
+
+def shifted(ids: torch.Tensor, start: int) -> torch.Tensor:
+    """Token ids behind a start token, without the last: position i then predicts token i."""
+    import torch
+
+    return torch.cat((torch.full_like(ids[:, :1], start), ids[:, :-1]), 1)
+
+
+def start_token(model: nn.Module) -> int:
+    """The token that the decoder of an encoder-decoder begins with; FrontendError if none."""
+    module: Any = model
+    for name in ("decoder_start_token_id", "bos_token_id", "pad_token_id"):
+        for config in (module.generation_config, module.config):
+            found = getattr(config, name, None)
+            if found is not None:
+                return int(found)
+    raise FrontendError(
+        f"{type(model).__name__}: no token is told that its decoder starts with",
+        help="give decoder_start_token_id in its config.json",
+    )
 
 
 def config_text(model: nn.Module) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scalebits_compiler.runtime.variants import ACTIVATIONS, EXACT
-from scalebits_compiler.tasks import ENCODER
+from scalebits_compiler.tasks import CAUSAL, ENCODER
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
@@ -53,7 +53,9 @@ def run(args: argparse.Namespace) -> int:
         print(f"note: runs {session.execution}", file=sys.stderr)
     if session.task == ENCODER:
         return _embed(session, args)
-    live = _after(args.prompt[0]) if len(args.prompt) == 1 and not args.json else None
+    # An encoder-decoder answers a prompt, it does not continue it.
+    shown = args.prompt if session.task == CAUSAL else [""] * len(args.prompt)
+    live = _after(shown[0]) if len(args.prompt) == 1 and not args.json else None
     done = session.generate(
         args.prompt,
         args.max_new_tokens,
@@ -75,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     elif live is not None:
         live(0, "\n")
     else:
-        for text, generation in zip(args.prompt, done, strict=True):
+        for text, generation in zip(shown, done, strict=True):
             print(f"{text}{generation.text}\n---")
     return 0
 

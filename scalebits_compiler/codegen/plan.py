@@ -32,7 +32,7 @@ from scalebits_compiler.runtime.plan import (
 def unplanned(function: Function) -> str:
     """Why a function has no plan, so that torch runs it as a whole; empty where it has one."""
     if len(function.args) != 1:
-        return f"it takes {len(function.args)} arguments, the runtime gives token ids"
+        return f"the model takes {len(function.args)} arguments, the runtime gives it one text"
     return next((op.reason for op in function.ops if isinstance(op, Host)), "")
 
 

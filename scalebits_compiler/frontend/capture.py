@@ -16,7 +16,8 @@ from scalebits_compiler.ir.host import Host
 from scalebits_compiler.ir.module import Argument, Function, Module, Weight
 from scalebits_compiler.ir.resources import ResourceStore
 from scalebits_compiler.ir.types import TensorType
-from scalebits_compiler.pretrained import call, config_text, linear_layers, quiet
+from scalebits_compiler.pretrained import call, config_text, linear_layers, quiet, start_token
+from scalebits_compiler.tasks import SEQ2SEQ
 
 
 def capture(source: SourceModel | EmptyModel, reason: str) -> Module:
@@ -35,13 +36,15 @@ def capture(source: SourceModel | EmptyModel, reason: str) -> Module:
         found.add(name, tensor.detach(), turned=name in called and _is_turned(layers[name]))
     shared = {name for name in called if found.count(name) > 1}
     products = tuple(name for name in layers if name in called and name not in shared)
-    ids, out = Value("ids"), Value("0")
+    two, out = source.task == SEQ2SEQ, Value("0")
+    texts = [Value("ids"), Value("decoder_ids")][: 1 + two]
     kind = TensorType.of("f32", None, None, result.shape[2])
     op = Host(
         result=out,
         type=kind,
         loc=type(source.model).__name__,
-        ids=ids,
+        ids=texts[0],
+        decoder_ids=texts[1] if two else None,
         weights=tuple(found.symbols.values()),
         names=tuple(found.symbols),
         products=products,
@@ -49,12 +52,13 @@ def capture(source: SourceModel | EmptyModel, reason: str) -> Module:
         config=config_text(source.model),
         reason=reason,
     )
-    argument = Argument(ids, TensorType.of("i64", None, None))
+    arguments = tuple(Argument(ids, TensorType.of("i64", None, None)) for ids in texts)
     return Module(
         source.name,
-        Function("forward", (argument,), (op,), out, kind),
+        Function("forward", arguments, (op,), out, kind),
         found.weights,
         task=source.task,
+        start_token=start_token(source.model) if two else None,
         resources=ResourceStore(found.tensors),
     )
 

@@ -23,7 +23,7 @@ from scalebits_compiler.pretrained import (
     parameters_on_meta,
     quiet,
 )
-from scalebits_compiler.tasks import CAUSAL, MASKED
+from scalebits_compiler.tasks import CAUSAL, MASKED, SEQ2SEQ
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -125,15 +125,17 @@ def empty_model(path: str | Path) -> EmptyModel:
 def trace(model: nn.Module, task: str = CAUSAL) -> torch.export.ExportedProgram:
     """The graph of `pretrained.call` for token ids i64[batch, sequence], both axes dynamic.
 
-    The one place that knows how a graph is obtained. FrontendError if torch.export cannot.
+    Of an encoder-decoder for two texts, whose lengths do not depend on each other. The one place
+    that knows how a graph is obtained. FrontendError if torch.export cannot.
     """
-    dynamic = torch.export.Dim.DYNAMIC
+    dynamic, device = torch.export.Dim.DYNAMIC, next(model.parameters()).device
+    lengths = (7, 5) if task == SEQ2SEQ else (7,)
     try:
         with quiet():
             exported = torch.export.export(
                 _Forward(model, task).eval(),
-                (torch.zeros(2, 7, dtype=torch.long, device=next(model.parameters()).device),),
-                dynamic_shapes={"ids": {0: dynamic, 1: dynamic}},
+                tuple(torch.zeros(2, n, dtype=torch.long, device=device) for n in lengths),
+                dynamic_shapes=tuple({0: dynamic, 1: dynamic} for _ in lengths),
                 strict=False,
             )
             return _functional(exported)
@@ -154,8 +156,8 @@ class _Forward(nn.Module):
         self.hf = model
         self.task = task
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return call(self.hf, self.task, ids)
+    def forward(self, ids: torch.Tensor, decoder_ids: torch.Tensor | None = None) -> torch.Tensor:
+        return call(self.hf, self.task, ids, decoder_ids)
 
 
 def _functional(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:

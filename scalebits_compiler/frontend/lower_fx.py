@@ -18,7 +18,8 @@ from scalebits_compiler.ir.op import Op
 from scalebits_compiler.ir.ops import Aten
 from scalebits_compiler.ir.resources import ResourceStore
 from scalebits_compiler.ir.types import TensorType, TupleType, Type
-from scalebits_compiler.pretrained import linear_layers
+from scalebits_compiler.pretrained import linear_layers, start_token
+from scalebits_compiler.tasks import SEQ2SEQ
 
 DTYPES = {
     torch.float64: "f64",
@@ -64,6 +65,7 @@ def lower(
         function,
         weights,
         task=source.task,
+        start_token=start_token(source.model) if source.task == SEQ2SEQ else None,
         unread=_unread(source.model, weights),
         resources=ResourceStore(tensors),
     )
@@ -193,6 +195,11 @@ class _Lowering:
         if target == "aten.to.device":
             # Positional device; without it the other arguments are those of to.dtype.
             target, args = "aten.to.dtype", (args[0], *args[2:])
+        converted = tuple(_convert(arg, bound.__getitem__) for arg in args)
+        first, *others = (argument.value for argument in self.arguments)
+        if target == "aten.sym_size.int" and converted[0] in others and converted[1] == 0:
+            # Two texts are one batch: how many there are does not depend on the second.
+            converted = (first, 0)
         kwargs = {
             key: _convert(value, bound.__getitem__)
             for key, value in node.kwargs.items()
@@ -204,7 +211,7 @@ class _Lowering:
                 type=type_of(node.meta["val"]),
                 loc=loc,
                 target=target,
-                args=tuple(_convert(arg, bound.__getitem__) for arg in args),
+                args=converted,
                 kwargs=kwargs,
             )
         )

@@ -224,6 +224,9 @@ def build_module(raw: RawModule, source: Source, ops: Mapping[str, type[Op]]) ->
         raise Located("source of the header must be a string", raw.name)
     if task not in TASKS:
         raise Located(f"task of the header must be one of {', '.join(TASKS)}", raw.name)
+    start = header.pop("start_token", None)
+    if start is not None and (not isinstance(start, int) or isinstance(start, bool) or start < 0):
+        raise Located("start_token of the header must be a token id", raw.name)
     unread = _header_strings(header, "unread", raw.name)
     history = _header_strings(header, "history", raw.name)
     tensors = _header_strings(header, "tensors", raw.name)
@@ -232,7 +235,8 @@ def build_module(raw: RawModule, source: Source, ops: Mapping[str, type[Op]]) ->
         if value is not None and not isinstance(value, Resource):
             raise Located(f'{name} of the header must be resource("key")', raw.name)
     if header:
-        known = ", ".join(("source", "task", "facts", "unread", "history", "tensors", *texts))
+        names = ("source", "task", "start_token", "facts", "unread", "history", "tensors", *texts)
+        known = ", ".join(names)
         raise Located(f"unknown header attribute '{next(iter(header))}'; known: {known}", raw.name)
     weights: dict[str, Weight] = {}
     perms: dict[str, Perm] = {}
@@ -254,6 +258,7 @@ def build_module(raw: RawModule, source: Source, ops: Mapping[str, type[Op]]) ->
         perms=perms,
         source=model,
         task=task,
+        start_token=start,
         unread=unread,
         facts=frozenset(facts),
         history=history,

@@ -16,14 +16,16 @@ from scalebits_compiler.ir.types import Type
 class Host(Op):
     """The model of the transformers library that `config` (JSON) describes, applied to token ids.
 
-    names: the tensors of its state dict, one for each of `weights`, dense or packed. products:
-    those that are read by layers x Wᵀ + b alone, as [outputs, inputs]; the caller computes these.
-    dense: (symbol, why) of each matrix that is not quantized. reason: why the model is not traced.
-    Its channels keep their order.
+    decoder_ids: what the decoder of an encoder-decoder goes on from. names: the tensors of its
+    state dict, one for each of `weights`, dense or packed. products: those that are read by layers
+    x Wᵀ + b alone, as [outputs, inputs]; the caller computes these. dense: (symbol, why) of each
+    matrix that is not quantized. reason: why the model is not traced. Its channels keep their
+    order.
     """
 
     name: ClassVar[str] = "host"
     ids: Value
+    decoder_ids: Value | None = None
     weights: tuple[Symbol, ...]
     names: tuple[str, ...]
     products: tuple[str, ...]

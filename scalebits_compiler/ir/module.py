@@ -116,7 +116,9 @@ class Module:
     """A model on its way to a target.
 
     source: digest of the model's weight files, so that a dump is only joined with its own model.
-    task: what the result is, one of tasks.TASKS. unread: matrices that it does not depend on.
+    task: what the result is, one of tasks.TASKS; start_token: of an encoder-decoder, whose function
+    takes the ids to read and those to continue, what the latter begin with. unread: matrices that
+    the result does not depend on.
     facts: which passes' work is in it (see FACTS). history: the passes that were run, with their
     options. tensors: files beside the text. calibration, tuning, acceptance (TEXTS): token windows
     int64 [n, sequence], what gradients may see, what only tuning sees besides, and what accepts or
@@ -135,6 +137,7 @@ class Module:
     tuning: Resource | None = None
     acceptance: Resource | None = None
     task: str = CAUSAL
+    start_token: int | None = None
     unread: tuple[str, ...] = ()
     resources: ResourceStore = field(default_factory=ResourceStore, compare=False, repr=False)
 

@@ -92,6 +92,8 @@ def module_lines(module: Module) -> list[str]:
     header: dict[str, object] = {"source": module.source} if module.source else {}
     if module.task != CAUSAL:
         header["task"] = module.task
+    if module.start_token is not None:
+        header["start_token"] = module.start_token
     if module.facts:
         known = [fact for fact in FACTS if fact in module.facts]
         header["facts"] = tuple(known + sorted(module.facts - set(FACTS)))

@@ -19,6 +19,7 @@ from scalebits_compiler.ir.op import FLOATS, Op, check, op_fields
 from scalebits_compiler.ir.printer import module_lines, print_attr
 from scalebits_compiler.ir.source import Source
 from scalebits_compiler.ir.types import PACKED, Dim, TensorType, TupleType, Type
+from scalebits_compiler.tasks import SEQ2SEQ
 
 DTYPES = ("f64", "f32", "f16", "bf16", "i64", "i32", "i16", "i8", "u8", "bool", "index")
 # How tensor files spell what may be stored for a type: a float may be stored in a narrower one.
@@ -125,13 +126,12 @@ def _verify_header(module: Module) -> None:
         f"unknown fact {', '.join(map(repr, unknown))}; known are {', '.join(FACTS)}"
         " (a plugin's facts are spelt `plugin.fact`)",
     )
+    for fact, needed in (("packed", "bits"), ("tuned", "rounded")):
+        told = f"the module states the fact `{fact}`, but not `{needed}`"
+        check(fact not in module.facts or needed in module.facts, told)
+    two = len(module.function.args) == 2 and module.start_token is not None
     check(
-        "packed" not in module.facts or "bits" in module.facts,
-        "the module states the fact `packed`, but not `bits`",
-    )
-    check(
-        "tuned" not in module.facts or "rounded" in module.facts,
-        "the module states the fact `tuned`, but not `rounded`",
+        two or module.task != SEQ2SEQ, f"the task {SEQ2SEQ} needs two arguments and a start_token"
     )
     for name in TEXTS:
         _verify_tensor(module, getattr(module, name), name, _INTEGERS, (None, None))

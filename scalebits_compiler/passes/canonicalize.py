@@ -238,7 +238,7 @@ def _raise_chain(graph: Graph, ctx: PassContext, op: Op) -> Replacement:
     probe = Function("probe", (Argument(x, op.type),), tuple(ops), op.result, op.type)
     points = torch.linspace(-12, 12, 4001).reshape((1,) * (op.type.rank - 1) + (-1,))
     with torch.no_grad():
-        probed = replace(graph.module, function=probe)
+        probed = replace(graph.module, function=probe, start_token=None)
         evaluator = ctx.evaluator(probed, "canonicalize", Placement())
         cls = known_activation(points, evaluator.run(points))
     return None if cls is None else one(graph, cls(result=op.result, type=op.type, loc=op.loc, x=x))

@@ -6,7 +6,7 @@ evaluating them at small shapes, through the evaluator that the driver injects.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -38,7 +38,7 @@ class PositionOnly:
         self.ctx = ctx
         self._windows: dict[tuple[Value, bool], int | None] = {}
         self._tables: dict[tuple[Value, Value, bool], tuple[Symbol, float] | None] = {}
-        self._positions: Value | None = None
+        self._positions: dict[Value, Value] = {}
 
     def window_of(self, mask: Value, hidden: bool = False) -> int | None:
         """How far back a mask lets a query see; 0: no limit, EVERYTHING: all keys, None: other.
@@ -84,7 +84,8 @@ class PositionOnly:
                 continue
             x, cos, sin, interleaved = match
             table = self.table_of(cos, sin, interleaved)
-            if table is None:
+            positions = None if table is None else self.position_value(cos)
+            if table is None or positions is None:
                 return None
             frequency, scaling = table
             rope = Rope(
@@ -92,7 +93,7 @@ class PositionOnly:
                 type=op.type,
                 loc=op.loc,
                 x=x,
-                positions=self.position_value(),
+                positions=positions,
                 frequency=frequency,
                 scaling=scaling,
                 interleaved=interleaved,
@@ -120,17 +121,23 @@ class PositionOnly:
             return None
         return one(self.graph, replace(rope, result=op.result, type=op.type, loc=op.loc, x=source))
 
-    def position_value(self) -> Value:
-        """The value of the op `positions`, which is added when it is first needed."""
-        if self._positions is None:
-            self._positions = self.graph.fresh()
-            made = Positions(
-                result=self._positions,
-                type=TensorType("i64", self.graph.module.function.args[0].type.dims),
-                ids=self.graph.ids,
-            )
+    def position_value(self, table: Value) -> Value | None:
+        """The value of the op `positions` of the text whose positions a table is for.
+
+        It is added when it is first needed. None for a table that depends on two texts.
+        """
+        texts = self.graph.texts
+        read = {text for op in self._closure(table) for text in _lengths_read(op, texts)}
+        if len(texts) > 1 and len(read) != 1:
+            return None
+        ids = read.pop() if len(texts) > 1 else texts[0]
+        if ids not in self._positions:
+            kind = self.graph.types[ids]
+            assert isinstance(kind, TensorType)
+            made = Positions(result=self.graph.fresh(), type=TensorType("i64", kind.dims), ids=ids)
+            self._positions[ids] = made.result
             self.graph.emit(made, at=0)
-        return self._positions
+        return self._positions[ids]
 
     def _match_rotation(
         self, straight: object, turned: object
@@ -270,6 +277,12 @@ class PositionOnly:
         evaluator = self.ctx.evaluator(probed, "canonicalize", Placement())
         with torch.no_grad():
             return evaluator.run(torch.zeros(shape, dtype=torch.long))
+
+
+def _lengths_read(op: Op, texts: Sequence[Value]) -> list[Value]:
+    """The texts that an op reads more of than how many rows a batch has."""
+    of_batch = is_call(op, "sym_size") and isinstance(op, Aten) and op.args[1] == 0
+    return [] if of_batch else [value for value in op.operands() if value in texts]
 
 
 def _constants(op: Op) -> list[int]:

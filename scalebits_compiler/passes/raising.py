@@ -51,7 +51,7 @@ def drop_no_op(graph: Graph, op: Op) -> Replacement:
         start, end, step = (*op.args[2:], *(None, None, None)[len(op.args) - 2 :])
         whole = isinstance(end, int) and end >= _WHOLE
         return source if not start and (end is None or whole) and step in (None, 1) else None
-    if is_call(op, *RESHAPES) and (source == graph.ids or graph.is_conventional(source)):
+    if is_call(op, *RESHAPES) and (source in graph.texts or graph.is_conventional(source)):
         return source if keeps_axes(graph, op) else None
     return None
 

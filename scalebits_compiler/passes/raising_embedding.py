@@ -40,13 +40,14 @@ def _read(positions: PositionOnly, op: Aten, x: Value, read: Embedding) -> Repla
         return None
     ids, count = read.ids, table.type.static_shape()[0]
     offset = _offset(positions, ids, count)
-    if offset is not None:
+    place = None if offset is None else positions.position_value(ids)
+    if offset is not None and place is not None:
         part = _rows(positions, table, offset, count)
         made = Embedding(
             result=graph.fresh(),
             type=op.type,
             loc=read.loc,
-            ids=positions.position_value(),
+            ids=place,
             table=part,
         )
         total = Add(result=op.result, type=op.type, loc=op.loc, a=x, b=made.result)

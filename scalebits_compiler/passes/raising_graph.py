@@ -53,9 +53,9 @@ class Graph:
         self._fresh = 0
 
     @property
-    def ids(self) -> Value:
-        """The token ids."""
-        return self.module.function.args[0].value
+    def texts(self) -> list[Value]:
+        """The token ids; of an encoder-decoder those to read, and those to continue."""
+        return [argument.value for argument in self.module.function.args]
 
     def emit(self, op: Op, at: int | None = None) -> None:
         """Add an op at the end (or at a place where its operands are known)."""
@@ -167,9 +167,9 @@ class Graph:
         return (call.args[0], call.args[1]) if call else None
 
     def is_size(self, value: object, axis: int) -> bool:
-        """Whether a value is the batch (axis 0) or the sequence length (axis 1)."""
+        """Whether a value is the batch (axis 0) or the length of a text (axis 1)."""
         call = self.call(value, "sym_size")
-        return call is not None and call.args == (self.ids, axis)
+        return call is not None and call.args[0] in self.texts and call.args[1:] == (axis,)
 
     def is_conventional(self, value: object) -> bool:
         """Whether the axes of a value are those of our ops, so that a view of it is understood."""

@@ -117,6 +117,11 @@ class Artifact:
         """The Hugging Face config of the model."""
         return self.json("config.json")
 
+    def generation(self, name: str) -> Any:
+        """What the model's generation config, or else its config, says; None if neither does."""
+        found = (source.get(name) for source in (self.json("generation_config.json"), self.config))
+        return next((value for value in found if value is not None), None)
+
     @cached_property
     def limit(self) -> int | None:
         """The longest sequence that the model knows positions for, None if unknown."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from scalebits_compiler.errors import UsageError
 from scalebits_compiler.runtime.sampling import Sampling
+from scalebits_compiler.tasks import CAUSAL, SEQ2SEQ
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -27,7 +29,8 @@ class Generation:
     """What was generated after one prompt.
 
     tokens: the new tokens, without the one that ended the text. text: what they add to the prompt's
-    text, None without a tokenizer. finish: "stop" (end of text) or "length".
+    text, by an encoder-decoder a text of its own; None without a tokenizer. finish: "stop" (end of
+    text) or "length".
     """
 
     prompt: tuple[int, ...]
@@ -40,29 +43,28 @@ class Generation:
 class _Row:
     """One prompt of a batch while it grows."""
 
-    index: int
     prompt: tuple[int, ...]
     rng: np.random.Generator
     text: TextStream | None
-    stream: Stream | None
+    tell: Callable[[str], None] | None
     tokens: list[int] = field(default_factory=list)
     stopped: bool = False
 
     def push(self, token: int) -> None:
         self.tokens.append(token)
         if self.text is not None:
-            self._tell(self.text.push(token))
+            self._show(self.text.push(token))
 
     def finish(self) -> Generation:
         if self.text is not None:
-            self._tell(self.text.flush())
+            self._show(self.text.flush())
         text = None if self.text is None else self.text.text
         reason = "stop" if self.stopped else "length"
         return Generation(self.prompt, tuple(self.tokens), text, reason)
 
-    def _tell(self, piece: str) -> None:
-        if self.stream is not None and piece:
-            self.stream(self.index, piece)
+    def _show(self, piece: str) -> None:
+        if self.tell is not None and piece:
+            self.tell(piece)
 
 
 class TextStream:
@@ -110,38 +112,59 @@ def generate(
 ) -> list[Generation]:
     """Continue every prompt by up to `max_new_tokens`, or to the end of the text; in prompt order.
 
-    A prompt is text or token ids; several run as one batch, and each gets what it would get alone
-    (up to rounding). `stream(prompt index, piece of text)` is called as text appears. Raises
-    `UsageError` for an empty prompt, or more tokens than the model knows positions for.
+    A prompt is text or token ids; several run as one batch, or those of one length where the model
+    cannot skip padding, and each gets what it would get alone (up to rounding). `stream(prompt
+    index, piece of text)` is called as text appears. Raises `UsageError` for an empty prompt, or
+    more tokens than the model knows positions for.
     """
     if max_new_tokens < 1:
         raise UsageError(f"max-new-tokens is {max_new_tokens}, it must be 1 or more")
     encoded = [_encode(session, prompt) for prompt in _as_list(prompts)]
-    tokenizer = session.tokenizer
+    _check_room(session, max(map(len, encoded)), max_new_tokens)
+    tokenizer, continues = session.tokenizer, session.task == CAUSAL
     rows = [
         _Row(
-            index,
             prompt,
             sampling.generator(index),
-            None if tokenizer is None else TextStream(tokenizer, prompt),
-            stream,
+            None if tokenizer is None else TextStream(tokenizer, prompt if continues else ()),
+            None if stream is None else partial(stream, index),
         )
         for index, prompt in enumerate(encoded)
     ]
-    longest = max(map(len, encoded))
-    session.check_length(longest + max_new_tokens, "prompt and new tokens together")
-    ids = np.zeros((len(rows), longest), np.int64)
+    for batch in _batches(session, rows):
+        _run(session, batch, max_new_tokens, sampling)
+    return [row.finish() for row in rows]
+
+
+def _check_room(session: Session, longest: int, new: int) -> None:
+    if session.task == SEQ2SEQ:
+        session.check_length(longest, "the prompt")
+        session.check_length(1 + new, "start token and new tokens together")
+    else:
+        session.check_length(longest + new, "prompt and new tokens together")
+
+
+def _batches(session: Session, rows: list[_Row]) -> list[list[_Row]]:
+    """Rows that run together."""
+    if session.skips_padding:
+        return [rows]
+    found: dict[int, list[_Row]] = {}
     for row in rows:
-        ids[row.index, longest - len(row.prompt) :] = row.prompt
-    pad = [longest - len(prompt) for prompt in encoded]
+        found.setdefault(len(row.prompt), []).append(row)
+    return list(found.values())
+
+
+def _run(session: Session, rows: list[_Row], max_new_tokens: int, sampling: Sampling) -> None:
+    longest = max(len(row.prompt) for row in rows)
+    pad = [longest - len(row.prompt) for row in rows]
+    ids = np.array([[0] * n + list(row.prompt) for n, row in zip(pad, rows, strict=True)], np.int64)
     logits, cache = session.prefill(ids, pad, capacity=longest + max_new_tokens)
     for count in range(1, max_new_tokens + 1):
-        picked = [sampling.pick(logits[row.index], row.rng) for row in rows]
+        picked = [sampling.pick(of, row.rng) for of, row in zip(logits, rows, strict=True)]
         _advance(rows, picked, session.stop_tokens)
         if count == max_new_tokens or all(row.stopped for row in rows):
             break
         logits = session.decode(picked, cache)
-    return [row.finish() for row in rows]
 
 
 def _advance(rows: Sequence[_Row], picked: Sequence[int], stop_tokens: frozenset[int]) -> None:

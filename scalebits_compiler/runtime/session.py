@@ -20,7 +20,7 @@ from scalebits_compiler.runtime.ops import CallRunner, Frame, RunCall
 from scalebits_compiler.runtime.plan import PRODUCTS, Plan, Step, told_by_kind
 from scalebits_compiler.runtime.variants import ACTIVATIONS, EXACT
 from scalebits_compiler.runtime.weights import Weights
-from scalebits_compiler.tasks import CAUSAL, ENCODER
+from scalebits_compiler.tasks import CAUSAL, ENCODER, SEQ2SEQ
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -188,7 +188,7 @@ class Session:
         seed: int = 0,
         stream: Callable[[int, str], None] | None = None,
     ) -> list[Generation]:
-        """Continue one prompt or several, text or token ids; see `generate.generate`."""
+        """Continue or answer one prompt or several, text or token ids; see `generate.generate`."""
         from scalebits_compiler.runtime.generate import generate
         from scalebits_compiler.runtime.sampling import Sampling
 
@@ -209,8 +209,13 @@ class Session:
 
     @property
     def generates(self) -> bool:
-        """Whether the model continues a text."""
-        return self.task == CAUSAL
+        """Whether the model continues a text, or writes one that answers it."""
+        return self.task in (CAUSAL, SEQ2SEQ)
+
+    @property
+    def skips_padding(self) -> bool:
+        """Whether rows of a batch may have padding; else all must have one length."""
+        return not self._plan.one_length
 
     def embed(self, texts: Sequence[str]) -> F32:
         """Unit vectors f32[texts, channels] by an encoder; see `embed.embed`."""
@@ -237,11 +242,8 @@ class Session:
     @cached_property
     def stop_tokens(self) -> frozenset[int]:
         """The token ids that end a text."""
-        for source in (self.artifact.json("generation_config.json"), self.artifact.config):
-            found = source.get("eos_token_id")
-            if found is not None:
-                return frozenset([found] if isinstance(found, int) else found)
-        return frozenset()
+        found = self.artifact.generation("eos_token_id")
+        return frozenset([found] if isinstance(found, int) else found or ())
 
     def _replayed(self, replay: Replay) -> F32:
         """Logits after the last of all ids, where a step runs them all."""
@@ -286,18 +288,18 @@ class Session:
         frame.run(step)
         self.on_step(step.op, time.perf_counter() - start)
 
-    def _tokens(self, ids: ArrayLike, past: int = 0) -> I64:
-        tokens = np.asarray(ids)
+    def _tokens(self, ids: ArrayLike, past: int = 0, vocabulary: int | None = None) -> I64:
+        tokens, known = np.asarray(ids), vocabulary or self.vocabulary
         if tokens.ndim != 2 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
             raise UsageError(
                 f"token ids must be integers [batch, sequence], found {tokens.dtype}"
                 f"{list(tokens.shape)}",
                 help="give at least one token; padded rows need pad",
             )
-        if tokens.min() < 0 or tokens.max() >= self.vocabulary:
+        if tokens.min() < 0 or tokens.max() >= known:
             raise UsageError(
                 f"token id {tokens.min() if tokens.min() < 0 else tokens.max()} is not in the"
-                f" model's vocabulary of {self.vocabulary}",
+                f" model's vocabulary of {known}",
                 help="use the tokenizer of this model",
             )
         self.check_length(past + tokens.shape[1])

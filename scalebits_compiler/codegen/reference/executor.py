@@ -24,6 +24,7 @@ from scalebits_compiler.ir.op import Op
 from scalebits_compiler.ir.ops import Aten, Embedding, Linear, QLinear
 from scalebits_compiler.ir.types import Type
 from scalebits_compiler.numerics.placement import Placement
+from scalebits_compiler.pretrained import shifted
 
 LinearRule = Callable[[Linear, torch.Tensor, torch.Tensor], torch.Tensor]
 PackedProduct = Callable[[str, torch.Tensor], torch.Tensor]
@@ -189,6 +190,7 @@ class Executor:
     ) -> torch.Tensor:
         """The function's result for token ids i64[batch, sequence]; differentiable.
 
+        The decoder of an encoder-decoder goes on from the same ids behind its start token.
         `linear(op, x, dense weight)` replaces the product of every linear op (the bias is added
         to what it returns). `pad` i64[batch] counts padding tokens on the left of each row:
         positions start after them and no token attends to them. Raises TargetError for padding on
@@ -204,7 +206,7 @@ class Executor:
         matrix = self.read if self.place.streamed else self.weight
         pad = None if pad is None else self.place.here(pad)
         frame = _Frame(self, self.weight, matrix, linear or _plain_linear, pad)
-        frame.values[self._argument()] = self.place.here(ids)
+        frame.values.update(self._arguments(ids))
         if self.place.streamed and torch.is_grad_enabled():
             for part in _parts(self.module):
                 frame.part(part)
@@ -212,6 +214,10 @@ class Executor:
             for op in self.module.function.ops:
                 frame.step(op)
         return frame.values[self.module.function.result]
+
+    def continuation(self, ids: torch.Tensor) -> Continuation:
+        """An encoder-decoder that has read token ids i64[batch, sequence]."""
+        return Continuation(self, ids)
 
     def apply(self, op: Op, values: Mapping[Value, Any], pad: torch.Tensor | None) -> Any:
         """What one op of the module gives for values of its operands; `pad` as in `run`."""
@@ -236,7 +242,7 @@ class Executor:
         frames = [_Frame(self, read, read, _plain_linear) for _ in batches]
         with torch.no_grad():
             for frame, ids in zip(frames, batches, strict=True):
-                frame.values[self._argument()] = self.place.here(ids)
+                frame.values.update(self._arguments(ids))
             for op in self.module.function.ops:
                 if isinstance(op, Linear):
                     inputs = [linear_input(op, frame) for frame in frames]
@@ -267,7 +273,7 @@ class Executor:
 
         frames = [_Frame(self, read, read, _plain_linear) for _ in batches]
         for frame, ids in zip(frames, batches, strict=True):
-            frame.values[self._argument()] = self.place.here(ids)
+            frame.values.update(self._arguments(ids))
         for ops in _parts(self.module):
             held.update(rule(Part(ops, frames)))
             with torch.no_grad():
@@ -289,18 +295,49 @@ class Executor:
         def decide(name: str, inputs: list[torch.Tensor]) -> torch.Tensor:
             return weight(product_op(Linear, op, symbols[name]), inputs, read(symbols[name]))
 
-        runs = [partial(run_host, op, frame.value(op.ids), read) for frame in frames]
+        texts = [[frame.value(value) for value in op.operands()] for frame in frames]
+        runs = [partial(run_host, op, given, read) for given in texts]
         results = run_together(runs, decide)
         for frame, result in zip(frames, results, strict=True):
             frame.finish(op, result)
 
-    def _argument(self) -> Value:
-        arguments = self.module.function.args
-        if len(arguments) != 1:
+    def _arguments(self, ids: torch.Tensor) -> dict[Value, torch.Tensor]:
+        """The arguments for one text; a decoder gets the same one behind its start token."""
+        values = [argument.value for argument in self.module.function.args]
+        start = self.module.start_token
+        texts = [ids] if start is None else [ids, shifted(ids, start)]
+        if len(values) != len(texts):
             raise TargetError(
-                f"@{self.module.name} takes {len(arguments)} arguments, token ids are expected"
+                f"@{self.module.name} takes {len(values)} arguments, token ids are expected"
             )
-        return arguments[0].value
+        return dict(zip(values, map(self.place.here, texts), strict=True))
+
+
+class Continuation:
+    """A text that an encoder-decoder has read: the values of ops that do not see what it continues.
+
+    These are the ops before the first that reads the second argument.
+    """
+
+    def __init__(self, executor: Executor, ids: torch.Tensor) -> None:
+        function, place = executor.module.function, executor.place
+        text, self._continued = (argument.value for argument in function.args)
+        seen = [self._continued in op.operands() for op in function.ops]
+        self._frame = _Frame(executor, executor.weight, executor.weight, _plain_linear)
+        self._frame.values[text] = place.here(ids)
+        self._later, self._result = function.ops[seen.index(True) :], function.result
+        with torch.no_grad():
+            for op in function.ops[: seen.index(True)]:
+                self._frame.step(op)
+
+    def run(self, decoder_ids: torch.Tensor) -> torch.Tensor:
+        """The function's result for what is continued, i64[batch, length]."""
+        frame = self._frame.fork(_plain_linear)
+        frame.values[self._continued] = decoder_ids.to(frame.device)
+        with torch.no_grad():
+            for op in self._later:
+                frame.step(op)
+        return frame.values[self._result]
 
 
 def _parts(module: Module) -> list[list[Op]]:

@@ -42,9 +42,12 @@ def _forward(name: str, layer: Any) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def run_host(
-    op: Host, ids: torch.Tensor, weight: Callable[[Symbol], torch.Tensor], product: Product
+    op: Host,
+    texts: Sequence[torch.Tensor],
+    weight: Callable[[Symbol], torch.Tensor],
+    product: Product,
 ) -> torch.Tensor:
-    """The result for token ids i64[batch, sequence]; differentiable.
+    """The result for the values of its operands, i64[batch, sequence] each; differentiable.
 
     Tensors that are no products are set in the model, which is kept without its own.
     """
@@ -53,11 +56,11 @@ def run_host(
         if name not in op.products:
             _set(model, name, weight(symbol))
     for name, buffer in model.named_buffers():
-        if buffer.device != ids.device:
-            _set(model, name, buffer.to(ids.device))
+        if buffer.device != texts[0].device:
+            _set(model, name, buffer.to(texts[0].device))
     token = _product.set(product)
     try:
-        return call(model, task, ids)
+        return call(model, task, *texts)
     finally:
         _product.reset(token)
 

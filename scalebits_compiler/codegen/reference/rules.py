@@ -236,7 +236,7 @@ def _written_out(
     slopes: torch.Tensor | None,
 ) -> torch.Tensor:
     q, k, v = inputs
-    if mask is None:
+    if mask is None and op.causal:
         mask = attention_mask(q.shape[2], op.window, None, op.causal, q.device)
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     scores = q @ k.transpose(2, 3) * op.scale
@@ -245,7 +245,7 @@ def _written_out(
     if slopes is not None:
         places = torch.arange(q.shape[2], dtype=q.dtype, device=q.device)
         scores = scores + slopes[:, None, None] * (places - places[:, None])
-    return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
+    return (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(-1) @ v
 
 
 def _route(op: Route, scope: Scope) -> torch.Tensor:
@@ -363,12 +363,10 @@ def _host(op: Host, scope: Scope) -> torch.Tensor:
     symbols = op.product_symbols()
 
     def product(name: str, x: torch.Tensor) -> torch.Tensor:
-        symbol = symbols[name]
-        if scope.is_packed(symbol):
-            return scope.product(product_op(QLinear, op, symbol), x)
-        return scope.product(product_op(Linear, op, symbol), x)
+        kind = QLinear if scope.is_packed(symbols[name]) else Linear
+        return scope.product(product_op(kind, op, symbols[name]), x)
 
-    return run_host(op, scope.value(op.ids), scope.weight, product)
+    return run_host(op, [scope.value(text) for text in op.operands()], scope.weight, product)
 
 
 RULES: dict[type[Op], Callable[[Any, Scope], Any]] = {
