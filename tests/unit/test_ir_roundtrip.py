@@ -116,7 +116,8 @@ def modules(draw: Callable[[Any], Any]) -> Module:
         draw(NAMES), function, {w.symbol: w for w in weights}, {p.symbol: p for p in perms},
         draw(TEXTS), draw(st.frozensets(NAMES, max_size=3)),
         draw(st.lists(TEXTS, max_size=2).map(tuple)),
-        task=draw(st.sampled_from(TASKS)), unread=draw(_LISTS[tuple[str, ...]]),
+        task=draw(st.sampled_from(TASKS)),
+        start_token=draw(st.none() | st.integers(0, 1 << 20)), unread=draw(_LISTS[tuple[str, ...]]),
     )  # fmt: skip
 
 
@@ -223,6 +224,7 @@ def body(*lines: str, header: str = "", entries: str = "") -> str:
     [
         (body(header=' {facts = "canonical"}'), "facts of the module: expected list of string"),
         (body(header=" {sums = []}"), "unknown header attribute 'sums'"),
+        (body(header=" {start_token = -1}"), "start_token of the header must be a token id"),
         (
             body(entries="weight @a : f32[4] {block = [1]}"),
             "block of @a: expected [int, int] or none",

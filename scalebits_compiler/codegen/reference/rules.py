@@ -363,8 +363,9 @@ def _host(op: Host, scope: Scope) -> torch.Tensor:
     symbols = op.product_symbols()
 
     def product(name: str, x: torch.Tensor) -> torch.Tensor:
-        kind = QLinear if scope.is_packed(symbols[name]) else Linear
-        return scope.product(product_op(kind, op, symbols[name]), x)
+        if scope.is_packed(symbols[name]):
+            return scope.product(product_op(QLinear, op, symbols[name]), x)
+        return scope.product(product_op(Linear, op, symbols[name]), x)
 
     return run_host(op, [scope.value(text) for text in op.operands()], scope.weight, product)
 
