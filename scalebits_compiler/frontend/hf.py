@@ -128,10 +128,11 @@ def trace(model: nn.Module, task: str = CAUSAL) -> torch.export.ExportedProgram:
     Of an encoder-decoder for two texts, whose lengths do not depend on each other. The one place
     that knows how a graph is obtained. FrontendError if torch.export cannot.
     """
-    dynamic, device = torch.export.Dim.DYNAMIC, next(model.parameters()).device
+    dynamic = torch.export.Dim.DYNAMIC
     lengths = (7, 5) if task == SEQ2SEQ else (7,)
     try:
         with quiet():
+            device = next(model.parameters()).device
             exported = torch.export.export(
                 _Forward(model, task).eval(),
                 tuple(torch.zeros(2, n, dtype=torch.long, device=device) for n in lengths),
