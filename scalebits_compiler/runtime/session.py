@@ -345,7 +345,7 @@ class Session:
 def _native(plan: Plan, weights: Weights, call: RunCall) -> tuple[NativeModel | None, str]:
     """The plan on native kernels, or None where an op has none, and how it runs."""
     told = _told_calls(plan)
-    if weights.library is None or plan.replays:
+    if weights.library is None or (plan.calls and plan.replays):
         return None, _how("step by step", told)
     from scalebits_compiler.runtime.native import NativeModel
     from scalebits_compiler.runtime.native_ops import NotNative
@@ -358,7 +358,9 @@ def _native(plan: Plan, weights: Weights, call: RunCall) -> tuple[NativeModel | 
 
 def _told_calls(plan: Plan) -> list[str]:
     """Which ops torch runs, and whether there is a key-value cache all the same."""
-    told = [f"torch runs {told_by_kind(plan.calls)}"] if plan.calls else []
+    if not plan.calls:
+        return []  # attention that is not causal mixes positions, and decodes nothing
+    told = [f"torch runs {told_by_kind(plan.calls)}"]
     return told + ([f"decoding runs all tokens again, {plan.replays}"] if plan.replays else [])
 
 
