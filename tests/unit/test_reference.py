@@ -10,9 +10,11 @@ from scalebits_compiler.codegen.reference.executor import Executor
 from scalebits_compiler.codegen.reference.rules import RULES, attention_mask, stored_order
 from scalebits_compiler.codegen.reference.weights import dense, layout_of
 from scalebits_compiler.errors import TargetError
-from scalebits_compiler.ir.ops import OPS
+from scalebits_compiler.ir.attrs import Value
+from scalebits_compiler.ir.ops import OPS, Attention
 from scalebits_compiler.ir.parser import parse_module
 from scalebits_compiler.ir.resources import ResourceStore
+from scalebits_compiler.ir.types import TensorType
 
 IDS = torch.tensor([[1, 2, 3, 4, 5], [5, 5, 0, 2, 7]])
 TABLE = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
@@ -96,6 +98,19 @@ def test_attention_is_softmax_over_what_is_seen(window):
             scores = torch.einsum("bd,btd->bt", q[:, i, head], keys) * 0.3
             expected[:, i, head] = torch.einsum("bt,btd->bd", scores.softmax(-1), keys)
     torch.testing.assert_close(Executor(module).run(IDS), expected.reshape(2, 5, 32))
+
+
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_attention_to_a_text_of_another_length(softcap):
+    q, k = random(2, 2, 3, 8), random(2, 2, 5, 8)
+    op = Attention(
+        result=Value("a"), type=TensorType.of("f32", None, 2, None, 8), q=Value("q"), k=Value("k"),
+        v=Value("k"), scale=0.3, softcap=softcap, causal=False,
+    )  # fmt: skip
+    scores = q @ k.transpose(2, 3) * 0.3
+    scores = torch.tanh(scores / softcap) * softcap if softcap else scores
+    found = Executor(build("", "%x", X)).apply(op, {Value("q"): q, Value("k"): k}, None)
+    torch.testing.assert_close(found, scores.softmax(-1) @ k)
 
 
 def test_permute_and_back():
