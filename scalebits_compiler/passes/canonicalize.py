@@ -27,6 +27,7 @@ from scalebits_compiler.passes.raising_embedding import raise_table
 from scalebits_compiler.passes.raising_experts import raise_experts
 from scalebits_compiler.passes.raising_graph import Graph, Replacement, one
 from scalebits_compiler.passes.raising_pointwise import activation_chain, known_activation
+from scalebits_compiler.passes.raising_token_rope import raise_token_rope
 from scalebits_compiler.passes.roles import (
     dense_matrices,
     embedding_tables,
@@ -184,6 +185,7 @@ def _rules(graph: Graph, ctx: PassContext) -> list[Rule]:
     return [
         positions.raise_rope,
         positions.raise_partial_rope,
+        partial(raise_token_rope, positions),
         partial(raise_table, positions),
         lambda op: raise_attention(graph, op, positions.window_of),
         lambda op: raise_eager_attention(graph, op, positions.window_of, slopes.of),

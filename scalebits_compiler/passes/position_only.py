@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from scalebits_compiler.ir.attrs import Symbol, Value, walk
-from scalebits_compiler.ir.module import Function
+from scalebits_compiler.ir.attrs import Resource, Symbol, Value, walk
+from scalebits_compiler.ir.module import Function, Weight
 from scalebits_compiler.ir.op import Op
 from scalebits_compiler.ir.ops import Aten, Positions, Rope
 from scalebits_compiler.ir.types import TensorType
@@ -19,12 +19,13 @@ from scalebits_compiler.numerics.placement import Placement
 from scalebits_compiler.passes.base import PassContext
 from scalebits_compiler.passes.raising_attention import EVERYTHING
 from scalebits_compiler.passes.raising_graph import RESHAPES, Graph, Replacement, is_call, one
+from scalebits_compiler.passes.rotary_tables import TableForm, frequency_of, scaling_of
 
 if TYPE_CHECKING:
     import torch
 
 _SHAPES = ((2, 12), (1, 19))
-_TABLE_TOLERANCE = 1e-6
+_LONGEST_TABLE = 1 << 14
 _ARITHMETIC = ("add", "sub", "rsub", "mul", "lt", "le", "gt", "ge")
 _DIVISIONS = ("floor_divide", "remainder", "div", "bitwise_right_shift")
 _END = 2**62
@@ -37,7 +38,8 @@ class PositionOnly:
         self.graph = graph
         self.ctx = ctx
         self._windows: dict[tuple[Value, bool], int | None] = {}
-        self._tables: dict[tuple[Value, Value, bool], tuple[Symbol, float] | None] = {}
+        self._tables: dict[tuple[Value, Value, TableForm], tuple[Symbol, float] | None] = {}
+        self._frequencies: dict[bytes, Symbol] = {}
         self._positions: dict[Value, Value] = {}
 
     def window_of(self, mask: Value, hidden: bool = False) -> int | None:
@@ -78,29 +80,24 @@ class PositionOnly:
         """x·cos + rotate(x)·sin, with tables that are cos and sin of position · frequency."""
         if not is_call(op, "add") or not isinstance(op, Aten) or op.kwargs:
             return None
-        for straight, turned in (op.args[:2], op.args[1::-1]):
-            match = self._match_rotation(straight, turned)
-            if match is None:
-                continue
-            x, cos, sin, interleaved = match
-            table = self.table_of(cos, sin, interleaved)
-            positions = None if table is None else self.position_value(cos)
-            if table is None or positions is None:
-                return None
-            frequency, scaling = table
-            rope = Rope(
-                result=op.result,
-                type=op.type,
-                loc=op.loc,
-                x=x,
-                positions=positions,
-                frequency=frequency,
-                scaling=scaling,
-                interleaved=interleaved,
-            )
-            made = self.graph.typed(rope, op.type)
-            return None if made is None else [made]
-        return None
+        match = self.match_rotation((op.args[0], op.args[1]), 1)
+        table = None if match is None else self.table_of(*match[1:3], TableForm(match[3]))
+        positions = None if match is None else self.position_value(match[1])
+        if match is None or table is None or positions is None:
+            return None
+        x, _, _, interleaved = match
+        rope = Rope(
+            result=op.result,
+            type=op.type,
+            loc=op.loc,
+            x=x,
+            positions=positions,
+            frequency=table[0],
+            scaling=table[1],
+            interleaved=interleaved,
+        )
+        made = self.graph.typed(rope, op.type)
+        return None if made is None else [made]
 
     def raise_partial_rope(self, op: Op) -> Replacement:
         """cat(rope of the first channels of x, the rest of x)."""
@@ -139,32 +136,37 @@ class PositionOnly:
             self.graph.emit(made, at=0)
         return self._positions[ids]
 
-    def _match_rotation(
-        self, straight: object, turned: object
+    def match_rotation(
+        self, terms: tuple[object, object], heads: int
     ) -> tuple[Value, Value, Value, bool] | None:
-        """(x, cos, sin, whether the pairs are interleaved), without the axis for the heads."""
-        first, second = self.graph.factors(straight), self.graph.factors(turned)
-        if first is None or second is None:
-            return None
-        for x, cos in (first, first[::-1]):
-            for rotated, sin in (second, second[::-1]):
-                cos_table, sin_table = self._table_value(cos), self._table_value(sin)
-                if not isinstance(x, Value) or not cos_table or not sin_table:
-                    continue
-                for rotates in (self._rotates, self._turns_neighbours):
-                    if rotates(rotated, x):
-                        interleaved = rotates == self._turns_neighbours
-                        return x, cos_table, sin_table, interleaved
+        """(x, cos, sin, whether pairs are neighbours) of x·cos + rotated(x)·sin.
+
+        heads: the axis of the heads in x; tables have one element there, or no such axis.
+        """
+        for straight, turned in (terms, terms[::-1]):
+            first, second = self.graph.factors(straight), self.graph.factors(turned)
+            if first is None or second is None:
+                continue
+            for x, cos in (first, first[::-1]):
+                for rotated, sin in (second, second[::-1]):
+                    cos_table, sin_table = (self._table_value(v, heads) for v in (cos, sin))
+                    if not isinstance(x, Value) or not cos_table or not sin_table:
+                        continue
+                    if self._rotates(rotated, x):
+                        return x, cos_table, sin_table, False
+                    if self._turns_neighbours(rotated, x):
+                        return x, cos_table, sin_table, True
         return None
 
-    def _table_value(self, value: object) -> Value | None:
-        """A table [batch or 1, sequence, d], or one with an axis of one element for the heads."""
+    def _table_value(self, value: object, heads: int) -> Value | None:
+        """A table [batch or 1, sequence, d], or with an axis of one element for the heads."""
         call = self.graph.call(value, "unsqueeze")
-        table = call.args[0] if call and call.args[1] == 1 else value
+        table = call.args[0] if call and call.args[1] == heads == 1 else value
         kind = self.graph.tensor(table)
         if not isinstance(table, Value) or table in self.graph.of_tokens or kind is None:
             return None
-        return table if kind.rank == 3 or (kind.rank == 4 and kind.shape[1] == 1) else None
+        one = kind.rank == 4 and kind.shape[heads] == 1
+        return table if one or (kind.rank == 3 and table != value) else None
 
     def _rotates(self, value: object, x: Value) -> bool:
         """Whether a value is cat(-second half of x, first half of x) on the last axis."""
@@ -208,45 +210,80 @@ class PositionOnly:
         picked = self.graph.picked.get(value) if isinstance(value, Value) else None
         return picked == (x, 3, tuple(places))
 
-    def table_of(
-        self, cos: Value, sin: Value, interleaved: bool = False
-    ) -> tuple[Symbol, float] | None:
+    def table_of(self, cos: Value, sin: Value, form: TableForm) -> tuple[Symbol, float] | None:
         """(frequency weight, scaling) such that the tables are cos, sin of position · frequency."""
-        key = (cos, sin, interleaved)
+        key = (cos, sin, form)
         if key not in self._tables:
-            self._tables[key] = self._table(*key)
+            self._tables[key] = self._table(*key) or self._written_table(*key)
         return self._tables[key]
 
-    def _table(self, cos: Value, sin: Value, interleaved: bool) -> tuple[Symbol, float] | None:
-        ops, sin_ops = self._closure(cos), self._closure(sin)
+    def _table(self, cos: Value, sin: Value, form: TableForm) -> tuple[Symbol, float] | None:
+        """Of a stored frequency."""
         module = self.graph.module
-        # Tables that change at some length look the same at the small ones tried here.
-        numbers = [n for op in (*ops, *sin_ops) for n in (*_constants(op), *_other_numbers(op))]
-        if any(_is_beyond(number) for number in numbers):
+        # Tables that change at some length look the same at shorter ones.
+        lengths = {n for value in (cos, sin) for n in self._beyond(value)}
+        shapes = [*_SHAPES, *((1, m) for n in sorted(lengths) for m in (n, 2 * n))]
+        if max(lengths, default=0) > _LONGEST_TABLE:
             return None
-        for symbol in dict.fromkeys(symbol for op in ops for symbol in op.symbols()):
+        for symbol in dict.fromkeys(s for op in self._closure(cos) for s in op.symbols()):
             weight = module.weights[symbol.name]
             if weight.type.rank != 1 or weight.data is None:
                 continue
             frequency = module.resources.torch(weight.data.key)
-            scalings = {
-                _scaling(
-                    self._run(ops, cos, shape),
-                    self._run(sin_ops, sin, shape),
-                    frequency,
-                    interleaved,
-                )
-                for shape in _SHAPES
-            }
-            scaling = scalings.pop()
-            if not scalings and scaling is not None:
+            scaling = self._scaling(cos, sin, frequency, form, shapes)
+            if scaling is not None:
                 return symbol, scaling
         return None
 
-    def longest(self, value: Value) -> int:
-        """The largest number in the computation of a value beyond the shapes that are tried."""
+    def _written_table(
+        self, cos: Value, sin: Value, form: TableForm
+    ) -> tuple[Symbol, float] | None:
+        """Of a table that is stored for all positions: the frequency becomes a weight."""
+        sizes = [kind.shape[-2] for kind in self.stored(cos) if kind.rank > 1]
+        length = max((size for size in sizes if size is not None), default=0)
+        if not _SHAPES[1][1] < length <= _LONGEST_TABLE:
+            return None
+        shapes = [*_SHAPES, (1, length)]
+        first, second = (self.evaluate(value, shapes[-1]) for value in (cos, sin))
+        if first.is_meta or second.is_meta:
+            return None
+        frequency = frequency_of(first, second, form)
+        if frequency is None:
+            return None
+        scaling = self._scaling(cos, sin, frequency, form, shapes)
+        if scaling is None:
+            return None
+        key = frequency.numpy().tobytes()
+        if key not in self._frequencies:
+            name = f"frequency.{len(self._frequencies)}"
+            kind = TensorType.of("f32", len(frequency))
+            made = Weight(symbol=name, type=kind, data=Resource(name))
+            self._frequencies[key] = self.graph.add_weight(made, frequency)
+        return self._frequencies[key], scaling
+
+    def _scaling(
+        self,
+        cos: Value,
+        sin: Value,
+        frequency: torch.Tensor,
+        form: TableForm,
+        shapes: Sequence[tuple[int, int]],
+    ) -> float | None:
+        """The factor of tables, the same at all shapes."""
+        found = {
+            scaling_of(self.evaluate(cos, shape), self.evaluate(sin, shape), frequency, form)
+            for shape in shapes
+        }
+        return found.pop() if len(found) == 1 else None
+
+    def _beyond(self, value: Value) -> list[int]:
+        """The numbers in the computation of a value beyond the shapes that are tried."""
         numbers = [n for op in self._closure(value) for n in (*_constants(op), *_other_numbers(op))]
-        return max((abs(int(n)) for n in numbers if _is_beyond(n)), default=0)
+        return [abs(int(n)) for n in numbers if _is_beyond(n)]
+
+    def longest(self, value: Value) -> int:
+        """The largest of these numbers."""
+        return max(self._beyond(value), default=0)
 
     def stored(self, value: Value) -> list[TensorType]:
         """The types of the stored tensors that a value is computed from."""
@@ -337,27 +374,3 @@ def _window_seen(mask: torch.Tensor, shape: tuple[int, int], hidden: bool) -> in
     if not bool((mask == causal).all()):
         return None
     return 0 if window == length else window
-
-
-def _scaling(
-    cos: torch.Tensor, sin: torch.Tensor, frequency: torch.Tensor, interleaved: bool
-) -> float | None:
-    """The factor of tables [batch or 1, s, d] of these frequencies [d/2]; None if they are not.
-
-    They may have an axis for the heads behind the batch.
-    """
-    import torch
-
-    if cos.dim() == 4:
-        cos, sin = cos.squeeze(1), sin.squeeze(1)
-    if cos.dim() != 3 or cos.shape != sin.shape or cos.shape[-1] != 2 * frequency.shape[0]:
-        return None
-    positions = torch.arange(cos.shape[1], dtype=torch.float32)
-    angles = positions[:, None] * frequency.to(torch.float32)
-    angles = angles.repeat_interleave(2, 1) if interleaved else angles.repeat(1, 2)
-    scaling = float(cos[0, 0, 0])
-    error = max(
-        float((cos - torch.cos(angles) * scaling).abs().max()),
-        float((sin - torch.sin(angles) * scaling).abs().max()),
-    )
-    return scaling if error <= _TABLE_TOLERANCE else None

@@ -25,7 +25,7 @@ EVERYTHING = -1  # a mask that hides nothing
 
 def raise_split_heads(graph: Graph, op: Op) -> Replacement:
     """transpose(view(x, [b, s, heads, d]), 1, 2); a norm over d in between comes after it."""
-    if not _swaps_heads(op) or not isinstance(op, Aten):
+    if not swaps_heads(op) or not isinstance(op, Aten):
         return None
     inner = graph.defs.get(op.args[0]) if isinstance(op.args[0], Value) else None
     norm = inner if isinstance(inner, RmsNorm) else None
@@ -59,7 +59,7 @@ def raise_merge_heads(graph: Graph, op: Op) -> Replacement:
         return None
     swap = graph.call(op.args[0], "transpose", "permute")
     sizes = op.args[1]
-    if swap is None or not _swaps_heads(swap) or not isinstance(sizes, tuple) or len(sizes) != 3:
+    if swap is None or not swaps_heads(swap) or not isinstance(sizes, tuple) or len(sizes) != 3:
         return None
     x = swap.args[0]
     if not (is_axis(graph, sizes[0], 0) and is_axis(graph, sizes[1], 1)):
@@ -69,7 +69,8 @@ def raise_merge_heads(graph: Graph, op: Op) -> Replacement:
     return one(graph, MergeHeads(result=op.result, type=op.type, loc=op.loc, x=x))
 
 
-def _swaps_heads(op: Op) -> bool:
+def swaps_heads(op: Op) -> bool:
+    """Whether a call swaps axes 1 and 2 of four."""
     if not isinstance(op, Aten) or not isinstance(op.type, TensorType) or op.type.rank != 4:
         return False
     if is_call(op, "permute"):

@@ -136,12 +136,6 @@ NOT_WHOLLY = {
         12,
         {"aten.softmax.int", "aten.cumsum.default"},
     ),
-    # rope turns the channels before the heads are split off
-    "gptj": (
-        {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8},
-        12,
-        {"aten.stack.default"},
-    ),
 }
 
 

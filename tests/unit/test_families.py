@@ -61,7 +61,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "olmo2": {},
     "nemotron": {},
     "cohere": {},
-    "glm": {"head_dim": 16},
+    "glm": {"head_dim": 64},
+    "gptj": {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8},
     "bloom": {"n_layer": 2, "n_head": 4},
     "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 2},
     "bert": {},
@@ -88,7 +89,8 @@ CLASSES: dict[str, dict[int, int]] = {
     "nemotron": {64: 1, 96: 2, 16: 4, 2: 4},
     # Heads move with their slopes, which all layers share.
     **{name: {64: 1, 256: 2, 4: 1, 16: 4} for name in ("bloom", "mpt")},
-    "glm": {64: 1, 96: 2, 16: 4, 2: 4},  # the pairs that rope turns are neighbours
+    "glm": {64: 5, 96: 2, 2: 4},  # the pairs that rope turns are neighbours
+    "gptj": {64: 1, 256: 2, 4: 2, 16: 4},
     "falcon": {64: 1, 256: 2, 4: 2, 16: 2, 8: 1},
     "mixtral": {64: 1, 96: 8, 16: 2, 8: 1, 2: 4},  # each expert has its own
     "qwen3_moe": {64: 1, 48: 8, 16: 2, 8: 1, 2: 4},
@@ -104,7 +106,6 @@ TOLERANCE = 1e-3
 MIXING = ("codegen",)
 PARTLY: dict[str, tuple[dict[str, Any], str]] = {
     "codegen": ({"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8}, "aten.softmax.int"),
-    "gptj": ({"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8}, "aten.stack.default"),
     "seed_oss": ({"head_dim": 16, "hidden_act": "quick_gelu"}, "aten.sigmoid.default"),
 }
 
