@@ -156,7 +156,8 @@ def vocabulary(module: Module, config: Mapping[str, Any]) -> int:
     tables = embedding_tables(module)
     if tables:
         return module.weight(tables[0]).type.static_shape()[0]
-    return int(config["vocab_size"])
+    # Of a translator it may be told for each of its two languages.
+    return next(int(config[name]) for name in ("vocab_size", "src_vocab_size") if name in config)
 
 
 def why_torch(module: Module) -> str:
