@@ -85,10 +85,9 @@ class RoundWeights(Pass):
             bits = group_bits(module, wanted[symbol]).to(weight.device)
             group = wanted[symbol].group or 0
             if symbol not in done:
-                next(ticks, None)
-                if not any(x.shape[0] for x in inputs):  # an expert that no token is sent to
-                    done[symbol] = self._nearest(module, wanted[symbol], ctx.place.device).to("cpu")
+                if not any(x.shape[0] for x in inputs):
                     return weight
+                next(ticks, None)
                 hessian = shared.of(inputs)
                 rounded = gptq(weight, hessian, bits, group, self.damping, self.clip)
                 done[symbol] = rounded.to("cpu")
@@ -98,7 +97,8 @@ class RoundWeights(Pass):
         windows = ctx.windows(module, self.name).calibration
         ctx.evaluator(module, self.name).stream(batches(windows), rule)
         next(ticks, None)
-        return done
+        # Experts that no token is sent to, whether or not the model comes to their product.
+        return done | self._rtn(module, [w for s, w in wanted.items() if s not in done], ctx)
 
 
 def _stored(module: Module, done: Mapping[str, Quantized]) -> Module:

@@ -82,6 +82,31 @@ def test_error_feedback_beats_rounding_to_nearest(assigned: Module, rounded: Mod
     assert float(error[0]) < 0.9 * float(error[1])
 
 
+class _Unreached(Executor):
+    """A model whose control flow does not come to the last matrix."""
+
+    def stream(self, batches: Any, weight: Any) -> None:
+        last = self.module.quantized()[-1].symbol
+
+        def rule(op: Linear, inputs: Any, dense: torch.Tensor) -> torch.Tensor:
+            return dense if op.weight.name == last else weight(op, inputs, dense)
+
+        super().stream(batches, rule)
+
+
+def test_a_matrix_that_is_not_reached_is_rounded_to_nearest(assigned: Module) -> None:
+    ctx = replace(context(), evaluate=lambda module, _: _Unreached(module))
+    found = RoundWeights().run(assigned, ctx)
+    expected = RoundWeights(method="rtn").run(assigned, context())
+    codes = [
+        [module.resources.torch(w.codes.key) for w in module.quantized() if w.codes is not None]
+        for module in (found, expected)
+    ]
+    assert len(codes[0]) == len(codes[1]) == len(assigned.quantized())
+    assert torch.equal(codes[0][-1], codes[1][-1])
+    assert not torch.equal(codes[0][0], codes[1][0])
+
+
 def test_rounding_twice_gives_the_same(assigned: Module, rounded: Module) -> None:
     again = RoundWeights().run(assigned, context())
     for weight in rounded.quantized():
