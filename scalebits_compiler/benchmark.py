@@ -21,8 +21,9 @@ from scalebits_compiler.errors import UsageError
 from scalebits_compiler.passes.base import Progress, no_progress
 from scalebits_compiler.runtime.artifact import Artifact
 from scalebits_compiler.runtime.manifest import Manifest
-from scalebits_compiler.runtime.session import Cache, Session, load
+from scalebits_compiler.runtime.session import Cache, Session
 from scalebits_compiler.runtime.variants import EXACT, choose_mode
+from scalebits_compiler.sessions import load_with_torch
 
 READ_BYTES = 256 << 20
 """Read to measure the memory's bandwidth; several times what a last-level cache holds."""
@@ -56,7 +57,7 @@ def bench(
     artifact that does not run here, `UsageError` for more tokens than the model knows.
     """
     options = options or BenchOptions()
-    session = load(path, activations=options.activations, threads=options.threads)
+    session = load_with_torch(path, options.activations, options.threads)
     if not session.generates:
         raise UsageError(
             f"{path} is of the kind {session.task}: it does not decode token by token",

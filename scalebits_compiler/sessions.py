@@ -31,10 +31,7 @@ def open_session(
     manifest = read_manifest(path)
     if "reference" not in (target, manifest.target["kind"]):
         if manifest.plan is not None or manifest.target["kind"] != "cpu":
-            session = load(path, activations=activations, threads=threads)
-            if manifest.plan is not None and manifest.plan.calls:
-                session.call_runner = _call_runner(session.artifact, manifest.plan, registry)
-            return session
+            return load_with_torch(path, activations, threads, registry)
         from scalebits_compiler.reference_session import load_with_kernels
 
         return load_with_kernels(path, activations, threads, registry)
@@ -46,6 +43,20 @@ def open_session(
     from scalebits_compiler.reference_session import load_reference
 
     return load_reference(path, registry)
+
+
+def load_with_torch(
+    path: Path,
+    activations: str = EXACT,
+    threads: int | None = None,
+    registry: Registry | None = None,
+) -> Session:
+    """As `load`; ops of the plan that the runtime has not are run by torch."""
+    session = load(path, activations=activations, threads=threads)
+    plan = session.artifact.manifest.plan
+    if plan is not None and plan.calls:
+        session.call_runner = _call_runner(session.artifact, plan, registry)
+    return session
 
 
 def _call_runner(artifact: Artifact, plan: Plan, registry: Registry | None) -> CallRunner:

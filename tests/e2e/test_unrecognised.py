@@ -93,6 +93,8 @@ def test_kernels_for_the_products_and_torch_for_the_rest(
     for opened in (session, open_session(artifact)):  # rows of one length together
         prompts = [[5, 7, 9], [4], [3, 8, 2]]
         assert opened.generate(prompts, 3) == [opened.generate(prompt, 3)[0] for prompt in prompts]
+    ran = cli("bench", out, "--prompt-tokens", 3, "--new-tokens", 2, "--repeat", 1, "-q", "--json")
+    assert {"torch", "packed_linear"} & set(json.loads(ran.out)["seconds_by_op"]["decode"])
     with pytest.raises(ArtifactError, match=r"has no op for aten\.\S+, it needs torch"):
         load(out).forward(ids)
     monkeypatch.setattr(sessions, "find_spec", lambda _: None)
