@@ -49,7 +49,10 @@ def _tensor(value: Any) -> Any:
 
 
 def _array(value: Any) -> Any:
-    """The result of an op as the runtime has it; numbers stay."""
-    if isinstance(value, torch.Tensor):
+    """The result of an op as the runtime has it; numbers stay.
+
+    So do tensors of bfloat16, which numpy has not: only other calls read them.
+    """
+    if isinstance(value, torch.Tensor) and value.dtype != torch.bfloat16:
         return value.numpy()
     return tuple(map(_array, value)) if isinstance(value, (tuple, list)) else value

@@ -199,8 +199,8 @@ def _view(kinds: Kinds, op: Aten) -> Kind:
     if not isinstance(kind, Along) or len(lengths) != 1:
         raise Mixes
     behind = [_number(size) for size in shape[kind.axis + 1 :]]
-    wanted = [_number(size) for size in sizes[lengths[0] + 1 :]]
-    if min(wanted, default=1) < 0 or math.prod(behind) != math.prod(wanted):
+    wanted = [_number(size) for size in kinds.shape(op.result)[lengths[0] + 1 :]]
+    if math.prod(behind) != math.prod(wanted):
         raise Mixes
     return Along(lengths[0])
 
@@ -251,6 +251,8 @@ def _filled(kinds: Kinds, op: Aten) -> Kind:
     lengths = [i for i, size in enumerate(sizes) if kinds.of(size) is LENGTH]
     if len(lengths) != 1 or any(kinds.of(size) not in (FIXED, LENGTH) for size in sizes):
         raise Mixes
+    for filler in op.args[1:]:
+        kinds.demand(filler, FIXED)
     return Along(lengths[0])
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from scalebits_compiler.errors import ArtifactError
 from scalebits_compiler.runtime.kernels import QuantizedInput
 from scalebits_compiler.runtime.native_ops import (
     POINTWISE,
@@ -58,7 +59,10 @@ class Call:
         if self.into is None:
             outside[self.out] = _kept(made, [a for a in self.inputs if isinstance(a, np.ndarray)])
         elif made.shape != self.into.shape:
-            raise ValueError(f"torch gave {made.shape} where the plan says {self.into.shape}")
+            raise ArtifactError(
+                f"torch gave {made.shape} for {self.out}, the plan says {self.into.shape}",
+                help="run it with --target reference",
+            )
         else:
             self.into[...] = made
         for name in self.free:

@@ -1,20 +1,30 @@
 """Which modules may be decoded with a cache: the proof accepts these calls, and refuses those."""
 
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
 import pytest
 
 from scalebits_compiler.codegen.plan import make_plan
 from scalebits_compiler.ir.parser import parse_module
+from scalebits_compiler.plugins import Registry
+from scalebits_compiler.runtime.plan import TorchCall
+from scalebits_compiler.torch_calls import TorchCalls
 
 
-def plan(*lines):
-    """The plan of a function of %x f32[?, ?, 8] with these ops; its last line is the result."""
+def text_of(*lines):
+    """A function of %x f32[?, ?, 8] with these ops; its last line is the result."""
     named = [f"    %{i} = {line}" for i, line in enumerate(lines)]
-    text = "\n".join(
+    return "\n".join(
         ["module @m {", "  weight @w : f32[8, 8]", "  weight @row : f32[1, 20, 8]",
          "  func @f(%x: f32[?, ?, 8]) -> f32[?, ?, 8] {", *named,
          f"    return %{len(lines) - 1}", "  }", "}"]
     )  # fmt: skip
-    return make_plan(parse_module(text)[0])
+
+
+def plan(*lines):
+    return make_plan(parse_module(text_of(*lines))[0])
 
 
 def call(name, args, kind):
@@ -40,6 +50,11 @@ ACCEPTED = {
         call("aten.view.default", "%x, [-1, %0, 2, 4]", "f32[?, ?, 2, 4]"),
         call("aten.reshape.default", "%1, [-1, %0, 8]", WHOLE),
     ],
+    "heads that are counted": [
+        LENGTH,
+        call("aten.view.default", "%x, [1, %0, -1, 4]", "f32[1, ?, 2, 4]"),
+        call("aten.reshape.default", "%1, [1, %0, -1]", WHOLE),
+    ],
     "numbers of the positions": [
         LENGTH,
         POSITIONS,
@@ -59,6 +74,11 @@ REFUSED = {
     ],
     "a table of all positions": [call("aten.add.Tensor", "%x, @row", WHOLE)],
     "how many": [LENGTH, call("aten.div.Scalar", "%x, %0", WHOLE)],
+    "how many, everywhere": [
+        LENGTH,
+        call("aten.full.default", "[1, %0, 1], %0", "f32[1, ?, 1]"),
+        call("aten.div.Tensor", "%x, %1", WHOLE),
+    ],
     "positions joined": [call("aten.cat.default", "[%x, %x], 1", WHOLE)],
     "positions as channels": [call("aten.view.default", "%x, [1, -1, 8]", WHOLE)],
     "counted to the batch": [
@@ -89,3 +109,19 @@ def test_padding_is_not_counted_by_their_positions():
     found = plan(*ACCEPTED["numbers of the positions"])
     assert found.one_length == "aten.arange.default counts padding as positions"
     assert plan(*ACCEPTED["heads"]).one_length == ""
+
+
+def test_torch_hands_on_what_numpy_has_not(tmp_path):
+    """bfloat16, as in the slopes of Falcon's ALiBi."""
+    lines = [
+        call("aten.to.dtype", '%x, "torch.bfloat16"', "bf16[?, ?, 8]"),
+        call("aten.to.dtype", '%0, "torch.float32"', WHOLE),
+    ]
+    (tmp_path / "module.sbir").write_text(text_of(*lines))
+    folder: Any = SimpleNamespace(path=tmp_path)
+    calls = TorchCalls(folder, Registry())
+    value = np.full((1, 2, 8), 1.001, np.float32)
+    for index in range(2):
+        value = calls(TorchCall("aten", "", index), [value], 0, None)
+    assert value.dtype == np.float32
+    assert (value == 1).all()
