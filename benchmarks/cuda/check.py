@@ -5,12 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from matrices import U8, Matrix, build_kernels, mixed, random_matrix, random_order, uniform
+from numpy.typing import NDArray
 
 from scalebits_compiler.numerics.tiles import TileLayout
 from scalebits_compiler.runtime.cuda.kernels import DTYPES, Kernels, TiledLinear
 
+F32 = NDArray[np.float32]
 TOLERANCE = {"fp16": 2e-3, "bf16": 1.5e-2}
 TOKENS = (1, 3, 16, 40, 64, 200, 300)
 GATHERED = "1 to 8 bits, gathered"
@@ -40,15 +43,20 @@ def check(dtype: str, launcher: str) -> float:
             arena = torch.from_numpy(matrix.arena).to(kernels.device)
             index = random_order(layout).to(kernels.device) if kind == GATHERED else None
             layer = TiledLinear(kernels, layout, arena, bits, index)
-            exact = exact_of(matrix, kernels, index)
+            exact = exact_of(dequantized(matrix), kernels, index)
             for tokens in TOKENS:
                 worst = max(worst, error(layer, exact, kernels, tokens, f"{name}, {kind}"))
     return worst
 
 
-def exact_of(matrix: Matrix, kernels: Kernels, index: torch.Tensor | None = None) -> torch.Tensor:
-    """What a packed matrix stands for, float64 [rows, channels of its input] on the device."""
-    stored = torch.from_numpy(matrix.layout.dequantize(*matrix[1:])).to(kernels.device).double()
+def dequantized(matrix: Matrix) -> F32:
+    """What a packed matrix stands for, [rows, cols]."""
+    return matrix.layout.dequantize(*matrix[1:])
+
+
+def exact_of(weights: F32, kernels: Kernels, index: torch.Tensor | None = None) -> torch.Tensor:
+    """The weights in float64 [rows, channels of the input] on the device."""
+    stored = torch.from_numpy(weights).to(kernels.device).double()
     return stored if index is None else stored[:, index.int().argsort()]
 
 

@@ -6,13 +6,15 @@ import functools
 import statistics
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from check import error, exact_of
+from check import dequantized, error, exact_of
 from matrices import (
     U8,
     build_kernels,
@@ -83,21 +85,27 @@ def _layers(shape: tuple[int, int], launcher: str) -> dict[str, list[TiledLinear
     grids: dict[str, U8] = {f"uniform {width}": uniform(layout, width) for width in (2, 3, 4, 8)}
     grids["mixed 2/3/4"] = grids[GATHERED] = mixed(layout, (2, 3, 3, 4))
     made: dict[str, list[TiledLinear]] = {}
-    for name, bits in grids.items():
-        matrix = random_matrix(layout, bits)
+    with ThreadPoolExecutor() as pool:  # numpy takes a minute for the largest shape in a row
+        packed = dict(
+            zip(grids, pool.map(partial(random_matrix, layout), grids.values()), strict=True)
+        )
+        exact = dict(zip(grids, pool.map(dequantized, packed.values()), strict=True))
+    for name, matrix in packed.items():
         for dtype in DTYPES:
-            given = [(layout, bits)]
+            given = [(layout, matrix.bits)]
             plain, gathered = ([], given) if name == GATHERED else (given, [])
             kernels = build_kernels(plain, dtype, launcher, gathered)
             arena = torch.from_numpy(matrix.arena).to(kernels.device)
             index = random_order(layout).to(kernels.device) if gathered else None
             copies = copies_beyond_cache(arena.numel())
-            made[f"{name} {dtype}"] = [
-                TiledLinear(kernels, layout, arena.clone(), bits, index) for _ in range(copies)
+            layers = [
+                TiledLinear(kernels, layout, arena.clone(), matrix.bits, index)
+                for _ in range(copies)
             ]
-            exact = exact_of(matrix, kernels, index)
+            expected = exact_of(exact[name], kernels, index)
             for tokens in (1, 16, 64, 256, 512):
-                error(made[f"{name} {dtype}"][0], exact, kernels, tokens, f"{shape}, {name}")
+                error(layers[0], expected, kernels, tokens, f"{shape}, {name}")
+            made[f"{name} {dtype}"] = layers
     return made
 
 
@@ -109,10 +117,10 @@ def product(shape: tuple[int, int], tokens: int, launcher: str, rounds: int) -> 
     for dtype, kind in DTYPES.items():
         x = torch.randn((tokens, shape[1]), device="cuda").to(kind)
         dense = [torch.randn(shape, device="cuda").to(kind) for _ in range(count)]
-        calls[f"cuBLAS {dtype}"] = [functools.partial(F.linear, x, weight) for weight in dense]
+        calls[f"cuBLAS {dtype}"] = [partial(F.linear, x, weight) for weight in dense]
         for name, made in layers.items():
             if name.endswith(dtype):
-                calls[name] = [functools.partial(layer, x) for layer in made]
+                calls[name] = [partial(layer, x) for layer in made]
     calls |= _gemlite(shape, tokens, 4 * count)
     sizes = {name: made[0].arena.numel() for name, made in layers.items()}
     sizes |= {f"cuBLAS {dtype}": dense_bytes for dtype in DTYPES}
@@ -130,7 +138,7 @@ def _gemlite(shape: tuple[int, int], tokens: int, count: int) -> dict[str, Calls
     except Exception as problem:  # whatever its version lacks, ours is measured
         print(f"gemlite is left out: {problem!r}", file=sys.stderr)
         return {}
-    return {"gemlite 4 fp16": [functools.partial(layer, x) for layer in layers]}
+    return {"gemlite 4 fp16": [partial(layer, x) for layer in layers]}
 
 
 def _gemlite_layer(rows: int, cols: int) -> Any:
