@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from scalebits_compiler.errors import UsageError
 from scalebits_compiler.runtime.program import (
     CAPACITY,
     KEY_BLOCK,
@@ -19,6 +20,19 @@ from scalebits_compiler.runtime.program import (
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
 _LEAST_ROOM = 64
+
+
+def check_truncation(length: int, held: int, pad: I64 | None) -> None:
+    """Raise `UsageError` unless a cache of `held` positions can go back to `length`.
+
+    Each row keeps a token behind its padding.
+    """
+    least = 1 if pad is None else 1 + int(pad.max())
+    if not least <= length <= held:
+        raise UsageError(
+            f"a cache of {held} positions cannot go back to {length}",
+            help=f"keep {least} to {held} of them",
+        )
 
 
 class NativeCache:
@@ -69,6 +83,11 @@ class NativeCache:
         """All layers have stored `count` more positions."""
         self.length += count
 
+    def truncate(self, length: int) -> None:
+        """Forget all behind the first `length` positions, to go on differently from there."""
+        check_truncation(length, self.length, self.pad)
+        self.length = length
+
 
 class KVCache:
     """Keys and values [batch, key-value heads, position, head dimension] of every attention layer.
@@ -98,6 +117,11 @@ class KVCache:
         """All layers have stored `count` more positions."""
         self.length += count
 
+    def truncate(self, length: int) -> None:
+        """Forget all behind the first `length` positions, to go on differently from there."""
+        check_truncation(length, self.length, self.pad)
+        self.length = length
+
     def _grow(
         self, held: tuple[F32, F32] | None, end: int, keys: F32, values: F32
     ) -> tuple[F32, F32]:
@@ -121,3 +145,8 @@ class Replay:
     def length(self) -> int:
         """Positions so far."""
         return self.ids.shape[1]
+
+    def truncate(self, length: int) -> None:
+        """Forget all behind the first `length` positions, to go on differently from there."""
+        check_truncation(length, self.length, self.pad)
+        self.ids = self.ids[:, :length]

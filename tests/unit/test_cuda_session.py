@@ -6,6 +6,7 @@ import pytest
 from scalebits_compiler.codegen.repack import repack
 from scalebits_compiler.codegen.triton.aot import Binary
 from scalebits_compiler.codegen.triton.target import CudaTarget
+from scalebits_compiler.errors import UsageError
 from scalebits_compiler.reference_session import load_reference
 from scalebits_compiler.runtime.artifact import Artifact
 from scalebits_compiler.runtime.cuda.session import interpreted
@@ -61,6 +62,26 @@ def test_decoding_goes_on_where_prefill_ends(sessions, module_shape, monkeypatch
         logits = ours.decode(ids[:, position], cache)
         assert close(logits, whole[:, position]), position
     assert cache.length == 8 <= cache.capacity
+
+
+def test_a_cache_goes_back_and_keeps_its_graph(sessions, module_shape, monkeypatch):
+    ours, _ = sessions(module_shape(**SMALL))
+    ids = np.random.default_rng(2).integers(0, 90, (1, 7))
+    monkeypatch.setattr("scalebits_compiler.runtime.cuda.cache.LEAST_ROOM", 1)
+    _, cache = ours.prefill(ids[:, :4], capacity=6)
+    first = [ours.decode(ids[:, position], cache) for position in (4, 5)]
+    cache.graph = graph = object()  # on a GPU the first step has captured one
+    cache.truncate(4)
+    again = [ours.decode(ids[:, position], cache) for position in (4, 5)]
+    np.testing.assert_array_equal(again, first)
+    assert cache.graph is graph
+    with pytest.raises(UsageError, match="of 6 positions cannot go back to 7"):
+        cache.truncate(7)
+    with pytest.raises(AttributeError):
+        cache.length = 4  # the device's count would stay as it is
+    # A bare step makes room too: a store beyond the buffers would end the process's use of a GPU.
+    ours.decode_step(cache)
+    assert (cache.graph, cache.length, cache.capacity) == (None, 6, 12)
 
 
 def test_generation_runs(sessions, module_shape):

@@ -82,6 +82,21 @@ def test_padding_changes_nothing(loaded, ids, name):
         close(session.decode(padded[:, position], cache), found[:, position], 1e-5)
 
 
+def test_a_cache_goes_back(loaded, ids):
+    session, _ = loaded(window=5)
+    pad = [0, 3, 2]
+    _, cache = session.prefill(ids[:, :6], pad)
+    first = [session.decode(ids[:, position], cache) for position in range(6, 12)]
+    session.decode(ids[:, 0], cache)
+    cache.truncate(8)
+    again = [session.decode(ids[:, position], cache) for position in range(8, 12)]
+    np.testing.assert_array_equal(again, first[2:])
+    for length in (3, 13):  # the second row would keep no token; more than there are
+        with pytest.raises(UsageError, match=f"of 12 positions cannot go back to {length}"):
+            cache.truncate(length)
+    assert cache.length == 12
+
+
 def test_long_attention_is_cut_into_pieces():
     rng = np.random.default_rng(0)
     q = rng.normal(size=(1, 2, 600, 8)).astype(np.float32)

@@ -105,6 +105,14 @@ def test_a_row_is_the_same_bit_for_bit_however_it_is_computed(session, ids):
         np.testing.assert_array_equal(logits, found[:, position])
 
 
+def test_a_cache_goes_back(session, ids):
+    _, cache = session.prefill(ids[:, :6])
+    first = [session.decode(ids[:, position], cache) for position in range(6, 10)]
+    cache.truncate(7)
+    again = [session.decode(ids[:, position], cache) for position in range(7, 10)]
+    np.testing.assert_array_equal(again, first[1:])
+
+
 def test_threads_change_nothing(case, ids, monkeypatch):
     monkeypatch.setattr(kernels, "THREAD_WORK", 0)
     monkeypatch.setattr(team, "MOST_WAITING", 1.0)  # also where no core is free

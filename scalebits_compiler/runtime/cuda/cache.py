@@ -6,21 +6,24 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from scalebits_compiler.runtime.cache import check_truncation
+
 LEAST_ROOM = 64
 
 
 class DeviceCache:
     """Keys and values [batch, key-value heads, capacity, head dimension] of every attention layer.
 
-    length: positions held, padding included. position: the same, i64[1] on the device. pad:
-    i64[batch] on the device, padding on the left of each row, or None. graph: a captured decode
-    step, None before the first; ids: its token ids i64[batch, 1], logits: its result.
+    position: `length`, i64[1] on the device. pad: i64[batch] on the device, padding on the left of
+    each row, or None. graph: a captured decode step, None before the first; ids: its token ids
+    i64[batch, 1], logits: its result.
     """
 
     def __init__(
         self, batch: int, capacity: int, pad: NDArray[np.int64] | None, device: torch.device
     ) -> None:
-        self.length = 0
+        self._length = 0
+        self._host_pad = pad
         self.capacity = max(capacity, LEAST_ROOM)
         self.device = device
         self.pad = None if pad is None else torch.from_numpy(pad).to(device)
@@ -29,6 +32,11 @@ class DeviceCache:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.logits: torch.Tensor | None = None
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    @property
+    def length(self) -> int:
+        """Positions held, padding included."""
+        return self._length
 
     def store(
         self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
@@ -43,8 +51,15 @@ class DeviceCache:
 
     def advance(self, count: int) -> None:
         """All layers have stored `count` more positions."""
-        self.length += count
-        self.position.fill_(self.length)
+        self._go_to(self._length + count)
+
+    def truncate(self, length: int) -> None:
+        """Forget all behind the first `length` positions, to go on differently from there.
+
+        A captured graph stays.
+        """
+        check_truncation(length, self._length, self._host_pad)
+        self._go_to(length)
 
     def reserve(self, capacity: int) -> None:
         """Room for `capacity` positions. Growing moves the buffers, which ends a captured graph."""
@@ -56,6 +71,10 @@ class DeviceCache:
             for buffer, old in zip(grown, held, strict=True):
                 buffer[:, :, : self.length] = old[:, :, : self.length]
             self._layers[layer] = grown
+
+    def _go_to(self, length: int) -> None:
+        self._length = length
+        self.position.fill_(length)
 
     def _room(self, like: torch.Tensor) -> torch.Tensor:
         # Zeros: what has no token yet is masked, and must be finite.

@@ -125,7 +125,6 @@ class CudaSession(Session):
     def decode(self, ids: ArrayLike, cache: DeviceCache) -> F32:  # type: ignore[override]
         """Logits f32[batch, vocabulary] after one more token i64[batch]; the cache grows by it."""
         tokens = self._tokens(np.asarray(ids)[:, None], cache.length)
-        cache.reserve(cache.length + 1)
         cache.ids.copy_(torch.from_numpy(tokens))
         logits = self.decode_step(cache)
         cache.advance(1)
@@ -135,8 +134,9 @@ class CudaSession(Session):
         """Logits [batch, 1, vocabulary] on the device of the token ids in `cache.ids`.
 
         On a GPU the first step of a cache is captured, and the later ones replay it, but for
-        mixtures of experts.
+        mixtures of experts. The cache stays as long as it is until `advance`.
         """
+        cache.reserve(cache.length + 1)
         if self.device.type != "cuda" or self.on_step is not None or not self.captured:
             return self._steps(self._frame(cache.ids, cache, cache.pad, decoding=True), last=True)
         if cache.graph is None:
