@@ -100,6 +100,35 @@ def test_the_number_of_splits_changes_nothing(multiprocessors, tmp_path, triton_
     assert not layer.kernels.workspace.tickets.any()
 
 
+def test_an_outgrown_workspace_still_serves_a_captured_graph(tmp_path, triton_interpreter):
+    layout = SHAPES["whole"]
+    bits = np.full(layout.grid, 3, np.uint8)
+    arena, dense = matrix(layout, bits)
+    layer = linear(layout, bits, arena, "fp16", tmp_path, multiprocessors=100)
+    space, launched = layer.kernels.workspace, []
+    launch = layer.kernels.launcher.launch
+
+    def record(*call):
+        launched.append(call)
+        launch(*call)
+
+    layer.kernels.launcher.launch = record
+    x = torch.randn(1, 384, dtype=torch.float16)
+    y = layer(x)
+    kept = y.clone()
+    used, before = (space.partial, space.tickets), space.partial.numel()
+    for tokens in range(17, 24):  # each needs more than the one before
+        assert error(layer, dense, tokens) < TOLERANCE["fp16"]
+    for outgrown, grown in zip(used, (space.partial, space.tickets), strict=True):
+        assert grown is not outgrown
+        assert any(outgrown is held for held in space.retired)  # else a graph's pointer dangles
+    assert sum(held.numel() for held in space.retired) <= space.partial.numel() + before
+    y.zero_()
+    launch(*launched[0])  # as a graph: the arguments of then
+    assert torch.equal(y, kept)
+    assert not any(held.any() for held in (space.tickets, used[1]))
+
+
 def test_a_wrong_byte_is_seen(tmp_path, triton_interpreter):
     layout = SHAPES["ragged"]
     bits = np.full(layout.grid, 3, np.uint8)

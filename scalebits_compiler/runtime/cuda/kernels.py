@@ -48,13 +48,20 @@ class Workspace:
         self.dense = torch.empty(0, dtype=torch.float16, device=self.device)
 
     def reserve(self, partial: int, tickets: int) -> None:
-        """Room for so many partial sums and tickets."""
+        """Room for so many partial sums and tickets.
+
+        Doubled at least, so that what is retired is never more than what is in use.
+        """
         if self.partial.numel() < partial:
+            partial = max(partial, 2 * self.partial.numel())
+            grown = torch.empty(partial, dtype=torch.float32, device=self.device)
             self.retired.append(self.partial)
-            self.partial = torch.empty(partial, dtype=torch.float32, device=self.device)
+            self.partial = grown
         if self.tickets.numel() < tickets:
+            tickets = max(tickets, 2 * self.tickets.numel())
+            zeros = torch.zeros(tickets, dtype=torch.int32, device=self.device)
             self.retired.append(self.tickets)
-            self.tickets = torch.zeros(tickets, dtype=torch.int32, device=self.device)
+            self.tickets = zeros
 
     def matrix(self, cols: int, rows: int, dtype: torch.dtype) -> torch.Tensor:
         """[cols, rows] to write a matrix into."""
