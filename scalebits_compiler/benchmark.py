@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +17,9 @@ from numpy.typing import NDArray
 from scalebits_compiler.errors import UsageError
 from scalebits_compiler.passes.base import Progress, no_progress
 from scalebits_compiler.runtime.artifact import Artifact
-from scalebits_compiler.runtime.manifest import Manifest
 from scalebits_compiler.runtime.session import Cache, Session
-from scalebits_compiler.runtime.variants import EXACT, choose_mode
+from scalebits_compiler.runtime.variants import EXACT
 from scalebits_compiler.sessions import load_with_torch
-
-READ_BYTES = 256 << 20
-"""Read to measure the memory's bandwidth; several times what a last-level cache holds."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +46,10 @@ def bench(
 
     Rates are {median, low, high} over the rounds, tokens or bytes per second. A round measures
     memory bandwidth, prefill and decode one after the other, so that a busy machine slows all of
-    them; `bandwidth_share` is the median of the rounds' shares. Raises `ArtifactError` for an
-    artifact that does not run here, `UsageError` for more tokens than the model knows.
+    them; `bandwidth_share` is the median of the rounds' shares. A CPU's memory is read
+    (`read_bandwidth`), a GPU's is copied (`copy_bandwidth`: bytes read and written). The first
+    decode step of a cache, in which a GPU captures its graph, is measured apart. `ArtifactError`
+    for an artifact that does not run here, `UsageError` for more tokens than the model knows.
     """
     options = options or BenchOptions()
     session = load_with_torch(path, options.activations, options.threads)
@@ -68,29 +63,29 @@ def bench(
     ids = np.random.default_rng(0).integers(0, session.vocabulary, length)
     _run(session, ids, options.prompt_tokens)  # makes the weights, reads the file
     ops = _time_by_op(session, ids, options.prompt_tokens)
-    peak = _peak_memory()
-    manifest = session.artifact.manifest
-    needed = bytes_per_token(session.artifact)
-    reader = _Reader(session.threads)
+    meter = session.meter()
+    peak = meter.peak_memory()  # before the meter takes memory of its own
+    meter.bandwidth()  # takes it
     rounds = [
-        (reader.bandwidth(), *_run(session, ids, options.prompt_tokens))
+        (meter.bandwidth(), *_run(session, ids, options.prompt_tokens))
         for _ in progress(range(options.repeat), "measuring", options.repeat)
     ]
-    prefill = [options.prompt_tokens / seconds for _, seconds, _ in rounds]
-    decode = [options.new_tokens / seconds for _, _, seconds in rounds]
-    bandwidth = [measured for measured, _, _ in rounds]
+    bandwidth, prefill, first, decode = zip(*rounds, strict=True)
+    rates = [options.new_tokens / seconds for seconds in decode]
+    bytes_read = bytes_per_token(session.artifact)
+    shares = [bytes_read * rate / most for rate, most in zip(rates, bandwidth, strict=True)]
     return {
         "variant": session.variant,
-        "arithmetic": _arithmetic(manifest, session.variant, options.activations),
+        "device": meter.device,
+        "arithmetic": session.arithmetic,
         **vars(options),
         "threads": session.threads,
-        "prefill_tokens_per_second": _spread(prefill),
-        "decode_tokens_per_second": _spread(decode),
-        "bytes_per_token": needed,
-        "read_bandwidth": _spread(bandwidth),
-        "bandwidth_share": median(
-            needed * rate / measured for rate, measured in zip(decode, bandwidth, strict=True)
-        ),
+        "prefill_tokens_per_second": _spread([options.prompt_tokens / s for s in prefill]),
+        "decode_tokens_per_second": _spread(rates),
+        "first_decode_seconds": _spread(first),
+        "bytes_per_token": bytes_read,
+        f"{meter.moves}_bandwidth": _spread(bandwidth),
+        "bandwidth_share": median(shares),
         "peak_memory_bytes": peak,
         "seconds_by_op": ops,
     }
@@ -108,13 +103,20 @@ def bytes_per_token(artifact: Artifact) -> int:
     return total
 
 
-def _run(session: Session, ids: NDArray[np.int64], prompt: int) -> tuple[float, float]:
-    """Seconds of the prefill of ids[:prompt], and of decoding the rest token by token."""
+def _run(session: Session, ids: NDArray[np.int64], prompt: int) -> tuple[float, float, float]:
+    """Seconds of the prefill of ids[:prompt], of one decode step, and of decoding the rest.
+
+    The one step is taken back before the rest, token by token, begins.
+    """
     start = time.perf_counter()
     _, cache = session.prefill(ids[None, :prompt], capacity=len(ids))
-    middle = time.perf_counter()
+    filled = time.perf_counter()
+    _decode(session, ids[prompt : prompt + 1], cache)
+    ready = time.perf_counter()
+    cache.truncate(prompt)
+    begun = time.perf_counter()
     _decode(session, ids[prompt:], cache)
-    return middle - start, time.perf_counter() - middle
+    return filled - start, ready - filled, time.perf_counter() - begun
 
 
 def _decode(session: Session, ids: NDArray[np.int64], cache: Cache) -> None:
@@ -123,7 +125,10 @@ def _decode(session: Session, ids: NDArray[np.int64], cache: Cache) -> None:
 
 
 def _time_by_op(session: Session, ids: NDArray[np.int64], prompt: int) -> dict[str, Any]:
-    """Seconds by op on one thread of one prefill and, per token, of decoding; slowest first."""
+    """Seconds by op of one prefill and, per token, of decoding; slowest first.
+
+    Every op is run for itself: on one thread of a CPU, and awaited on a GPU.
+    """
     with _watched(session) as prefill:
         _, cache = session.prefill(ids[None, :prompt], capacity=len(ids))
     with _watched(session) as decode:
@@ -154,34 +159,5 @@ def _slowest_first(seconds: dict[str, float]) -> dict[str, float]:
     return dict(sorted(seconds.items(), key=lambda item: -item[1]))
 
 
-class _Reader:
-    """Reads a large array from memory, by as many threads as the artifact runs on."""
-
-    def __init__(self, threads: int) -> None:
-        # Zeros that nobody wrote would all be one page, and come from the cache.
-        data = np.full(READ_BYTES // 8, 1, np.uint64)
-        self._parts = np.array_split(data, threads)
-        self._pool = ThreadPoolExecutor(threads)
-
-    def bandwidth(self) -> float:
-        """Bytes per second of one pass."""
-        start = time.perf_counter()
-        for _ in self._pool.map(np.sum, self._parts):
-            pass
-        return READ_BYTES / (time.perf_counter() - start)
-
-
-def _peak_memory() -> int:
-    """Largest resident set of this process so far, in bytes, mapped files included."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _arithmetic(manifest: Manifest, variant: str, activations: str) -> str:
-    variants = () if manifest.kernels is None else manifest.kernels.dispatch["variants"]
-    named = {found["name"]: found for found in variants}
-    return choose_mode(named[variant], activations) if variant in named else "float32"
-
-
-def _spread(values: list[float]) -> dict[str, float]:
+def _spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": median(values), "low": min(values), "high": max(values)}

@@ -69,7 +69,7 @@ class RandomWeights:
     """In place of an artifact's weights: a copy of its own for every matrix of every layer."""
 
     def __init__(self, kernels: Kernels, made: dict[str, Matrix], layers: int) -> None:
-        self.device = kernels.device
+        self.device, self.arithmetic = kernels.device, kernels.arithmetic
         embed = torch.randn((VOCABULARY, HIDDEN), device=self.device, dtype=kernels.dtype) * 0.02
         gain = torch.ones(HIDDEN, device=self.device)
         exponent = torch.arange(0, HEAD, 2, device=self.device) / HEAD

@@ -21,7 +21,7 @@ def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
     add("artifact", type=Path, metavar="OUT", help="a folder that compile wrote")
     add("--prompt-tokens", type=int, default=128, metavar="N", help="of the prefill (default 128)")
     add("--new-tokens", type=int, default=32, metavar="N", help="tokens to decode (default 32)")
-    add("--threads", type=int, metavar="N", help="default: the physical cores")
+    add("--threads", type=int, metavar="N", help="of the CPU; default: the physical cores")
     add("--activations", choices=ACTIVATIONS, default=EXACT, help="int8 is faster, less exact")
     add("--repeat", type=int, default=5, metavar="N", help="rounds (default 5)")
     add("--json", action="store_true", help="print JSON")
@@ -43,28 +43,41 @@ def run(args: argparse.Namespace) -> int:
 
 def as_text(found: dict[str, Any]) -> str:
     """The measurements for people."""
+    on_gpu = "copy_bandwidth" in found
     megabytes = found["bytes_per_token"] / 1e6
+    where = found["device"] if on_gpu else f"{found['threads']} thread(s)"
     lines = [
         f"kernels         {found['variant']}, {found['arithmetic']} arithmetic,"
-        f" {found['threads']} thread(s), {found['repeat']} rounds: median [lowest..highest]",
+        f" {where}, {found['repeat']} rounds: median [lowest..highest]",
         f"prefill         {_rate(found['prefill_tokens_per_second'])} tokens/s"
         f" of {found['prompt_tokens']} tokens",
         f"decode          {_rate(found['decode_tokens_per_second'])} tokens/s"
         f" of {found['new_tokens']} tokens",
+        f"first decode    {_rate(found['first_decode_seconds'], 1e-3)} ms, not counted in decode",
         f"bytes per token {megabytes:,.1f} MB of weights",
-        f"read bandwidth  {_rate(found['read_bandwidth'], 1e9)} GB/s measured,"
-        f" decode uses {found['bandwidth_share']:.0%}",
-        f"peak memory     {found['peak_memory_bytes'] / 1e6:,.0f} MB",
+        _bandwidth(found, "copy" if on_gpu else "read"),
+        f"peak memory     {found['peak_memory_bytes'] / 1e6:,.0f} MB"
+        + (" of the device" if on_gpu else ""),
     ]
+    alone = ", each awaited by the host" if on_gpu else " on one thread"
     for phase, by_op in found["seconds_by_op"].items():
         total = sum(by_op.values()) or 1.0
         per_token = " per token" if phase == "decode" else ""
-        lines.append(f"{phase} by op on one thread, ms{per_token}")
+        lines.append(f"{phase} by op{alone}, ms{per_token}")
         lines += [
             f"  {op:<14}{seconds * 1e3:>10.3f}{seconds / total:>7.1%}"
             for op, seconds in by_op.items()
         ]
     return "\n".join(lines)
+
+
+def _bandwidth(found: dict[str, Any], moves: str) -> str:
+    """moves: what was measured, "read" or "copy"."""
+    how = "read and written by a copy" if moves == "copy" else "measured"
+    return (
+        f"{moves} bandwidth  {_rate(found[f'{moves}_bandwidth'], 1e9)} GB/s {how},"
+        f" decode uses {found['bandwidth_share']:.0%}"
+    )
 
 
 def _rate(rate: dict[str, float], unit: float = 1.0) -> str:

@@ -16,6 +16,7 @@ from scalebits_compiler.runtime.artifact import Artifact
 from scalebits_compiler.runtime.cache import KVCache, NativeCache, Replay
 from scalebits_compiler.runtime.cpu_features import default_threads
 from scalebits_compiler.runtime.manifest import COMPILE_AGAIN
+from scalebits_compiler.runtime.meter import HostMeter, Meter
 from scalebits_compiler.runtime.ops import CallRunner, Frame, RunCall
 from scalebits_compiler.runtime.plan import PRODUCTS, Plan, Step, told_by_kind
 from scalebits_compiler.runtime.variants import ACTIVATIONS, EXACT
@@ -111,7 +112,8 @@ class Session:
     Where logits are spoken of, an encoder gives its states f32[batch, sequence, channels].
 
     variant: which compiled kernels run ("reference": none, packed matrices are dequantized).
-    threads: how many share a step of a large model.
+    arithmetic: that of the products, or the activations' type on a GPU. threads: how many share a
+    step of a large model.
     execution: "native" (a step is one call of compiled code), or "step by step" in numpy and why.
     vocabulary: number of token ids. limit: longest sequence that the model knows, None if unknown.
     on_step: if set, called after every op with its name and the seconds it took.
@@ -119,6 +121,7 @@ class Session:
     """
 
     execution: str = "step by step"
+    arithmetic: str = "float32"
     call_runner: CallRunner | None = None
     threads: int = 1
     _native: NativeModel | None = None
@@ -127,7 +130,7 @@ class Session:
         self.artifact = artifact
         self.variant = "reference" if library is None else library.variant
         if library is not None:
-            self.threads = library.threads
+            self.threads, self.arithmetic = library.threads, library.mode
         self._plan = runnable(artifact)
         self._weights = Weights(artifact, library)
         for step in self._plan.steps:
@@ -201,6 +204,10 @@ class Session:
 
         sampling = Sampling(temperature, top_k, top_p, seed)
         return generate(self, prompts, max_new_tokens, sampling, stream)
+
+    def meter(self) -> Meter:
+        """What measures the memory that the session works in."""
+        return HostMeter(self.threads)
 
     @property
     def task(self) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from scalebits_compiler import benchmark
+from scalebits_compiler.runtime import meter
 from scalebits_compiler.runtime.session import load
 
 FEW = ("--prompt-tokens", "5", "--new-tokens", "3", "--repeat", "3")
@@ -18,7 +18,7 @@ FEW = ("--prompt-tokens", "5", "--new-tokens", "3", "--repeat", "3")
 
 @pytest.fixture(autouse=True)
 def small_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark, "READ_BYTES", 1 << 20)
+    monkeypatch.setattr(meter, "MOVED_BYTES", 1 << 20)
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def measured(cli: Any, compiled: Any) -> dict[str, Any]:
 
 def test_rates(measured: dict[str, Any]) -> None:
     rates = ("prefill_tokens_per_second", "decode_tokens_per_second", "read_bandwidth")
-    for name in rates:
+    for name in (*rates, "first_decode_seconds"):
         found = measured[name]
         assert 0 < found["low"] <= found["median"] <= found["high"]
     # the median of the shares lies between those of the slowest and the fastest round
@@ -81,9 +81,10 @@ def test_for_people(cli: Any, compiled: Any) -> None:
     ran = cli("bench", compiled.path, *FEW, "-q")
     assert ran.code == 0, ran.err
     assert ran.err == ""
-    starts = ("kernels", "prefill", "decode", "bytes per token", "read bandwidth", "peak memory")
-    for start in starts:
+    starts = ("kernels", "prefill", "decode", "first decode", "bytes per token")
+    for start in (*starts, "read bandwidth", "peak memory"):
         assert f"\n{start} " in f"\n{ran.out}"
+    assert "GB/s measured," in ran.out
     assert "  qlinear " in ran.out
 
 

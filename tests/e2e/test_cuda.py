@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from scalebits_compiler.cli.bench import as_text
 from scalebits_compiler.errors import UsageError
 from scalebits_compiler.placement import check_device
 from scalebits_compiler.reference_session import load_reference
@@ -83,6 +84,43 @@ def test_both_targets_give_the_same_logits(pair, triton_interpreter):
     assert np.array_equal(load_reference(pair.cuda).forward(ids), expected)
     for session in (load(pair.cpu), interpreted(Artifact.open(pair.cuda), 1)):
         assert np.abs(session.forward(ids) - expected).max() < 5e-3 * expected.std()
+
+
+BENCH = ("--prompt-tokens", "2", "--new-tokens", "2", "--repeat", "2")
+
+
+def test_bench_measures_the_device(pair, cli, monkeypatch, triton_interpreter):
+    """All but the GPU: the session and the meter of its memory run on the CPU."""
+    opened = interpreted(Artifact.open(pair.cuda), 1)
+    monkeypatch.setattr("scalebits_compiler.benchmark.load_with_torch", lambda *_: opened)
+    monkeypatch.setattr("scalebits_compiler.runtime.meter.MOVED_BYTES", 1 << 20)
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda device: 7_000_000)
+    ran = cli("bench", pair.cuda, *BENCH, "--json")
+    assert ran.code == 0, ran.err
+    found = json.loads(ran.out)
+    assert (found["variant"], found["arithmetic"]) == ("cuda", "fp16")
+    assert (found["device"], found["peak_memory_bytes"]) == ("interpreter", 7_000_000)
+    plan = Artifact.open(pair.cuda).manifest.plan
+    for phase in ("prefill", "decode"):
+        assert set(found["seconds_by_op"][phase]) == {step.op for step in plan.steps}
+    needed, decode = found["bytes_per_token"], found["decode_tokens_per_second"]
+    memory = found["copy_bandwidth"]
+    least, most = decode["low"] / memory["high"], decode["high"] / memory["low"]
+    assert 0 < needed * least <= found["bandwidth_share"] <= needed * most
+    assert "read_bandwidth" not in found
+    shown = as_text(found)
+    assert "cuda, fp16 arithmetic, interpreter, 2 rounds" in shown
+    assert "GB/s read and written by a copy, decode uses" in shown
+    assert "peak memory     7 MB of the device" in shown
+    assert "decode by op, each awaited by the host, ms per token" in shown
+
+
+def test_bench_needs_a_gpu_and_takes_what_run_takes(pair, cli):
+    ran = cli("bench", pair.cuda, *BENCH, "--threads", "2")
+    assert (ran.code, "compiled for the target 'cuda'" in ran.err) == (1, True), ran.err
+    for command in (("bench", pair.cuda), ("run", pair.cuda, "--prompt", "x")):
+        ran = cli(*command, "--activations", "int8")
+        assert (ran.code, "has exact activations only" in ran.err) == (2, True), ran.err
 
 
 def test_without_a_binary_it_opens_but_is_not_whole(pair, cli, tmp_path):

@@ -91,7 +91,8 @@ class Kernels:
                 f" this program reads version {FORMAT_VERSION}",
                 help=COMPILE_AGAIN,
             )
-        self.dtype = DTYPES[dispatch["dtype"]]
+        self.arithmetic: str = dispatch["dtype"]
+        self.dtype = DTYPES[self.arithmetic]
         self.launcher = launcher
         self.device = device
         self.multiprocessors = multiprocessors

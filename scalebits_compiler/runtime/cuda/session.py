@@ -13,6 +13,7 @@ from scalebits_compiler.runtime.artifact import Artifact
 from scalebits_compiler.runtime.cuda.cache import DeviceCache
 from scalebits_compiler.runtime.cuda.kernels import Kernels
 from scalebits_compiler.runtime.cuda.launchers import BinaryLauncher, SourceLauncher, Tell, say
+from scalebits_compiler.runtime.cuda.meter import DeviceMeter
 from scalebits_compiler.runtime.cuda.ops import OPS, UNCAPTURED, Frame
 from scalebits_compiler.runtime.cuda.weights import DeviceWeights
 from scalebits_compiler.runtime.manifest import COMPILE_AGAIN
@@ -84,6 +85,7 @@ class CudaSession(Session):
     def __init__(self, artifact: Artifact, weights: DeviceWeights) -> None:
         self.artifact = artifact
         self.variant = "cuda"
+        self.arithmetic = weights.arithmetic
         self.device = weights.device
         self.on_step = None
         self._plan = runnable(artifact)
@@ -98,6 +100,10 @@ class CudaSession(Session):
         self._weights = weights  # type: ignore[assignment]
         self.vocabulary = self._vocabulary()
         self.limit = artifact.limit
+
+    def meter(self) -> DeviceMeter:
+        """See `Session.meter`."""
+        return DeviceMeter(self.device)
 
     def forward(self, ids: ArrayLike, pad: ArrayLike | None = None) -> F32:
         """Logits f32[batch, sequence, vocabulary] of token ids i64[batch, sequence]."""

@@ -17,7 +17,7 @@ class DeviceWeights:
     def __init__(self, artifact: Artifact, kernels: Kernels) -> None:
         from safetensors import safe_open
 
-        self.device = kernels.device
+        self.device, self.arithmetic = kernels.device, kernels.arithmetic
         self._artifact = artifact
         self._kernels = kernels
         self._raw: dict[str, torch.Tensor] = {}
