@@ -57,6 +57,17 @@ def every_module_survives_printing(monkeypatch: pytest.MonkeyPatch) -> Iterator[
         assert print_module(parse_module(text, ops=ops)[0]) == text
 
 
+@pytest.fixture(scope="session", autouse=True)
+def kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One for all workers of a run, and for the processes that tests start; empty at its start."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SCALEBITS_CACHE", str(folder / "kernels"))
+        yield
+
+
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
     """The folder with the trained models and texts beside the repository."""

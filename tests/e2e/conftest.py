@@ -4,43 +4,17 @@ from __future__ import annotations
 
 import io
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from scalebits_compiler.cli.main import main
 
 SMALL = ("--calib-windows", "4", "--accept-windows", "4", "--seq-len", "32", "-q")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def each_kernel_library_is_built_once() -> Iterator[None]:
-    """Building is most of a small compile, and the same specs give the same library.
-
-    That they do is tested in tests/unit/test_cpu_build.py, and on compiles of other processes.
-    """
-    from scalebits_compiler.codegen.tvm import build
-
-    made: dict[object, tuple[bytes, dict[str, str]]] = {}
-    compile_kernels = build.compile_kernels
-
-    def once(specs_by_variant: Mapping[str, Sequence[Any]], out_path: Path) -> dict[str, str]:
-        key = tuple((name, tuple(specs)) for name, specs in specs_by_variant.items())
-        if key not in made:
-            sources = compile_kernels(specs_by_variant, out_path)
-            made[key] = out_path.read_bytes(), sources
-        out_path.parent.mkdir(parents=True, exist_ok=True)
-        out_path.write_bytes(made[key][0])
-        return dict(made[key][1])
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "compile_kernels", once)
-        yield
 
 
 @dataclass(frozen=True)

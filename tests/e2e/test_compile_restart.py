@@ -42,14 +42,17 @@ def test_same_seed_same_bytes(compile_small: Any, compiled: Any, tmp_path: Path)
 def test_same_bytes_from_another_process_and_place(
     compiled: Any, text: Path, copy_of: Any, tmp_path: Path
 ) -> None:
-    """Neither hash seeds, nor threads, nor the paths of model and text leak into the artifact."""
+    """Neither hash seeds, nor threads, nor the paths of model and text leak into the artifact.
+
+    Its kernels are compiled anew too.
+    """
     model, moved = copy_of(compiled.model), tmp_path / "moved"
     model = model.rename(tmp_path / compiled.model.name)
     moved.mkdir()
     calibration = shutil.copy(text, moved / text.name)
     ran = subprocess.run(
         [*command(model, tmp_path / "out", Path(calibration))],
-        env={**os.environ, "PYTHONHASHSEED": "7"},
+        env={**os.environ, "PYTHONHASHSEED": "7", "SCALEBITS_CACHE": str(tmp_path / "cache")},
         cwd=moved,
         capture_output=True,
         text=True,

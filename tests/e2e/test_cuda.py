@@ -34,15 +34,13 @@ class Pair:
 def pair(tiny_llama, compile_small, cli, tmp_path_factory):
     """One model with blocks of 2 and 3 bits for the CPU, and the same retargeted."""
     folder = tmp_path_factory.mktemp("cuda")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SCALEBITS_CACHE", str(folder / "cache"))
-        made = Pair(folder / "cpu", folder / "as-cuda")
-        ran = compile_small(tiny_llama(), made.cpu, *BLOCKS)
-        assert ran.code == 0, ran.err
-        ran = cli("retarget", made.cpu, "--target", "cuda", "--arch", "sm_90", "-o", made.cuda)
-        assert ran.code == 0, ran.err
-        assert ran.out.startswith(f"wrote {made.cuda}  (target cuda, ")
-        yield made
+    made = Pair(folder / "cpu", folder / "as-cuda")
+    ran = compile_small(tiny_llama(), made.cpu, *BLOCKS)
+    assert ran.code == 0, ran.err
+    ran = cli("retarget", made.cpu, "--target", "cuda", "--arch", "sm_90", "-o", made.cuda)
+    assert ran.code == 0, ran.err
+    assert ran.out.startswith(f"wrote {made.cuda}  (target cuda, ")
+    return made
 
 
 def test_compile_gives_what_retarget_gives(pair, tiny_llama, compile_small, tmp_path):

@@ -1,20 +1,27 @@
 """What the CPU kernels are compiled to, and what stops their compilation."""
 
 import platform
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from scalebits_compiler.codegen.triton.target import CudaTarget
 from scalebits_compiler.errors import TargetError
 from scalebits_compiler.runtime.cpu_features import cpu_features
 
 pytest.importorskip("tvm", reason="the kernel compiler needs apache-tvm")
+import tvm
+
+from scalebits_compiler.codegen.tvm import objects
 from scalebits_compiler.codegen.tvm.build import (
     build_functions,
-    build_module,
     compile_kernels,
     find_linker,
 )
-from scalebits_compiler.codegen.tvm.spec import KernelSpec, host_variants, select_specs
+from scalebits_compiler.codegen.tvm.objects import lowered
+from scalebits_compiler.codegen.tvm.spec import KernelSpec, OpSpec, host_variants, select_specs
+from scalebits_compiler.codegen.tvm.target import CpuTarget
 
 X86 = platform.machine() in ("x86_64", "AMD64")
 
@@ -26,20 +33,89 @@ def small_specs():
     }
 
 
-def test_same_specs_same_bytes(tmp_path):
-    compile_kernels(small_specs(), tmp_path / "a" / "k.so")
-    compile_kernels(small_specs(), tmp_path / "b" / "other.so")
-    first = (tmp_path / "a" / "k.so").read_bytes()
-    assert first == (tmp_path / "b" / "other.so").read_bytes()
+def test_same_specs_same_bytes(tmp_path, monkeypatch):
+    for name in "ab":
+        monkeypatch.setenv("SCALEBITS_CACHE", str(tmp_path / f"cache-{name}"))
+        compile_kernels(small_specs(), tmp_path / name / f"{name}.so")
+    first = (tmp_path / "a" / "a.so").read_bytes()
+    assert first == (tmp_path / "b" / "b.so").read_bytes()
     assert b"scalebits-" not in first  # the temporary folder
+
+
+def test_objects_are_kept_by_content(tmp_path, monkeypatch):
+    monkeypatch.setenv("SCALEBITS_CACHE", str(tmp_path / "cache"))
+    compiled = []
+    monkeypatch.setattr(
+        objects, "lowered", lambda *a, lower=objects.lowered: compiled.append(a) or lower(*a)
+    )
+    sources = compile_kernels(small_specs(), tmp_path / "first.so")
+    assert len(compiled) == len(sources)
+    kept = {path.name: path.read_bytes() for path in (tmp_path / "cache").iterdir()}
+    assert len(kept) == len(sources)
+    assert compile_kernels(small_specs(), tmp_path / "again.so") == sources
+    assert len(compiled) == len(sources)
+
+    (empty, cut, other), data = sorted(kept)[:3], sorted(kept.items())
+    (tmp_path / "cache" / empty).write_bytes(b"")
+    (tmp_path / "cache" / cut).write_bytes(kept[cut][:-1])
+    (tmp_path / "cache" / other).write_bytes(kept[other][:-1] + b"?")
+    compile_kernels(small_specs(), tmp_path / "damaged.so")
+    assert len(compiled) == len(sources) + 3
+    assert sorted((p.name, p.read_bytes()) for p in (tmp_path / "cache").iterdir()) == data
+    libraries = {path.read_bytes() for path in tmp_path.glob("*.so")}
+    assert len(libraries) == 1
+
+
+def test_what_an_object_depends_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("SCALEBITS_CACHE", str(tmp_path))
+    monkeypatch.setattr(objects, "lowered", lambda *_: Written())
+
+    def kept(script="text"):
+        objects._compiler.cache_clear()
+        objects.object_of(next(iter(host_variants())), None, script)
+        return len(list(tmp_path.iterdir()))
+
+    assert (kept(), kept(), kept(script="other")) == (1, 1, 2)
+    monkeypatch.setattr(objects, "version", lambda package: f"{package} of another time")
+    assert kept() == 3
+    monkeypatch.setattr(objects, "LOWERING", objects.LOWERING[1:])
+    assert kept() == 4
+    other = {name: replace(variant, mattr=("+x",)) for name, variant in host_variants().items()}
+    monkeypatch.setattr(objects, "host_variants", lambda: other)
+    assert kept() == 5
+    monkeypatch.undo()
+    objects._compiler.cache_clear()
+
+
+class Written:
+    def write_to_file(self, path, _):
+        Path(path).write_bytes(b"object")
+
+
+def test_a_script_is_the_whole_function():
+    """What TVM reads back is the same, to the last digit of a constant."""
+    name = next(iter(host_variants()))
+    function = build_functions(name, [OpSpec(name, "gelu_tanh")])[OpSpec(name, "gelu_tanh").key]
+    again = tvm.script.from_source(function.script())
+    tvm.ir.assert_structural_equal(again, function)
+
+
+def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("SCALEBITS_CACHE", str(tmp_path / "file"))
+    with pytest.raises(TargetError, match=r"kernel cache .* cannot be written") as error:
+        CpuTarget().check()
+    assert "SCALEBITS_CACHE" in error.value.help
+    with pytest.raises(TargetError, match=r"kernel cache .* cannot be written"):
+        CudaTarget().check()
 
 
 @pytest.mark.skipif(not X86, reason="x86 assembly")
 def test_instructions():
     assembly = {}
     for name, specs in small_specs().items():
-        module = build_module(name, build_functions(name, specs))
-        assembly[name] = module.inspect_source("asm")
+        modules = [lowered(name, made) for made in build_functions(name, specs).values()]
+        assembly[name] = "".join(module.inspect_source("asm") for module in modules)
     assert "vpdpbusd" in assembly["vnni"]
     assert "vpmaddwd" in assembly["avx2"]
     assert "zmm" not in assembly["avx2"]
@@ -47,7 +123,7 @@ def test_instructions():
 
 def test_compile_errors(monkeypatch, tmp_path):
     with pytest.raises(TargetError, match="cannot be compiled on this machine"):
-        build_module("quantum", {})
+        lowered("quantum", None)
     with pytest.raises(TargetError, match="no packed matrix"):
         select_specs([])
     monkeypatch.setenv("PATH", str(tmp_path))

@@ -58,16 +58,14 @@ def listing(image, path):
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory):
+def built():
     """(spec, arch) -> binary, compiled once for all tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SCALEBITS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        found = {}
-        for spec in dict.fromkeys(spec for spec, _ in BUILT):
-            archs = [arch for other, arch in BUILT if other == spec]
-            made = compile_specs([spec], archs)[spec.key]
-            found |= {(spec, arch): made[arch] for arch in archs}
-        yield found
+    found = {}
+    for spec in dict.fromkeys(spec for spec, _ in BUILT):
+        archs = [arch for other, arch in BUILT if other == spec]
+        made = compile_specs([spec], archs)[spec.key]
+        found |= {(spec, arch): made[arch] for arch in archs}
+    return found
 
 
 @pytest.mark.parametrize(("spec", "arch"), BUILT, ids=lambda item: getattr(item, "key", item))
@@ -86,7 +84,6 @@ def test_nothing_spills_and_nothing_is_converted(spec, arch, built, tmp_path):
 
 def test_a_conversion_would_be_seen(tmp_path, monkeypatch):
     """The check above can fail: with a plain conversion in the source there are I2F."""
-    monkeypatch.setenv("SCALEBITS_CACHE", str(tmp_path / "cache"))
     plain = aot.emit_module([DENSE]).replace(
         "(byte.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True)", "byte.to(tl.float16)"
     )
@@ -107,6 +104,10 @@ def test_the_cache_is_by_content(tmp_path, monkeypatch):
     compile_specs([DECODE], ["sm_90"])
     assert calls == [DENSE, DECODE]
     assert len(list(tmp_path.glob("*.kernel"))) == len(list(tmp_path.iterdir())) == 2
+    for path in tmp_path.iterdir():
+        path.write_bytes(path.read_bytes()[:-1])
+    assert compile_specs([DENSE], ["sm_90"]) == {DENSE.key: compiled}
+    assert calls == [DENSE, DECODE, DENSE]
 
 
 def test_what_triton_refuses_is_one_error(tmp_path, monkeypatch):

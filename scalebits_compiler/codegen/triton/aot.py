@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
@@ -15,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from scalebits_compiler.codegen import cache
 from scalebits_compiler.codegen.triton import worker
 from scalebits_compiler.codegen.triton.emit import emit_module, parameters
 from scalebits_compiler.codegen.triton.spec import KernelSpec
@@ -42,14 +42,6 @@ class Binary:
     scratch: int
 
 
-def cache_folder() -> Path:
-    """$SCALEBITS_CACHE, else $XDG_CACHE_HOME/scalebits, else ~/.cache/scalebits."""
-    if named := os.environ.get("SCALEBITS_CACHE"):
-        return Path(named)
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "scalebits"
-
-
 def compile_specs(
     specs: Sequence[KernelSpec], archs: Sequence[str]
 ) -> dict[str, dict[str, Binary]]:
@@ -67,13 +59,15 @@ def compile_specs(
 
 
 def _binaries(spec: KernelSpec, archs: Sequence[str]) -> dict[str, Binary]:
-    cache = cache_folder()
-    paths = {arch: cache / f"{_content(spec, arch)}.kernel" for arch in archs}
-    missing = [arch for arch, path in paths.items() if not path.is_file()]
+    names = {arch: f"{_content(spec, arch)}.kernel" for arch in archs}
+    kept = {arch: cache.load(name) for arch, name in names.items()}
+    found = {arch: _parse(stored) for arch, stored in kept.items() if stored is not None}
+    missing = [arch for arch in archs if arch not in found]
     if missing:
         for arch, binary in _compile(spec, missing).items():
-            _store(paths[arch], binary)
-    return {arch: _load(path) for arch, path in paths.items()}
+            cache.store(names[arch], _print(binary))
+            found[arch] = binary
+    return {arch: found[arch] for arch in archs}
 
 
 def job_of(spec: KernelSpec, archs: Sequence[str], folder: Path) -> dict[str, Any]:
@@ -101,7 +95,7 @@ def _content(spec: KernelSpec, arch: str) -> str:
     """The cache key: everything that the bytes depend on."""
     job = job_of(spec, [arch], Path())
     parts = [emit_module([spec]), json.dumps(job, sort_keys=True), version("triton")]
-    return hashlib.sha256("\0".join([*parts, json.dumps(SETTINGS)]).encode()).hexdigest()
+    return cache.content_key(*parts, json.dumps(SETTINGS))
 
 
 def _compile(spec: KernelSpec, archs: Sequence[str]) -> dict[str, Binary]:
@@ -130,21 +124,12 @@ def _compile(spec: KernelSpec, archs: Sequence[str]) -> dict[str, Binary]:
         }
 
 
-def _store(path: Path, binary: Binary) -> None:
-    """One file, a line of JSON and the bytes, that appears complete."""
+def _print(binary: Binary) -> bytes:
+    """A line of JSON, and the bytes."""
     head = json.dumps({"shared": binary.shared, "scratch": binary.scratch})
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(head.encode() + b"\n" + binary.image)
-        Path(file.name).replace(path)
-    except OSError as error:
-        raise TargetError(
-            f"the kernel cache {path.parent} cannot be written: {error.strerror or error}",
-            help="name another folder in the environment variable SCALEBITS_CACHE",
-        ) from error
+    return head.encode() + b"\n" + binary.image
 
 
-def _load(path: Path) -> Binary:
-    head, _, image = path.read_bytes().partition(b"\n")
+def _parse(stored: bytes) -> Binary:
+    head, _, image = stored.partition(b"\n")
     return Binary(image, **json.loads(head))

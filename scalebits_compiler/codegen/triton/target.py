@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from scalebits_compiler.codegen.cache import check_cache
 from scalebits_compiler.codegen.plan import make_plan
 from scalebits_compiler.codegen.target import Built, Target
 from scalebits_compiler.errors import TargetError, UsageError
@@ -37,7 +38,7 @@ class CudaTarget(Target):
     dtype: str = "fp16"
 
     def check(self) -> None:
-        """Triton must be there, and the options must be right."""
+        """Triton must be there, the options must be right, and the cache can be written."""
         if self.dtype not in DTYPES:
             raise UsageError(
                 f"the cuda target has no dtype {self.dtype!r}", help=f"use {' or '.join(DTYPES)}"
@@ -53,6 +54,7 @@ class CudaTarget(Target):
                 "the cuda target needs Triton, which is not installed",
                 help='pip install "scalebits-compiler[cuda]", or compile with --target reference',
             )
+        check_cache()
 
     @property
     def archs(self) -> tuple[str, ...]:

@@ -1,1 +1,1 @@
-"""CPU kernels: chosen by `spec`, written by `gemv`, `gemm` and `quantize`, built by `build`."""
+"""CPU kernels: chosen by `spec`, written by `gemv` and its kin, compiled by `objects`."""

@@ -9,9 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import tvm
-from tvm.ir import GlobalVar
-
 from scalebits_compiler.codegen.tvm.attention import (
     build_attention,
     build_positions,
@@ -22,6 +19,7 @@ from scalebits_compiler.codegen.tvm.dense import build_dense
 from scalebits_compiler.codegen.tvm.entry import build_run
 from scalebits_compiler.codegen.tvm.gemm import build_gemm
 from scalebits_compiler.codegen.tvm.gemv import build_gemv
+from scalebits_compiler.codegen.tvm.objects import object_of
 from scalebits_compiler.codegen.tvm.quantize import build_quantize
 from scalebits_compiler.codegen.tvm.rows import (
     ELEMENTWISE,
@@ -35,7 +33,6 @@ from scalebits_compiler.codegen.tvm.rows import (
 from scalebits_compiler.codegen.tvm.spec import (
     KernelSpec,
     OpSpec,
-    host_variants,
     run_symbol,
     threads_meet,
 )
@@ -82,10 +79,10 @@ def compile_kernels(
     with tempfile.TemporaryDirectory(prefix="scalebits-") as folder:
         objects = []
         for name, specs in specs_by_variant.items():
-            functions = build_functions(name, specs)
-            sources |= {key.name_hint: function.script() for key, function in functions.items()}
-            objects.append(Path(folder) / f"{name}.o")
-            build_module(name, functions).write_to_file(str(objects[-1]), "o")
+            for symbol, function in build_functions(name, specs).items():
+                objects.append(Path(folder) / f"{symbol}.o")
+                sources[symbol] = function.script()
+                objects[-1].write_bytes(object_of(name, function, sources[symbol]))
         _link(linker, objects, out_path)
     _check_standalone(out_path)
     return sources
@@ -100,28 +97,11 @@ def _check_standalone(library: Path) -> None:
         )
 
 
-def build_functions(variant: str, specs: Sequence[KernelSpec | OpSpec]) -> dict[GlobalVar, Any]:
-    """The TVM functions of specs, and of `run`, which calls them by their number."""
-    functions = {GlobalVar(spec.key): BUILDERS[spec.kind](spec) for spec in specs}
+def build_functions(variant: str, specs: Sequence[KernelSpec | OpSpec]) -> dict[str, Any]:
+    """The TVM functions of specs, and of `run`, which calls them by their number; by symbol."""
+    functions = {spec.key: BUILDERS[spec.kind](spec) for spec in specs}
     symbol = run_symbol(variant)
-    run = build_run(symbol, list(functions), threads_meet(variant))
-    return functions | {GlobalVar(symbol): run}
-
-
-def build_module(variant: str, functions: Mapping[GlobalVar, Any]) -> Any:
-    """Functions lowered for a variant; LLVM runs when the result is used.
-
-    Raises `TargetError` for a variant that this machine cannot compile: LLVM aborts the process
-    when it meets an instruction that its target lacks, so nothing else may reach it.
-    """
-    variants = host_variants()
-    if variant not in variants:
-        raise TargetError(
-            f"kernels of variant {variant!r} cannot be compiled on this machine",
-            help=f"compile for {', '.join(variants)}, or on another machine",
-        )
-    target = tvm.target.Target(variants[variant].target())
-    return tvm.compile(tvm.IRModule(dict(functions)), target=target).mod
+    return functions | {symbol: build_run(symbol, list(functions), threads_meet(variant))}
 
 
 def find_linker() -> tuple[str, ...]:
@@ -136,10 +116,18 @@ def find_linker() -> tuple[str, ...]:
 
 
 def _link(linker: Sequence[str], objects: Sequence[Path], out_path: Path) -> None:
-    """Link objects to a shared object, without names, paths or ids that change between runs."""
-    build_id = "--build-id=none" if linker[1:] == () else "-Wl,--build-id=none"
+    """Link objects to a shared object, without names, paths or ids that change between runs.
+
+    Only what the runtime calls is seen from outside, and what nobody calls is left out: TVM puts
+    conversions of its own into every object.
+    """
+    exports = objects[0].parent / "exports"
+    exports.write_text("{ global: __tvm_ffi_*; local: *; };\n")
+    flags = ["--build-id=none", "--gc-sections", f"--version-script={exports}"]
+    if linker[1:]:
+        flags = [f"-Wl,{flag}" for flag in flags]
     out_path.parent.mkdir(parents=True, exist_ok=True)
-    command = [*linker, "-shared", "-s", build_id, "-o", str(out_path), *map(str, objects)]
+    command = [*linker, "-shared", "-s", *flags, "-o", str(out_path), *map(str, objects)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise TargetError(

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tvm.ir import Call, GlobalVar, PrimType
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx import Var
 
@@ -31,8 +30,8 @@ SPINS = 2000
 """Looks at a counter (about 20 us) before the thread offers its core to others between looks."""
 
 
-def build_run(symbol: str, kernels: Sequence[GlobalVar], threads_meet: bool) -> Any:
-    """The function `symbol`; kernel number i of a program is kernels[i].
+def build_run(symbol: str, kernels: Sequence[str], threads_meet: bool) -> Any:
+    """The function `symbol`; kernel number i of a program is the one called kernels[i].
 
     Arguments: the program int64[steps, WIDTH], the steps first..last to execute, the number of this
     thread, how many there are, int64[threads, COUNTER_STRIDE] zeros to meet at. Without
@@ -68,10 +67,10 @@ def build_run(symbol: str, kernels: Sequence[GlobalVar], threads_meet: bool) -> 
     return builder.get()
 
 
-def _dispatch(kernels: Sequence[GlobalVar], code: Expr, arguments: list[Expr], base: int) -> None:
+def _dispatch(kernels: Sequence[str], code: Expr, arguments: list[Expr], base: int) -> None:
     """Call kernel number `code`, found by halving."""
     if len(kernels) == 1:
-        T.evaluate(Call(kernels[0], arguments, ret_ty=PrimType("int32")))
+        T.evaluate(T.call_extern("int32", kernels[0], *arguments))
         return
     half = len(kernels) // 2
     with T.If(code < base + half):

@@ -1,9 +1,10 @@
 """The calling convention of generated kernels: a row of a program, a range of items, a thread.
 
-A kernel is a private function (step, lo, hi, thread). `step` points to its row in the program
-(`runtime/program.py`), where it finds its arguments; it works on the items lo..hi. All indices are
-int64. Buffers are declared with the alignment of their element: TVM would otherwise assume 64 bytes
-and emit aligned moves, which fault on the pointers of numpy or of a mapped file.
+A kernel is a function (step, lo, hi, thread) that only `run` of the same library can call. `step`
+points to its row in the program (`runtime/program.py`), where it finds its arguments; it works on
+the items lo..hi. All indices are int64. Buffers are declared with the alignment of their element:
+TVM would otherwise assume 64 bytes and emit aligned moves, which fault on the pointers of numpy or
+of a mapped file.
 """
 
 from __future__ import annotations
@@ -88,6 +89,7 @@ class Arguments:
 @contextmanager
 def kernel(name: str, kind: str) -> Iterator[tuple[IRBuilder, Arguments]]:
     """An IRBuilder with one open kernel called `name`, and its arguments."""
-    with IRBuilder() as made, T.prim_func(s_tir=True, is_private=True):
+    with IRBuilder() as made, T.prim_func(s_tir=True):
         T.func_name(name)
+        T.func_attr({"global_symbol": name})
         yield made, Arguments(kind)

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from scalebits_compiler.codegen.cache import check_cache
 from scalebits_compiler.codegen.plan import make_plan, unplanned
 from scalebits_compiler.codegen.target import Built, Target
 from scalebits_compiler.errors import TargetError
@@ -28,7 +29,7 @@ class CpuTarget(Target):
     gathers: ClassVar[bool] = True
 
     def check(self) -> None:
-        """TVM and a linker must be there."""
+        """TVM and a linker must be there, and a cache that can be written."""
         if find_spec("tvm") is None:
             raise TargetError(
                 "the cpu target needs TVM, which is not installed",
@@ -37,6 +38,7 @@ class CpuTarget(Target):
         from scalebits_compiler.codegen.tvm.build import find_linker
 
         find_linker()
+        check_cache()
 
     def build(self, module: Module, folder: Path) -> Built:
         """Select, compile and link the kernels that the module's matrices need.

@@ -1,0 +1,64 @@
+"""Compiled kernels, kept between compiles by a hash of all that their bytes depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from scalebits_compiler.errors import TargetError
+
+_DIGEST_BYTES = hashlib.sha256().digest_size
+
+
+def cache_folder() -> Path:
+    """$SCALEBITS_CACHE, else $XDG_CACHE_HOME/scalebits, else ~/.cache/scalebits."""
+    if named := os.environ.get("SCALEBITS_CACHE"):
+        return Path(named)
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path("~").expanduser() / ".cache") / "scalebits"
+
+
+def content_key(*parts: str) -> str:
+    """The name of what depends on exactly these texts."""
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def load(name: str) -> bytes | None:
+    """What was stored under a name; None if nothing was, or if the file has been damaged."""
+    try:
+        stored = (cache_folder() / name).read_bytes()
+    except OSError:
+        return None
+    digest, data = stored[:_DIGEST_BYTES], stored[_DIGEST_BYTES:]
+    return data if hashlib.sha256(data).digest() == digest else None
+
+
+def store(name: str, data: bytes) -> None:
+    """Store under a name: its hash and the bytes, in a file that appears complete."""
+    with _writing() as folder:
+        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+            file.write(hashlib.sha256(data).digest() + data)
+        Path(file.name).replace(folder / name)
+
+
+def check_cache() -> None:
+    """Raise `TargetError`, before any work, if nothing can be stored."""
+    with _writing() as folder, tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+@contextmanager
+def _writing() -> Iterator[Path]:
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+    except OSError as error:
+        raise TargetError(
+            f"the kernel cache {folder} cannot be written: {error.strerror or error}",
+            help="name another folder in the environment variable SCALEBITS_CACHE",
+        ) from error

@@ -1,0 +1,105 @@
+"""One kernel -> one object file, kept in the cache: most kernels are the same for every model."""
+
+from __future__ import annotations
+
+import functools
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import tvm
+from tvm import s_tir, tirx
+from tvm.ir import GlobalVar
+from tvm.ir.transform import Pass, PassContext, Sequential, module_pass
+from tvm.s_tir.pipeline import finalize_device_passes, finalize_host_passes
+from tvm.target.codegen import llvm_get_system_triple, llvm_version_major
+
+from scalebits_compiler.codegen import cache
+from scalebits_compiler.codegen.tvm.spec import Variant, host_variants, run_symbol
+from scalebits_compiler.errors import TargetError
+
+LOWERING: tuple[Callable[[], Pass], ...] = (
+    s_tir.transform.StmtSimplify,
+    s_tir.transform.LowerOpaqueBlock,
+    tirx.transform.FlattenBuffer,
+    lambda: tirx.transform.NarrowDataType(32),
+    lambda: tirx.transform.VectorizeLoop(True),
+    tirx.transform.StorageRewrite,
+    tirx.transform.UnrollLoop,
+    tirx.transform.StmtSimplify,
+    s_tir.transform.RewriteUnsafeSelect,
+    tirx.transform.CommonSubexprElim,
+)
+"""The passes of TVM's own pipeline that our functions need, in its order. The others leave them as
+they are, or in a form that gives the same machine code, and take as long as these.
+"""
+_LAST = (tirx.transform.MakePackedAPI,)
+"""For `run`, which is called from outside of the library."""
+
+
+def object_of(variant: str, function: Any, script: str) -> bytes:
+    """The object file of a function, which is called by its `global_symbol`.
+
+    script: the text of the function. The same texts give the same bytes; what the cache has is not
+    compiled.
+    """
+    # Everything that the bytes depend on. The script is the whole function.
+    name = f"{cache.content_key(script, _compiler(variant))}.o"
+    if (kept := cache.load(name)) is not None:
+        return kept
+    with tempfile.TemporaryDirectory(prefix="scalebits-") as folder:
+        path = Path(folder) / "kernel.o"
+        lowered(variant, function).write_to_file(str(path), "o")
+        made = path.read_bytes()
+    cache.store(name, made)
+    return made
+
+
+def lowered(variant: str, function: Any) -> Any:
+    """A function lowered for a variant, as a module of TVM; LLVM runs when the result is used.
+
+    Raises `TargetError` for a variant that this machine cannot compile: LLVM aborts the process
+    when it meets an instruction that its target lacks, so nothing else may reach it.
+    """
+    target = tvm.target.Target(_known(variant).target())
+    symbol = str(function.attrs["global_symbol"])
+    pipeline = _RUN if symbol == run_symbol(variant) else _KERNEL
+    module = tvm.IRModule({GlobalVar(symbol): function})
+    return tvm.compile(module, target=target, tir_pipeline=pipeline).mod
+
+
+@functools.cache
+def _compiler(variant: str) -> str:
+    """What objects depend on besides their function."""
+    passes = [make().info.name for make in (*LOWERING, *_LAST)]
+    machine = [asdict(_known(variant)), llvm_get_system_triple(), llvm_version_major()]
+    return json.dumps([passes, machine, version("apache-tvm"), version("apache-tvm-ffi")])
+
+
+def _known(variant: str) -> Variant:
+    variants = host_variants()
+    if variant not in variants:
+        raise TargetError(
+            f"kernels of variant {variant!r} cannot be compiled on this machine",
+            help=f"compile for {', '.join(variants)}, or on another machine",
+        )
+    return variants[variant]
+
+
+def _register(name: str, passes: tuple[Callable[[], Pass], ...]) -> str:
+    """Make passes known to TVM as a pipeline; gives its name."""
+
+    @module_pass(opt_level=0)
+    def lower(module: tvm.IRModule, _: PassContext) -> tvm.IRModule:
+        return Sequential([make() for make in passes])(module)
+
+    tirx.register_tir_pipeline(name, lambda: (lower, finalize_host_passes, finalize_device_passes))
+    return name
+
+
+_KERNEL = _register("scalebits_kernel", LOWERING)
+_RUN = _register("scalebits_run", (*LOWERING, *_LAST))
