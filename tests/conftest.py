@@ -17,6 +17,9 @@ from scalebits_compiler.ir.printer import print_module
 
 # Before torch is loaded; see cli/main.py.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Before Triton is: its own functions, as tl.sum, are fixed then. Binaries are compiled in processes
+# of their own, without it.
+os.environ["TRITON_INTERPRET"] = "1"
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 256,
@@ -160,7 +163,6 @@ def triton_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder
 
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
     dot = InterpreterBuilder.create_dot
 
     def widened(self: Any, a: Any, b: Any, *rest: Any) -> Any:

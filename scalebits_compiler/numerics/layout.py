@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from scalebits_compiler.errors import ArtifactError, TargetError
 
-FORMAT_VERSION = 8  # of the packed bytes and of the kernels that read them
+FORMAT_VERSION = 9  # of the packed bytes and of the kernels that read them
 MAX_BITS = 8
 SCALE_SHIFT = 7  # bits of an fp16 scale below its stored byte
 FOOTER_BYTES = 2  # of a row of a group: scale and zero

@@ -6,6 +6,9 @@ columns in b vectors of P * cols/8 bytes. Sub s of the eight holds columns s * c
 column of P rows after the other, so that each sub is a slice over K of a tensor-core product:
 
     vectors u8[b][cols/8][P]      128 rows, 128 columns: u8[b][16][128]
+
+The two middle rows of every four change places. So the even bytes of a word of 32 bits, and then
+the odd ones, spread to 16 bits each, are numbers of rows that follow each other.
 """
 
 from __future__ import annotations
@@ -88,10 +91,15 @@ class TileLayout(BlockLayout):
     def _to_subs(self, codes: U8) -> U8:
         padded = np.zeros((self.stored_cols, self.panel), np.uint8)
         padded[: self.cols, : codes.shape[0]] = codes.T
-        return padded
+        return _middle_rows_swapped(padded)
 
     def _from_subs(self, subs: U8) -> U8:
-        return subs[: self.cols].T
+        return _middle_rows_swapped(subs)[: self.cols].T
+
+
+def _middle_rows_swapped(codes: U8) -> U8:
+    """Codes u8[columns, rows]; undoes itself."""
+    return codes.reshape(len(codes), -1, 4)[..., [0, 2, 1, 3]].reshape(codes.shape)
 
 
 LAYOUTS: dict[str, type[BlockLayout]] = {"packed": BlockLayout, "tiled": TileLayout}

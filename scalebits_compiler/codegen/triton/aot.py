@@ -88,6 +88,7 @@ def job_of(spec: KernelSpec, archs: Sequence[str], folder: Path) -> dict[str, An
         "warps": spec.warps,
         "stages": spec.stages,
         "folder": str(folder),
+        "maxnreg": getattr(spec, "mr", 0),
     }
 
 

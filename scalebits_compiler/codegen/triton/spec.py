@@ -13,14 +13,13 @@ from scalebits_compiler.errors import TargetError
 from scalebits_compiler.numerics.layout import FOOTER_BYTES, FORMAT_VERSION, SUBS
 from scalebits_compiler.numerics.tiles import TileLayout
 
-Kind = Literal["matmul", "dequantize"]
+Kind = Literal["matvec", "matmul", "dequantize"]
 SLICE = 16  # columns of one tensor-core product, and so of a sub of a full tile
 
 # Largest number of tokens -> (token rows of a tile, programs wanted for each multiprocessor).
 # The last entry of a table, without a limit, is the dequantize kernel and a product of the vendor's
-# library: past this size the codes would be decoded once for every tile of 64 tokens, which costs
-# more than writing the matrix out once.
-BUCKETS: tuple[tuple[int, int, int], ...] = ((1, 16, 8), (16, 16, 4), (64, 64, 4), (256, 64, 2))
+# library: on an H200 writing the matrix out costs less than decoding it for a second tile of 64.
+BUCKETS: tuple[tuple[int, int, int], ...] = ((1, 1, 4), (16, 16, 5), (64, 64, 4))
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class KernelSpec:
     """One kernel. Rows, columns, tokens and splits are run-time values; this is compiled in.
 
     dtype: of the activations, "fp16" or "bf16". ragged: columns need not be a multiple of the
-    group. tile_m: token rows of a tile, 0 for `dequantize`. gather: a column of the matrix belongs
+    group. tile_m: token rows of a tile of `matmul`, else 0. gather: a column of the matrix belongs
     to the channel of x that an index names.
     """
 
@@ -53,19 +52,26 @@ class KernelSpec:
     def tile_n(self) -> int:
         """Matrix rows of a tile: of a panel as many as leave its sums in registers.
 
-        With 64 rows and 64 tokens the kernels of some widths spill on sm_89.
+        With 64 rows and 64 tokens the kernels of some widths spill on sm_80.
         """
-        return min(self.panel, 32) if self.tile_m > SLICE else self.panel
+        if self.kind != "matmul":
+            return self.panel
+        return min(self.panel, 32 if self.tile_m > SLICE else 64)
+
+    @property
+    def subs(self) -> int:
+        """Subs that one product of `matmul` takes: more of them, fewer waits, more registers."""
+        return SUBS if self.tile_m > SLICE else SUBS // 2
 
     @property
     def warps(self) -> int:
         """Warps of a program. With four, `dequantize` for all eight widths spills registers."""
-        return 4 if self.kind == "matmul" else 8
+        return 8 if self.kind == "dequantize" else 4
 
     @property
     def stages(self) -> int:
-        """Tiles in flight."""
-        return 3 if self.kind == "matmul" else 1
+        """Tiles in flight; the other kernels hide their waits behind each other."""
+        return 3 if self.tile_m > SLICE else 1
 
     @property
     def held(self) -> int:
@@ -103,6 +109,7 @@ def select_specs(
         whole = KernelSpec("dequantize", dtype, panel, group, bits, ragged, gather=gather)
         tiles = sorted({tile for _, tile, _ in BUCKETS})
         by_tile = {tile: replace(whole, kind="matmul", tile_m=tile) for tile in tiles}
+        by_tile[1] = replace(whole, kind="matvec")
         specs += [*by_tile.values(), whole]
         table.append(
             {

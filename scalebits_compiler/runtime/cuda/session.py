@@ -67,7 +67,7 @@ def source_launcher(artifact: Artifact) -> SourceLauncher:
 
 
 def interpreted(artifact: Artifact, multiprocessors: int = 2) -> CudaSession:
-    """A session on the CPU under TRITON_INTERPRET=1, which must be set before the first run.
+    """A session on the CPU under TRITON_INTERPRET=1, which must be set before Triton is imported.
 
     The same code as on a GPU but for the captured graph; far too slow for more than tests.
     """

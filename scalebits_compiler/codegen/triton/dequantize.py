@@ -1,0 +1,44 @@
+"""The kernel for many tokens: writes a matrix out, for a product of the vendor's library."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from scalebits_compiler.codegen.triton import matmul, walk, words
+from scalebits_compiler.codegen.triton.spec import KernelSpec
+from scalebits_compiler.numerics.layout import MAX_BITS, SUBS
+
+
+def step(spec: KernelSpec, width: int) -> tuple[str, Iterator[str]]:
+    """Stores a group."""
+    arguments = f"y, kept, column, data, n, word, rows, half{walk.extra(spec)}"
+    return f"{walk.step_name(spec, width)}({arguments})", _step(spec, width)
+
+
+def _step(spec: KernelSpec, width: int) -> Iterator[str]:
+    yield from words.load(spec, width)
+    yield from matmul.scales(spec)
+    yield f"scale = scale * {2.0 ** (width - MAX_BITS)!r}"
+    held = words.held(spec)
+    for sub in range(SUBS):
+        codes = words.formed(width, sub, MAX_BITS)
+        yield f"w = (spread({codes}, half, tl.float16).to(tl.float32) - zero) * scale"
+        start = f"held * {sub}" if spec.ragged and sub else sub * spec.held
+        yield from words.channels(spec, words.plus("column", start, "k"), f"(k < {held})")
+        guard = "kept & there" if words.masked(spec) else "kept"
+        place = "y + at.to(tl.int64) * rows"
+        yield f"tl.store({place}, w.to({walk.TYPES[spec.dtype]}), mask={guard})"
+
+
+def kernel(spec: KernelSpec) -> Iterator[str]:
+    """Grid: panels, splits of the groups. y[cols, rows] is the matrix, transposed."""
+    yield "panel = tl.program_id(0)"
+    yield f"n = tl.arange(0, {spec.tile_n})[None, :]"
+    yield f"word = tl.arange(0, {spec.tile_n // 4})[None, :]"
+    yield "low = tl.program_id(1) * span"
+    yield "high = tl.minimum(low + span, count)"
+    yield f"row = panel * {spec.panel} + n"
+    yield "kept = row < rows"
+    yield walk.hidden("half", walk.HALF_ONES)
+    arguments = f"y + row, kept, column, data, n, word, rows, half{walk.extra(spec)}"
+    yield from walk.loops(spec, f"{{step}}({arguments})")

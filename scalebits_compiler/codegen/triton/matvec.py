@@ -1,0 +1,106 @@
+"""The kernel for one token: no tensor cores, and no memory shared by threads until the end.
+
+Threads hold words, [columns of a sub, rows / 4]. The codes in the even bytes of a word, and those
+in the odd ones, become two numbers each with one operation, where they stand: their bits are or-ed
+to those of the float16 number 1024, which gives 1024 + code * 2**bit for a code that begins at
+`bit` of its byte. Where it stands is made good in x:
+
+    x * 2**-bit * (1024 + code * 2**bit) = x * code + 1024 * x * 2**-bit
+
+The last term, and that of the zero point, are known before the first code, and begin the sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from scalebits_compiler.codegen.triton import walk, words
+from scalebits_compiler.codegen.triton.spec import SLICE, KernelSpec
+from scalebits_compiler.numerics.layout import MAX_BITS, PIECES, SUBS
+
+ONE = 1024.0
+
+FUNCTIONS = '''
+@triton.jit
+def halves(words):
+    """The two float16 numbers in each word [k, n], as float32 [k, 2 * n]."""
+    both = tl.join(words.to(tl.uint16), (words >> 16).to(tl.uint16))
+    both = tl.reshape(both, (words.shape[0], 2 * words.shape[1]))
+    return both.to(tl.float16, bitcast=True).to(tl.float32)
+'''
+
+
+def step(spec: KernelSpec, width: int) -> tuple[str, Iterator[str]]:
+    """Adds a group to the sums [k, rows / 2] of the even bytes, and to those of the odd ones."""
+    arguments = f"even, odd, x, column, data, word, half{walk.extra(spec)}"
+    return f"{walk.step_name(spec, width)}({arguments})", _step(spec, width)
+
+
+def _step(spec: KernelSpec, width: int) -> Iterator[str]:
+    yield from words.load(spec, width)
+    yield "foot = foot.to(tl.pointer_type(tl.uint32)) + word"
+    yield "scales = tl.load(foot)"
+    yield f"zeros = tl.load(foot + {spec.panel // 4})"
+    yield from _x(spec, width)
+    sums = f"({SLICE}, {spec.panel // 2})"
+    yield f"p0 = tl.full({sums}, 0, tl.float32) + (total - shifted) * {ONE!r}"
+    yield "p1 = p0"
+    for sub in range(SUBS):
+        source, bit = _source(width, sub)
+        mask = ((1 << width) - 1 << bit) * 0x00010001
+        yield f"t = {source}"
+        yield f"p0 += x{sub} * halves((t & {mask:#010x}) | half)"
+        yield f"p1 += x{sub} * halves(((t >> 8) & {mask:#010x}) | half)"
+    # Scales and zeros stand in the order of the rows.
+    yield "zero = halves((zeros & 0xFF) | ((zeros << 8) & 0xFF0000) | half)"
+    yield "scale = halves(((scales << 7) & 0x7F80) | ((scales << 15) & 0x7F800000))"
+    yield "even += (p0 - zero * total) * scale"
+    yield "zero = halves(((zeros >> 16) & 0xFF) | ((zeros >> 8) & 0xFF0000) | half)"
+    yield "scale = halves(((scales >> 9) & 0x7F80) | ((scales >> 1) & 0x7F800000))"
+    yield "odd += (p1 - zero * total) * scale"
+    yield "return even, odd"
+
+
+def _source(width: int, sub: int) -> tuple[str, int]:
+    """Words that hold the codes of a sub, and the bit of each byte at which these begin."""
+    shift, pieces = PIECES[width][sub]
+    if len(pieces) == 1:
+        return f"v{pieces[0].vector}", pieces[0].bit
+    return words.formed(width, sub, width + shift), shift
+
+
+def _x(spec: KernelSpec, width: int) -> Iterator[str]:
+    """Loads what the subs are multiplied by as x0.., each times 2**-bit; `shifted` is their sum.
+    `total` is the sum without that factor, times what one of a zero point is worth.
+    """
+    for sub in range(SUBS):
+        column = words.plus("column", *([f"{words.held(spec)} * {sub}"] if sub else []), "k")
+        yield from words.channels(spec, column, f"(k < {words.held(spec)})")
+        guard = ", mask=there, other=0" if words.masked(spec) else ""
+        yield f"x{sub} = tl.load(x + at{guard}).to(tl.float32)"
+    every = " + ".join(f"x{sub}" for sub in range(SUBS))
+    yield f"total = ({every}) * {2.0 ** (width - MAX_BITS)!r}"
+    for sub in range(SUBS):
+        if bit := _source(width, sub)[1]:
+            yield f"x{sub} *= {2.0**-bit!r}"
+    yield f"shifted = {every}"
+
+
+def kernel(spec: KernelSpec) -> Iterator[str]:
+    """Grid: 1, panels, splits of the groups; the parameters of `matmul`."""
+    yield "panel = tl.program_id(1)"
+    yield f"word = tl.arange(0, {spec.panel // 4})[None, :]"
+    yield "low = tl.program_id(2) * span"
+    yield "high = tl.minimum(low + span, count)"
+    yield walk.hidden("half", walk.HALF_ONES)
+    yield f"even = tl.full(({SLICE}, {spec.panel // 2}), 0, tl.float32)"
+    yield "odd = even"
+    arguments = f"even, odd, x, column, data, word, half{walk.extra(spec)}"
+    yield from walk.loops(spec, f"even, odd = {{step}}({arguments})")
+    for name in ("even", "odd"):
+        yield f"{name} = tl.reshape({name}, ({SLICE}, {spec.panel // 4}, 2))"
+    yield "acc = tl.permute(tl.join(even, odd), (0, 1, 3, 2))"
+    yield f"acc = tl.sum(tl.reshape(acc, ({SLICE}, {spec.panel})), 0)"
+    yield f"out = panel * {spec.panel} + tl.arange(0, {spec.panel})"
+    yield "kept = out < rows"
+    yield from walk.store(spec, f"({spec.panel},)", together=8)
