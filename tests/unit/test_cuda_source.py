@@ -14,6 +14,8 @@ from scalebits_compiler.numerics.tiles import TileLayout
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SPECS = [
+    KernelSpec("matvec", "fp16", 128, 128, (2, 3), False),
+    KernelSpec("matvec", "bf16", 16, 32, (5, 8), True, gather=True),
     KernelSpec("matmul", "fp16", 128, 128, (2, 3), False, 16),
     KernelSpec("matmul", "bf16", 128, 64, (6,), False, 64),
     KernelSpec("matmul", "bf16", 16, 32, (5, 7), True, 16),
@@ -39,7 +41,7 @@ def test_matrices_of_one_shape_share_kernels():
         matrices((256, 256, 128, 128, 128), (512, 384, 128, 128, 128)), "fp16"
     )
     assert {spec.bits for spec in found} == {(2, 3, 4)}
-    assert [spec.kind for spec in found] == ["matmul", "matmul", "dequantize"]
+    assert [spec.kind for spec in found] == ["matvec", "matmul", "matmul", "dequantize"]
     (table,) = dispatch["matrices"]
     assert [bucket["tokens"] for bucket in table["buckets"]] == [tokens for tokens, *_ in BUCKETS]
     assert {bucket["kernel"] for bucket in table["buckets"]} | {table["beyond"]} == {
@@ -49,7 +51,7 @@ def test_matrices_of_one_shape_share_kernels():
 
 def test_ragged_matrices_get_kernels_of_their_own():
     found, _ = select_specs(matrices((256, 256, 128, 128, 128), (256, 200, 128, 128, 128)), "bf16")
-    assert len({spec.key for spec in found}) == 6
+    assert len({spec.key for spec in found}) == 8
     assert sorted({spec.ragged for spec in found}) == [False, True]
 
 

@@ -18,8 +18,10 @@ SLICE = 16  # columns of one tensor-core product, and so of a sub of a full tile
 
 # Largest number of tokens -> (token rows of a tile, programs wanted for each multiprocessor).
 # The last entry of a table, without a limit, is the dequantize kernel and a product of the vendor's
-# library: on an H200 writing the matrix out costs less than decoding it for a second tile of 64.
-BUCKETS: tuple[tuple[int, int, int], ...] = ((1, 1, 4), (16, 16, 5), (64, 64, 4))
+# library: on an H200 writing the matrix out costs less than decoding it for a second tile of 64,
+# or, where the input is read through an index, for one.
+BUCKETS: tuple[tuple[int, int, int], ...] = ((1, 1, 4), (16, 16, 3), (64, 64, 4))
+GATHER_MOST = 16
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,8 @@ class KernelSpec:
 
     @property
     def subs(self) -> int:
-        """Subs that one product of `matmul` takes: more of them, fewer waits, more registers."""
-        return SUBS if self.tile_m > SLICE else SUBS // 2
+        """Subs that one product of `matmul` takes. More with an index need too many registers."""
+        return SUBS // 4 if self.gather else SUBS
 
     @property
     def warps(self) -> int:
@@ -107,9 +109,13 @@ def select_specs(
     for (panel, group, ragged, gather), widths in sorted(shapes.items()):
         bits = tuple(sorted(widths))
         whole = KernelSpec("dequantize", dtype, panel, group, bits, ragged, gather=gather)
-        tiles = sorted({tile for _, tile, _ in BUCKETS})
-        by_tile = {tile: replace(whole, kind="matmul", tile_m=tile) for tile in tiles}
-        by_tile[1] = replace(whole, kind="matvec")
+        buckets = [b for b in BUCKETS if not gather or b[0] <= GATHER_MOST]
+        by_tile = {
+            tile: replace(whole, kind="matvec")
+            if tile == 1
+            else replace(whole, kind="matmul", tile_m=tile)
+            for _, tile, _ in buckets
+        }
         specs += [*by_tile.values(), whole]
         table.append(
             {
@@ -118,14 +124,16 @@ def select_specs(
                 "ragged": ragged,
                 **({"gather": True} if gather else {}),
                 "bits": list(bits),
-                "buckets": _buckets(by_tile),
+                "buckets": _table(buckets, by_tile),
                 "beyond": whole.key,
             }
         )
     return specs, {"version": FORMAT_VERSION, "dtype": dtype, "matrices": table}
 
 
-def _buckets(by_tile: Mapping[int, KernelSpec]) -> list[dict[str, Any]]:
+def _table(
+    buckets: Sequence[tuple[int, int, int]], by_tile: Mapping[int, KernelSpec]
+) -> list[dict[str, Any]]:
     return [
         {
             "tokens": tokens,
@@ -134,5 +142,5 @@ def _buckets(by_tile: Mapping[int, KernelSpec]) -> list[dict[str, Any]]:
             "tile_n": by_tile[tile].tile_n,
             "programs": programs,
         }
-        for tokens, tile, programs in BUCKETS
+        for tokens, tile, programs in buckets
     ]
