@@ -78,7 +78,7 @@ def scales(spec: KernelSpec) -> Iterator[str]:
 
 def step(spec: KernelSpec, width: int) -> tuple[str, Iterator[str]]:
     """Adds a group to the sums of a tile."""
-    arguments = f"acc, x_rows, tokens, column, data, n, word, half, one{walk.extra(spec)}"
+    arguments = f"acc, x_rows, seen, column, data, n, word, half, one{walk.extra(spec)}"
     return f"{walk.step_name(spec, width)}({arguments})", _step(spec, width)
 
 
@@ -106,7 +106,7 @@ def _x(spec: KernelSpec, sub: int) -> Iterator[str]:
         of_sub = f"({words.plus(f'lane // {SLICE}', sub)}) * {words.held(spec)}"
         inside = f"(lane % {SLICE} < {words.held(spec)})"
         yield from words.channels(spec, f"column + {of_sub} + lane % {SLICE}", inside)
-    guard = "tokens & there" if words.masked(spec) else "tokens"
+    guard = "seen & there" if words.masked(spec) else "seen"
     yield f"x = tl.load(x_rows + at, mask={guard}, other=0)"
 
 

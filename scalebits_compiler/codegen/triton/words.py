@@ -61,7 +61,7 @@ def formed(width: int, sub: int, top: int) -> str:
 
 
 def channels(spec: KernelSpec, at: str, inside: str) -> Iterator[str]:
-    """`at`, the channels of x that columns belong to, and `seen`, which of them there are.
+    """`at`, the channels of x that columns belong to; if some may be missing, `there` says which.
 
     inside: whether a column is one of its sub, where that is not certain.
     """
