@@ -42,9 +42,9 @@ def linear(layout, bits, arena, dtype, folder, multiprocessors=2, order=None):
     return TiledLinear(kernels, layout, torch.from_numpy(arena), bits, index)
 
 
-def error(layer, dense, tokens):
-    """Relative error of the product with random activations, and of the dequantized matrix."""
-    x = np.random.default_rng(tokens).normal(size=(tokens, dense.shape[1]))
+def error(layer, dense, tokens, mean=0.0):
+    """Relative error of the product with random activations."""
+    x = np.random.default_rng(tokens).normal(mean, size=(tokens, dense.shape[1]))
     x = torch.from_numpy(x).to(layer.kernels.dtype)
     expected = x.double() @ torch.from_numpy(dense).T
     return float((layer(x).double() - expected).norm() / expected.norm())
@@ -87,6 +87,17 @@ def test_mixed_widths_in_every_bucket(name, dtype, gather, tmp_path, triton_inte
     layer = linear(layout, bits, arena, dtype, tmp_path, order=order)
     for tokens in (1, 5, 40, 70, 257):
         assert error(layer, dense, tokens) < TOLERANCE[dtype], tokens
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_activations_far_from_zero(dtype, tmp_path, triton_interpreter):
+    """Sums hold 1024 times the activations until the end, which must not cost their accuracy."""
+    layout = SHAPES["whole"]
+    bits = np.random.default_rng(5).integers(1, 9, layout.grid).astype(np.uint8)
+    arena, dense = matrix(layout, bits)
+    layer = linear(layout, bits, arena, dtype, tmp_path)
+    for tokens in (1, 5, 40):
+        assert error(layer, dense, tokens, mean=50) < TOLERANCE[dtype], tokens
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 3, 100])
