@@ -38,6 +38,7 @@ from scalebits_compiler.passes.assign_bits import AssignBits, block_costs
 from scalebits_compiler.passes.base import PassContext
 from scalebits_compiler.passes.pipeline import parse_passes, run_pipeline
 from scalebits_compiler.passes.starts import Costs
+from scalebits_compiler.placement import DEVICES, check_device, computing_on
 from scalebits_compiler.summary import summarize
 
 if TYPE_CHECKING:
@@ -128,6 +129,7 @@ class Subject:
 
     def __init__(self, path: Path, seed: int, options: argparse.Namespace) -> None:
         self.path, self.seed, self.options = path, seed, options
+        self.place = Placement(options.device)
         self.stages: dict[tuple[object, ...], Stage] = {}
         self.meter = WorkMeter()  # one for all: what a cache holds goes on counting with it
         self.caches: dict[tuple[object, ...], dict[str, object]] = {}
@@ -141,12 +143,13 @@ class Subject:
         self.calibration = self.input.resources.torch(calibration.key)
         tokenizer = load_tokenizer(path)
         length = self.calibration.shape[1]
-        self.text = read_windows(options.text, tokenizer, length, options.windows, 0)
+        windows = read_windows(options.text, tokenizer, length, options.windows, 0)
+        self.text = self.place.here(windows)
         parts = (calibration, self.input.tuning, self.input.acceptance)
         counts = [self.input.resources.shape(part.key)[0] if part else 0 for part in parts]
         self.windows = [*counts, len(self.text), length]
         with torch.no_grad():
-            evaluator = driver.evaluator(self.input)
+            evaluator = driver.evaluator(self.input, self.place)
             self.original = [evaluator.run(ids) for ids in self.text.split(BATCH_WINDOWS)]
         self.loss = math.log(self.quality(self.input)["perplexity"])
 
@@ -162,11 +165,13 @@ class Subject:
             done, began = self.meter.passes(self.calibration), time.process_time()
             ctx = PassContext(
                 evaluate=lambda m, place: CountedEvaluator(m, self.meter, place),
+                place=self.place,
                 seed=self.seed,
                 progress=progress_for(),
                 cache=self.caches.setdefault(shared, {}),
             )
-            made = run_pipeline(module, parse_passes(passes), ctx)
+            with computing_on(self.place.device):
+                made = run_pipeline(module, parse_passes(passes), ctx)
             seconds = time.process_time() - began
             work = self.meter.passes(self.calibration) - done
             self.stages[key] = Stage(made, work, seconds)
@@ -238,6 +243,7 @@ class Subject:
             "method": name,
             "windows": self.windows,
             "bits": summarize(stages[-1].module)["effective_bits"],
+            "device": self.place.device,
             **measured,
             "excess": math.log(measured["perplexity"]) - self.loss,
             "search_passes": start.passes + widths.passes,
@@ -247,7 +253,7 @@ class Subject:
 
     def quality(self, module: Module) -> dict[str, Any]:
         """Perplexity, divergence from the original and agreement with it on the test windows."""
-        evaluator, meter = driver.evaluator(module), QualityMeter()
+        evaluator, meter = driver.evaluator(module, self.place), QualityMeter()
         with torch.no_grad():
             for ids, original in zip(self.text.split(BATCH_WINDOWS), self.original, strict=True):
                 meter.update(evaluator.run(ids), ids, original)
@@ -332,6 +338,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--text", type=Path, default=Path("data/wikitext2/test.txt"))
     parser.add_argument("--windows", type=int, default=96, help="test windows")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", choices=DEVICES, default="cpu", help="where passes compute")
     parser.add_argument("--out", type=Path, default=Path("quality.jsonl"))
     parser.add_argument("--markdown", action="store_true", help="print --out as tables and stop")
     options = parser.parse_args(arguments)
@@ -349,6 +356,7 @@ def main() -> None:
     """Measure what is missing, or print the tables."""
     options = parse()
     torch.set_num_threads(options.threads)
+    check_device(options.device)
     if options.markdown:
         print(markdown(read_rows(options.out)))
         return
