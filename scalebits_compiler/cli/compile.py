@@ -67,6 +67,8 @@ def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
     add("--loss", choices=LOSSES, help="what the search lowers; by the task if not given")
     add("--seed", type=int, default=0, help="picks the calibration windows (default 0)")
     add("--device", default="cpu", metavar="NAME", help="where passes compute: cpu (default), cuda")
+    told = "end with the widths: OUT/B.sbir, to go on from with --from, and the frontier"
+    add("--search-only", action="store_true", help=told)
     add("--resume", action="store_true", help="go on with the search of a killed compile")
     add("--force", action="store_true", help="replace OUT if it exists")
     add("--from", dest="start", type=Path, metavar="FILE.sbir", help="go on from a dump")
@@ -109,6 +111,11 @@ def run(args: argparse.Namespace) -> int:
     from scalebits_compiler.plugins import load_plugins
     from scalebits_compiler.search_state import state_folder
 
+    if args.search_only and args.fit is not None:
+        raise UsageError(
+            "--search-only and --fit: what else is in the files is known once they are made",
+            help="give budgets with --avg-bits",
+        )
     registry = load_plugins(args.plugin)
     hooks = Hooks(
         progress=progress_for(args.quiet),
@@ -121,10 +128,9 @@ def run(args: argparse.Namespace) -> int:
     if args.resume and not folder.is_dir():
         print(f"note: there is no {folder.name} to go on with, starting anew", file=sys.stderr)
     try:
-        if len(args.avg_bits) > 1:
-            made = compile_budgets(
-                args.model, args.output, args.avg_bits, options, hooks, args.start
-            )
+        if len(args.avg_bits) > 1 or args.search_only:
+            what = args.model, args.output, args.avg_bits, options, hooks, args.start
+            made = compile_budgets(*what, args.search_only)
             print(json.dumps(frontier_json(made), indent=2) if args.json else frontier_text(made))
             return 0
         report = compile_model(args.model, args.output, options, hooks, args.start)
@@ -216,7 +222,10 @@ def frontier_text(made: Frontier) -> str:
     from scalebits_compiler.frontier import table
 
     total = sum(made.seconds.values())
-    return f"wrote {made.out}/BITS\n{table(made.points)}seconds {total:.1f}"
+    wrote = (
+        f"{made.out}/BITS" if made.reports else f"{made.out}/BITS.sbir, to go on from with --from"
+    )
+    return f"wrote {wrote}\n{table(made.points)}seconds {total:.1f}"
 
 
 def as_json(report: CompileReport) -> dict[str, Any]:

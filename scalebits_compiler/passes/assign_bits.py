@@ -65,7 +65,8 @@ class AssignBits(Pass):
         default=(), metadata={"help": "widths by pattern, PATTERN=4..8; the last that fits counts"}
     )
     warm: bool = field(
-        default=False, metadata={"help": "start also from the widths that the module has"}
+        default=False,
+        metadata={"help": "start from the widths and move scores that the module has"},
     )
     loss: str | None = field(default=None, metadata={"help": LOSS_HELP})
     whole_blocks: bool = field(
@@ -123,13 +124,12 @@ class AssignBits(Pass):
     ) -> tuple[dict[str, Ints], dict[str, Ints]]:
         """Where the search may start (the first of equals is taken), and what it must beat."""
         curves, (_, uniform) = problem.curves, best_uniform(costs)
-        starts = {"hull": greedy_raise(curves, costs, costs.low)}
         guards = {"uniform": uniform, "uniform and the rest": greedy_raise(curves, costs, uniform)}
         if self.warm:
-            grids = [module.bits(weight).ravel() for weight in module.searched()]
-            here = np.concatenate(grids).astype(np.int64)
-            starts["neighbour"] = moved_to_budget(curves, costs, here)
-        return starts, guards
+            here, moves = _found_widths(module)
+            down = moves.cautious(self.z).down
+            return {"neighbour": moved_to_budget(curves, costs, here, down)}, guards
+        return {"hull": greedy_raise(curves, costs, costs.low)}, guards
 
     def problem(self, module: Module) -> tuple[Module, Costs]:
         """The module with the pins as limits, and the storage of its blocks.
@@ -160,6 +160,22 @@ class AssignBits(Pass):
             limits |= dict.fromkeys(matching(pin.pattern, searched), (pin.low, pin.high))
         changed = (replace(module.weights[s], limits=found) for s, found in limits.items())
         return module.with_weights(changed)
+
+
+def _found_widths(module: Module) -> tuple[Ints, Moves]:
+    """The widths that an earlier search has found, and its scores of the moves from them."""
+    widths, scores = [], []
+    for weight in module.searched():
+        if weight.bits is None or weight.move_scores is None:
+            raise PassError(
+                f"@{weight.symbol} has no widths and move scores to start from",
+                help="run assign-bits for a larger budget before it, or leave out warm",
+            )
+        widths.append(module.bits(weight).ravel())
+        found = module.resources.torch(weight.move_scores.key)
+        scores.append(found.double().flatten(0, 1).numpy())
+    up, down, error_up, error_down = np.concatenate(scores).T
+    return np.concatenate(widths).astype(np.int64), Moves(up, down, error_up, error_down)
 
 
 def _unreached(module: Module) -> list[str]:

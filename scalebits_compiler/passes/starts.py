@@ -95,18 +95,23 @@ def best_uniform(costs: Costs) -> tuple[int, Ints]:
     return int(costs.low.min()), costs.low
 
 
-def moved_to_budget(curves: Floats, costs: Costs, bits: Ints) -> Ints:
-    """The widths of another budget, lowered where that costs least until they fit, then raised."""
-    bits = np.clip(bits, costs.low, costs.high)
-    index = np.arange(len(bits))
+def moved_to_budget(curves: Floats, costs: Costs, bits: Ints, down: Floats) -> Ints:
+    """The widths of another budget, lowered where that costs least until they fit, then raised.
+
+    down: the predicted rise of the loss [blocks] as each loses a bit, scored at `bits`. Every
+    further bit costs four times as much, as the error grows, or what the curves say if more.
+    """
+    bits, rise = np.clip(bits, costs.low, costs.high), down.copy()
     while (excess := costs.total(bits) - costs.budget) > 0:
-        lower = np.maximum(bits - 2, 0)
-        rise = (curves[lower, index] - curves[bits - 1, index]) / costs.per_bit
-        order = np.argsort(np.where(bits > costs.low, rise, np.inf), kind="stable")
+        order = np.argsort(rise / costs.per_bit, kind="stable")
         order = order[bits[order] > costs.low[order]]
         chosen = order[: max(1, int(_SHARE * len(bits)))]
         needed = int(np.searchsorted(np.cumsum(costs.per_bit[chosen]), excess)) + 1
-        bits[chosen[:needed]] -= 1
+        chosen = chosen[:needed]
+        bits[chosen] -= 1
+        next_rise = curves[np.maximum(bits[chosen] - 2, 0), chosen]
+        next_rise = next_rise - curves[bits[chosen] - 1, chosen]
+        rise[chosen] = np.maximum(4 * rise[chosen], next_rise)
     return greedy_raise(curves, costs, bits)
 
 

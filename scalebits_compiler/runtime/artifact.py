@@ -193,6 +193,11 @@ def read_manifest(folder: Path) -> Manifest:
         raise ArtifactError(f"{folder} is no folder", help="give the folder of an artifact")
     if (folder / FRONTIER).is_file():
         inside = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir()))
+        if not inside:
+            raise ArtifactError(
+                f"{folder} holds the widths of artifacts that are not made yet",
+                help=f"scalebitsc compile MODEL --from {folder}/BITS.sbir makes one",
+            )
         raise ArtifactError(
             f"{folder} holds several artifacts", help=f"give one of its folders: {inside}"
         )

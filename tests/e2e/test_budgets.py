@@ -66,6 +66,47 @@ def test_a_frontier(compile_small: Any, tiny_llama: Any, cli: Any, tmp_path: Pat
     assert "2.5, 3, 4" in ran.err
 
 
+def test_the_frontier_before_the_artifacts(
+    compile_small: Any, tiny_llama: Any, cli: Any, tmp_path: Path
+) -> None:
+    """Widths alone; an artifact made of them has the bytes of one made in the same run as them."""
+    model, whole, out = tiny_llama(), tmp_path / "whole", tmp_path / "out"
+    options = (*REFERENCE, "--avg-bits", "2.5,4")
+    assert compile_small(model, whole, *options).code == 0
+    ran = compile_small(model, out, *options, "--search-only")
+    assert ran.code == 0, ran.err
+    assert sorted(path.name for path in out.iterdir()) == [
+        "2.5.safetensors", "2.5.sbir", "4.safetensors", "4.sbir",
+        "before-search.safetensors", "before-search.sbir", "frontier.json", "frontier.txt",
+    ]  # fmt: skip
+    shared = (out / "before-search.safetensors").stat().st_size
+    assert (out / "4.safetensors").stat().st_size < shared / 10
+    points = json.loads((out / "frontier.json").read_text())["points"]
+    made = json.loads((whole / "frontier.json").read_text())["points"]
+    beside = ("folder", "file_bytes")
+    assert [{k: v for k, v in point.items() if k != "dump"} for point in points] == [
+        {k: v for k, v in point.items() if k not in beside} for point in made
+    ]
+    ran = cli("inspect", out)
+    assert ran.code == 1
+    assert "not made yet" in ran.err
+    chosen = tmp_path / "chosen"
+    ran = compile_small(
+        model, chosen, *REFERENCE, "--avg-bits", "2.5", "--from", out / points[0]["dump"]
+    )  # fmt: skip
+    assert ran.code == 0, ran.err
+    for path in filter(Path.is_file, (whole / "2.5").rglob("*")):
+        name = path.relative_to(whole / "2.5")
+        assert (chosen / name).read_bytes() == path.read_bytes(), name
+    # Another budget goes on from what was done before the searches.
+    ran = compile_small(
+        model, chosen, *REFERENCE, "--avg-bits", "3", "--force",
+        "--from", out / "before-search.sbir",
+    )  # fmt: skip
+    assert ran.code == 0, ran.err
+    assert "trace" not in json.loads(ran.out)["seconds"]
+
+
 def test_a_killed_frontier_goes_on(
     compile_small: Any, tiny_llama: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
@@ -140,5 +181,9 @@ def test_a_cap_on_bytes(compile_small: Any, tiny_llama: Any, tmp_path: Path) -> 
 
 
 def test_bad_sizes(compile_small: Any, tiny_llama: Any, tmp_path: Path) -> None:
-    for options in (("--fit", "24XB"), ("--fit", "1MiB", "--avg-bits", "3")):
+    for options in (
+        ("--fit", "24XB"),
+        ("--fit", "1MiB", "--avg-bits", "3"),
+        ("--fit", "1MiB", "--search-only"),
+    ):
         assert compile_small(tiny_llama(), tmp_path / "out", *options).code == 2

@@ -125,9 +125,14 @@ class TestAssignBits:
         done = AssignBits(avg_bits=3.0, rounds=1, warm=True).run(wide, ctx)
         assert ctx.cache["assign-bits"] is fitted
         report = ctx.report["assign-bits"]
-        assert "neighbour" in report["starts"]
         assert report["held_loss"] <= report["starts"]["neighbour"]
         assert self.effective(done) <= 3.0
+
+    def test_warm_needs_widths(self, module: Any, ctx: Any) -> None:
+        from scalebits_compiler.passes.assign_bits import AssignBits
+
+        with pytest.raises(PassError, match="no widths and move scores to start from"):
+            AssignBits(warm=True).run(module, ctx)
 
     @pytest.mark.parametrize("loss", ["ce", "kl"])
     def test_held_loss_is_that_of_what_is_shipped(self, module: Any, ctx: Any, loss: str) -> None:

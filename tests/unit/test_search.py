@@ -328,9 +328,24 @@ class TestStarts:
         costs = replace(costs, low=low, high=np.where(rng.random(30) < 0.2, 5, 8))
         least, most = costs.total(costs.low), costs.total(costs.high)
         costs = replace(costs, budget=int(least + share * (most - least)))
-        found = moved_to_budget(curves, costs, np.full(30, before))
+        down = np.where(rng.random(30) < 0.1, np.inf, rng.normal(0.1, 1, 30))
+        found = moved_to_budget(curves, costs, np.full(30, before), down)
         assert costs.total(found) <= costs.budget
         assert ((found >= costs.low) & (found <= costs.high)).all()
+
+    def test_another_budget_takes_the_cheapest_bits(self) -> None:
+        """By the scores first; a block that has lost a bit costs four times as much again."""
+        curves = np.zeros((8, 4))
+        costs = costs_for(np.ones(4, int), np.zeros(4, int), 0)
+        down = np.array([1.0, -2.0, 3.0, 5.0])
+        for budget, widths in ((15, [4, 3, 4, 4]), (14, [4, 2, 4, 4]), (10, [2, 1, 3, 4])):
+            lowered = replace(costs, budget=budget)
+            assert moved_to_budget(curves, lowered, np.full(4, 4), down).tolist() == widths
+        # Curves that promise more harm than four times the score are believed.
+        curves[:3, 0] = [90.0, 60.0, 30.0]
+        lowered = replace(costs, budget=13)
+        down = np.array([1.0, 3.0, 6.0, 9.0])
+        assert moved_to_budget(curves, lowered, np.full(4, 4), down).tolist() == [3, 3, 3, 4]
 
     @quick
     @given(seed=seeds, share=st.floats(0, 1.1))
