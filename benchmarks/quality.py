@@ -216,19 +216,22 @@ class Subject:
         start = self.start(method)
         if method.uniform:
             return Stage(uniform(start.module, budget), 0.0, 0.0)
-        before, settings = start, f"avg-bits = {budget!r}"
+        before, rounds = start, AssignBits().rounds if method.swaps else 0
+        settings = f"avg-bits = {budget!r}"
         larger = [other for other in map(self.budget, self.options.budgets) if other > budget]
         if self.options.chain and larger:
             before = self.widths(method, min(larger))
-            settings += f", warm = true, rounds = {WARM_ROUNDS}"
+            settings, rounds = f"{settings}, warm = true", min(rounds, WARM_ROUNDS)
         shared = ("search", method.per_tensor, method.order)
-        return self.stage((*shared, budget), before.module, f"assign-bits{{{settings}}}", shared)
+        passes = f"assign-bits{{{settings}, rounds = {rounds}}}"
+        return self.stage((*shared, budget, rounds), before.module, passes, shared)
 
     def row(self, name: str, budget: str) -> dict[str, Any]:
         """One measured row of the table."""
         method, bits = METHODS[name], self.budget(budget)
         start, widths = self.start(method), self.widths(method, bits)
-        key = (method.rounding, method.uniform, method.per_tensor, method.order, bits)
+        kind = (method.rounding, method.uniform, method.per_tensor, method.order, method.swaps)
+        key = (*kind, bits)
         stages = [start, widths, self.stage(key, widths.module, method.rounding)]
         if method.tuning:
             shared = ("tuning", method.order)

@@ -32,6 +32,11 @@ class Method:
     order: str = ""
     per_tensor: bool = False
 
+    @property
+    def swaps(self) -> bool:
+        """Whether swaps follow the start of the search, as in the pipeline without tuning."""
+        return not (self.uniform or self.tuning)
+
 
 METHODS = {
     "rtn": Method("uniform, nearest, min-max range", MIN_MAX, uniform=True),

@@ -47,8 +47,8 @@ def compile_budgets(
 ) -> Frontier:
     """An artifact OUT/BITS for every budget of effective bits, and OUT/frontier.json and .txt.
 
-    All that does not depend on the budget is done once. Budgets are met from the largest down; each
-    search but the first starts at the widths of the one before. OUT appears at once, complete. With
+    All that does not depend on the budget is done once. Budgets are met from the largest down; a
+    search with swaps starts at the widths of the one before. OUT appears at once, complete. With
     `search_only` there are dumps OUT/BITS.sbir, from which `compile_model` goes on, and no
     artifacts. Raises what that raises, UsageError for a budget that is given twice.
     """
@@ -58,9 +58,11 @@ def compile_budgets(
     chosen = replace(options or CompileOptions(), avg_bits=falling[0])
     work = Compilation(model, Path(out), chosen, hooks or Hooks(), start)
     before, search, after = work.split()
-    warm = replace(search, warm=True, rounds=min(search.rounds, WARM_ROUNDS))
+    later = search  # without swaps, the hulls of all budgets are those of the same curves
+    if search.rounds:
+        later = replace(search, warm=True, rounds=min(search.rounds, WARM_ROUNDS))
     searches = [replace(search, avg_bits=falling[0])]
-    searches += [replace(warm, avg_bits=bits) for bits in falling[1:]]
+    searches += [replace(later, avg_bits=bits) for bits in falling[1:]]
     module = work.run(work.module, before, searches)
     reports: dict[str, CompileReport] = {}
     points: list[dict[str, Any]] = []

@@ -32,6 +32,7 @@ from scalebits_compiler.passes.starts import (
     dual_bound,
     greedy_raise,
     moved_to_budget,
+    steepened,
     surrogate,
 )
 
@@ -123,7 +124,7 @@ class AssignBits(Pass):
         self, module: Module, problem: SearchProblem, costs: Costs
     ) -> tuple[dict[str, Ints], dict[str, Ints]]:
         """Where the search may start (the first of equals is taken), and what it must beat."""
-        curves, (_, uniform) = problem.curves, best_uniform(costs)
+        curves, (_, uniform) = steepened(problem.curves), best_uniform(costs)
         guards = {"uniform": uniform, "uniform and the rest": greedy_raise(curves, costs, uniform)}
         if self.warm:
             here, moves = _found_widths(module)
