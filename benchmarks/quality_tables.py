@@ -34,8 +34,11 @@ class Method:
 
     @property
     def swaps(self) -> bool:
-        """Whether swaps follow the start of the search, as in the pipeline without tuning."""
-        return not (self.uniform or self.tuning)
+        """Whether swaps follow the start of the search, as in the pipeline without tuning.
+
+        For whole matrices they do before tuning too: their hulls alone are worse than uniform.
+        """
+        return not self.uniform and (self.per_tensor or not self.tuning)
 
 
 METHODS = {

@@ -125,7 +125,7 @@ class AssignBits(Pass):
     ) -> tuple[dict[str, Ints], dict[str, Ints]]:
         """Where the search may start (the first of equals is taken), and what it must beat."""
         curves, (_, uniform) = steepened(problem.curves), best_uniform(costs)
-        guards = {"uniform": uniform, "uniform and the rest": greedy_raise(curves, costs, uniform)}
+        guards = {"uniform": uniform}
         if self.warm:
             here, moves = _found_widths(module)
             down = moves.cautious(self.z).down
