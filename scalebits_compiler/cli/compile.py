@@ -179,6 +179,7 @@ def _options(args: argparse.Namespace) -> CompileOptions:
 
 def _observers(args: argparse.Namespace, registry: Registry) -> list[Observer]:
     from scalebits_compiler.passes.observers import DumpIR, PrintAfter
+    from scalebits_compiler.passes.pipeline import parse_passes
     from scalebits_compiler.passes.reproducer import REPRODUCER, Reproducer
     from scalebits_compiler.passes.table import find_pass, pipeline_text
 
@@ -194,8 +195,8 @@ def _observers(args: argparse.Namespace, registry: Registry) -> list[Observer]:
         watch.append(PrintAfter(sys.stderr.write))
     elif args.print_ir_after is not None:
         find_pass(args.print_ir_after, registry.passes)
-        used = pipeline_text(args.tune_scales, args.gather is not None)
-        if args.print_ir_after not in used.split(","):
+        used = parse_passes(pipeline_text(args.tune_scales, args.gather is not None))
+        if args.print_ir_after not in [item.name for item in used]:
             raise UsageError(f"--print-ir-after: '{args.print_ir_after}' is not in the pipeline")
         watch.append(PrintAfter(sys.stderr.write, frozenset({args.print_ir_after})))
     return watch

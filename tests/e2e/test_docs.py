@@ -11,7 +11,6 @@ import pytest
 
 from scalebits_compiler.cli.main import main, parser
 from scalebits_compiler.driver import TextOptions
-from scalebits_compiler.passes.table import PIPELINES
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(
@@ -36,9 +35,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 @pytest.fixture
 def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A current folder that looks like a clone, and may be written to; one round of the search."""
-    short = PIPELINES["default"].replace("assign-bits", "assign-bits{rounds = 1}")
-    monkeypatch.setitem(PIPELINES, "default", short)
+    """A current folder that looks like a clone, and may be written to."""
     for name in ("models", "data"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)

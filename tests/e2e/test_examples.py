@@ -7,14 +7,11 @@ import importlib.util
 import io
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
 import pytest
-
-from scalebits_compiler.passes.table import PIPELINES
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -30,15 +27,6 @@ def example(name: str) -> ModuleType:
     return module
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_round() -> Iterator[None]:
-    """One round of the search is enough here."""
-    short = PIPELINES["default"].replace("assign-bits", "assign-bits{rounds = 1}")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(PIPELINES, "default", short)
-        yield
-
-
 class Compiled(NamedTuple):
     """The folder that the first example wrote, and what it printed."""
 
@@ -47,7 +35,7 @@ class Compiled(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def compiled(one_round: None, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     folder = tmp_path_factory.mktemp("examples") / "artifact"
     said = io.StringIO()
     with contextlib.redirect_stdout(said):

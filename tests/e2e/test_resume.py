@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 GRADIENTS = "gradients at the quantized weights"
-TARGET = ("--target", "reference", "--avg-bits", "3.5", "--json")
+TARGET = ("--target", "reference", "--avg-bits", "3.5", "--no-tuning", "--json")
 Interrupt = Callable[[int], None]
 
 
