@@ -32,6 +32,7 @@ from scalebits_compiler.passes.starts import (
     dual_bound,
     greedy_raise,
     moved_to_budget,
+    steepened,
     surrogate,
 )
 
@@ -316,6 +317,14 @@ class TestStarts:
             wins += state.starts["uniform"] < state.starts["hull"]
         assert wins > 3
         assert 0 < shipped < 20
+
+    def test_steeper_curves_spread_the_widths_less(self) -> None:
+        """Two blocks, one 100 times as sensitive: 2 and 6 bits by the curves, 3 and 5 by these."""
+        curves = np.outer(4.0 ** -np.arange(1, 9), [1.0, 100.0])
+        assert np.allclose(steepened(curves) / curves, 1.5 ** np.arange(7, -1, -1)[:, None])
+        costs = costs_for([1, 1], [0, 0], 8)
+        assert greedy_raise(curves, costs, costs.low).tolist() == [2, 6]
+        assert greedy_raise(steepened(curves), costs, costs.low).tolist() == [3, 5]
 
     @quick
     @given(seed=seeds, share=st.floats(0, 1.1), before=st.integers(1, 8))
