@@ -7,8 +7,8 @@
 Every method gets the same budget of effective bits (codes, scales, zero points, table of widths).
 A budget `u2` is what uniform 2-bit blocks take; at a budget between two of them the uniform methods
 widen every n-th block, so that they spend it too. Finished rows of --out are not computed again;
-what methods and budgets of one model and seed share is computed once per run. With --chain a search
-starts also at the widths of the next larger budget, as those of `compile --avg-bits 2.3,3.1` do.
+what methods and budgets of one model and seed share is computed once per run. With --chain searches
+with swaps start at the widths of the next larger budget, as in `compile --avg-bits 2.3,3.1`.
 """
 
 from __future__ import annotations
@@ -219,7 +219,7 @@ class Subject:
         before, rounds = start, AssignBits().rounds if method.swaps else 0
         settings = f"avg-bits = {budget!r}"
         larger = [other for other in map(self.budget, self.options.budgets) if other > budget]
-        if self.options.chain and larger:
+        if self.options.chain and larger and method.swaps:
             before = self.widths(method, min(larger))
             settings, rounds = f"{settings}, warm = true", min(rounds, WARM_ROUNDS)
         shared = ("search", method.per_tensor, method.order)
