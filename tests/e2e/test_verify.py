@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from scalebits_compiler.passes.pipeline import parse_passes
 from scalebits_compiler.runtime.manifest import FileRecord, Manifest, sha256_of
 
 
@@ -95,7 +96,8 @@ def test_other_widths_and_sums(cli: Any, compiled: Any, copy_of: Callable[[Path]
 def test_passes_as_json(cli: Any) -> None:
     told = json.loads(cli("passes", "--json").out)
     names = [item["name"] for item in told["passes"]]
-    assert {*told["pipelines"]["default"].split(",")} <= {*names}
+    used = parse_passes(told["pipelines"]["default"])
+    assert {item.name for item in used} <= {*names}
     (one,) = json.loads(cli("passes", "assign-bits", "--json").out)["passes"]
     assert one["requires"] == ["canonical"]
     assert one["origin"] == "scalebits_compiler itself"
