@@ -17,7 +17,8 @@ Ints = NDArray[np.int64]
 # Of all blocks, so many are moved at a time on the way to another budget.
 _SHARE = 0.02
 # Narrow widths cost more than curvature at full precision says, the more so the larger their error:
-# uniform widths lose 1.3 to 2 times as much per bit less, beside the curves (docs/algorithm.md).
+# uniform ones of 1 bit lose 1.8 to 5 times what the curves say, of 4 bits 1.3 to 1.7 times. What is
+# best after tuning was measured (docs/quality.md).
 _STEEPER = 1.5
 
 
