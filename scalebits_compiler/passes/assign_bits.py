@@ -124,13 +124,13 @@ class AssignBits(Pass):
         self, module: Module, problem: SearchProblem, costs: Costs
     ) -> tuple[dict[str, Ints], dict[str, Ints]]:
         """Where the search may start (the first of equals is taken), and what it must beat."""
-        curves, (_, uniform) = problem.curves, best_uniform(costs)
+        curves, (_, uniform) = steepened(problem.curves), best_uniform(costs)
         guards = {"uniform": uniform}
         if self.warm:
             here, moves = _found_widths(module)
-            down = moves.cautious(self.z).down  # in nats, as the curves that it is compared with
+            down = moves.cautious(self.z).down
             return {"neighbour": moved_to_budget(curves, costs, here, down)}, guards
-        return {"hull": greedy_raise(steepened(curves), costs, costs.low)}, guards
+        return {"hull": greedy_raise(curves, costs, costs.low)}, guards
 
     def problem(self, module: Module) -> tuple[Module, Costs]:
         """The module with the pins as limits, and the storage of its blocks.
