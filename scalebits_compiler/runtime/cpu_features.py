@@ -13,15 +13,30 @@ MOST_THREADS = 8
 
 def cpu_features(cpuinfo: Path = CPUINFO) -> frozenset[str]:
     """Flags of the first processor as Linux names them; empty where there is no such file."""
+    return frozenset(_first_entry(cpuinfo, "flags", "Features").split())
+
+
+def prefetch_distance(cpuinfo: Path = CPUINFO) -> int:
+    """How many bytes ahead of its reading a matrix kernel asks for weights.
+
+    Measured with one token and weights in memory: on Intel's Emerald Rapids 4 KB take 25 to 35 %
+    less time than 192 bytes, 2 to 6 KB nearly as little. On AMD's Zen 4 it is 192 bytes that take
+    7 to 15 % less than none; 1 KB is as slow as none, and 4 KB slower.
+    """
+    return 4096 if _first_entry(cpuinfo, "vendor_id") == "GenuineIntel" else 192
+
+
+def _first_entry(cpuinfo: Path, *names: str) -> str:
+    """The first value under one of the names, "" where there is none or no such file."""
     try:
         text = cpuinfo.read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return frozenset()
+        return ""
     for line in text.splitlines():
         name, _, value = line.partition(":")
-        if name.strip() in ("flags", "Features"):
-            return frozenset(value.split())
-    return frozenset()
+        if name.strip() in names:
+            return value.strip()
+    return ""
 
 
 def default_threads(topology: Path = TOPOLOGY) -> int:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from scalebits_compiler.errors import ArtifactError, TargetError
 from scalebits_compiler.numerics.layout import FORMAT_VERSION, BlockLayout
-from scalebits_compiler.runtime.cpu_features import cpu_features
+from scalebits_compiler.runtime.cpu_features import cpu_features, prefetch_distance
 from scalebits_compiler.runtime.program import (
     COUNTER_STRIDE,
     TOOK,
@@ -66,6 +66,7 @@ class KernelLibrary:
         self.tile_tokens: int = variant["tile_tokens"]
         self.chunk_tokens: int = variant["chunk_tokens"]
         self.threads = 1
+        self.ahead = prefetch_distance()
         self._team = Team()
         self.threads_meet: bool = variant["threads"]
         self._run = run
@@ -283,7 +284,7 @@ class PackedLinear:
         layout, library = self.layout, self.library
         arguments: dict[str, Argument] = {
             **self._tables, "values": x.values, "scales": x.scales, "tokens": x.values.shape[1],
-            "y": y, "y_tokens": x.tokens, "y_rows": layout.rows,
+            "y": y, "y_tokens": x.tokens, "y_rows": layout.rows, "ahead": library.ahead,
         }  # fmt: skip
         kind = "gemv" if x.tokens <= library.gemv_tokens else "gemm"
         if kind == "gemm":

@@ -54,8 +54,8 @@ _MATRIX = "arena offsets starts columns blocks cols values scales tokens y! y_to
 _FIELDS = {
     "quantize": "x x_stride cols groups values! scales! tokens",
     "gather_quantize": "x x_stride cols groups values! scales! tokens index",
-    "gemv": _MATRIX,
-    "gemm": f"{_MATRIX} codes total",
+    "gemv": f"{_MATRIX} ahead",
+    "gemm": f"{_MATRIX} codes total ahead",
     "dense": "x x_stride x_rows w cols y! y_cols",
     "bias": "x bias cols y!",
     "embedding": "ids table cols y!",

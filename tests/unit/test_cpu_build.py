@@ -8,7 +8,7 @@ import pytest
 
 from scalebits_compiler.codegen.triton.target import CudaTarget
 from scalebits_compiler.errors import TargetError
-from scalebits_compiler.runtime.cpu_features import cpu_features
+from scalebits_compiler.runtime.cpu_features import cpu_features, prefetch_distance
 
 pytest.importorskip("tvm", reason="the kernel compiler needs apache-tvm")
 import tvm
@@ -138,3 +138,11 @@ def test_cpu_features(tmp_path):
     path.write_text("processor\t: 0\nFeatures\t: asimd\n")
     assert cpu_features(path) == {"asimd"}
     assert cpu_features(tmp_path / "none") == frozenset()
+
+
+def test_prefetch_distance(tmp_path):
+    path = tmp_path / "cpuinfo"
+    for vendor, bytes_ahead in (("GenuineIntel", 4096), ("AuthenticAMD", 192)):
+        path.write_text(f"processor : 0\nvendor_id\t: {vendor}\nflags\t\t: fpu\n")
+        assert prefetch_distance(path) == bytes_ahead
+    assert prefetch_distance(tmp_path / "none") == 192

@@ -133,7 +133,9 @@ class _IntegerTile:
         """Unpack the codes of a group that starts at byte `start`."""
         steps = SUBS // self.spec.row_groups
         with T.serial(0, units) as unit:
-            words = load_words(self.tables.arena, start + unit * (bits * VECTOR_BYTES), bits)
+            at = T.bind(start + unit * (bits * VECTOR_BYTES))
+            words = load_words(self.tables.arena, at, bits)
+            self.tables.prefetch(at, bits)
             for sub in range(SUBS):
                 step, row_group = divmod(sub, self.spec.row_groups)
                 shift = splat(T.uint32(PIECES[bits][sub].shift))

@@ -22,7 +22,6 @@ from scalebits_compiler.codegen.tvm.emit import (
     join_planes,
     load_words,
     loop,
-    prefetch,
     splat,
     store_rows,
 )
@@ -91,7 +90,7 @@ class _IntegerSum:
                 at = T.bind(start + unit * (bits * VECTOR_BYTES))
                 words = load_words(self.tables.arena, at, bits)
                 if not first:
-                    prefetch(self.tables.arena, at, bits)
+                    self.tables.prefetch(at, bits)
                 values: dict[int, list[Expr]] = {}
                 for sub in range(first, first + self.at_once):
                     step = sub // self.spec.row_groups
