@@ -28,6 +28,8 @@ MOST_COPIES = 640
 """Matrices below a megabyte are never quite cold."""
 LEAST_SECONDS = 1e-3
 """A case is called so often in a round that it takes at least this long."""
+WARM_SECONDS = 20e-3
+"""A hot case is called for so long first: a few calls do not fill the last-level cache."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def interleave(
     for _ in range(rounds):
         for case in cases:
             if len(case.calls) == 1:  # hot, but the case before has taken its place in the cache
-                case.calls[0]()
+                _warm(case.calls[0])
             count, first = counts[case.name], nth[case.name]
             calls = [case.calls[(first + i) % len(case.calls)] for i in range(count)]
             start = clock()
@@ -103,6 +105,12 @@ def interleave(
             seconds[case.name].append((clock() - start) / count)
             nth[case.name] = first + count
     return {name: np.array(values) for name, values in seconds.items()}
+
+
+def _warm(call: Callable[[], object]) -> None:
+    start = time.perf_counter()
+    while time.perf_counter() - start < WARM_SECONDS:
+        call()
 
 
 def _calls_per_round(case: Case, clock: Callable[[], float]) -> int:
