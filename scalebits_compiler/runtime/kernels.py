@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from scalebits_compiler.errors import ArtifactError, TargetError
 from scalebits_compiler.numerics.layout import FORMAT_VERSION, BlockLayout
 from scalebits_compiler.runtime.cpu_features import cpu_features, prefetch_distance
+from scalebits_compiler.runtime.helpers import Helpers
 from scalebits_compiler.runtime.program import (
     COUNTER_STRIDE,
     TOOK,
@@ -29,6 +29,8 @@ from scalebits_compiler.runtime.variants import EXACT, choose_mode, choose_varia
 
 THREAD_WORK = 1 << 23
 """Multiply-adds below which a thread is not worth its ~25 us of hand-over."""
+LAST_LOOKS = 50
+"""Looks at whether the helpers have ended (about 75 us) before their wait is that of a lock."""
 
 F32 = NDArray[np.float32]
 _PLANES = {"int16": (2, "int8"), "int8": (1, "int8"), "float32": (1, "float32")}
@@ -67,7 +69,7 @@ class KernelLibrary:
         self.chunk_tokens: int = variant["chunk_tokens"]
         self.threads = 1
         self.ahead = prefetch_distance()
-        self._team = Team()
+        self._team, self._helpers = Team(), Helpers()
         self.threads_meet: bool = variant["threads"]
         self._run = run
         self._scratch: dict[tuple[str, int, int], NDArray[np.uint8]] = {}
@@ -213,22 +215,20 @@ class KernelLibrary:
             threads = self._team.size(self.threads) if program.work >= THREAD_WORK else 1
         counts = np.zeros((threads, COUNTER_STRIDE), np.int64)
         table, counters = (tvm_ffi.from_dlpack(array) for array in (table, counts))
-        futures = [
-            self._pool.submit(self._run, table, first, last, thread, threads, counters)
-            for thread in range(1, threads)
+        calls = [
+            partial(self._run, table, first, last, thread, threads, counters)
+            for thread in range(threads)
         ]
-        self._run(table, first, last, 0, threads, counters)
-        for future in futures:
-            future.result()
-        if threads > 1:
-            waited = counts[:, WAITED].sum() / counts[:, TOOK].sum()
-            self._team.tell(float(waited))
-
-    @cached_property
-    def _pool(self) -> ThreadPoolExecutor:
-        # As many workers as a run needs at once: a thread that waits for its turn would be waited
-        # for at the first barrier for ever.
-        return ThreadPoolExecutor(self.threads, thread_name_prefix="scalebits")
+        if threads == 1:
+            calls[0]()
+            return
+        jobs = self._helpers.start(calls[1:])
+        calls[0]()
+        # Most often all end at once, and looking is faster than being woken up.
+        if not any(counts[:, TOOK].all() for _ in range(LAST_LOOKS)):
+            for job in jobs:
+                job.wait()
+        self._team.tell(float(counts[:, WAITED].sum() / counts[:, TOOK].sum()))
 
 
 class PackedLinear:

@@ -1,0 +1,65 @@
+"""Threads beside the caller."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import time
+from functools import partial
+
+import pytest
+
+from scalebits_compiler.runtime import helpers
+from scalebits_compiler.runtime.helpers import Helpers
+
+
+def test_calls_are_made_at_once_again_and_again():
+    team = Helpers()
+    for _ in range(20):
+        meet = threading.Barrier(4)
+        jobs = team.start([partial(meet.wait, 10)] * 3)
+        meet.wait(10)
+        for job in jobs:
+            job.wait()
+
+
+def test_an_exception_is_raised_where_it_is_waited_for():
+    def fail() -> None:
+        raise KeyError("lost")
+
+    team = Helpers()
+    (job,) = team.start([fail])
+    with pytest.raises(KeyError, match="lost"):
+        job.wait()
+    done: list[int] = []
+    team.start([lambda: done.append(1)])[0].wait()
+    assert done == [1]
+
+
+def test_threads_end_with_their_owner():
+    before = threading.active_count()
+    team = Helpers()
+    team.start([lambda: None])[0].wait()
+    assert threading.active_count() == before + 1
+    del team
+    gc.collect()
+    for _ in range(100):
+        if threading.active_count() == before:
+            return
+        time.sleep(0.05)
+    raise AssertionError("a thread is left")
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="threads are placed as on Linux")
+def test_helpers_are_kept_off_the_processor_of_the_caller(monkeypatch):
+    allowed = sorted(os.sched_getaffinity(0))
+    if len(allowed) < 2:
+        pytest.skip("one processor")
+    team, seen = Helpers(), []
+    for here in (allowed[0], allowed[1], -1):
+        monkeypatch.setattr(helpers, "_processor", lambda here=here: here)
+        team.start([lambda: seen.append(os.sched_getaffinity(0))])[0].wait()
+    elsewhere = [set(allowed) - {here} for here in allowed[:2]]
+    assert seen == [*elsewhere, elsewhere[1]]  # where the caller's is unknown it stays where it is
+    assert os.sched_getaffinity(0) == set(allowed)
