@@ -31,8 +31,10 @@ from scalebits_compiler.passes.starts import (
     best_uniform,
     dual_bound,
     greedy_raise,
+    hulls,
     moved_to_budget,
     steepened,
+    steepness,
     surrogate,
 )
 
@@ -44,11 +46,11 @@ GRID_BITS = 8  # a block's entry in the stored bit table
 
 @dataclass(frozen=True)
 class AssignBits(Pass):
-    """Budgeted greedy widths: the best of some starts, then swaps that a held-out loss accepts.
+    """Budgeted greedy widths: a start along hulls, then swaps that a held-out loss accepts.
 
     `avg-bits` caps the effective bits per weight: codes, scales, zero points, bit table, padding
     and the indices of gathers. The result is never worse on the acceptance split than the best
-    uniform width that fits: that is one of the starts, and the report says so if it ships. A search
+    uniform width that fits: where it would be, that ships, and the report says so. A search
     goes on where a killed one has stopped if the context has a checkpoint.
     """
 
@@ -94,10 +96,9 @@ class AssignBits(Pass):
             pinned, costs = self.problem(pinned.with_weights(list(plain)))
         known = ctx.cache.get(self.name)
         problem = SearchProblem.load(pinned, ctx, self.name, self.loss, self.whole_blocks)
-        width, _ = best_uniform(costs)
+        width, uniform = best_uniform(costs)
         saved = _Saved(self, module, ctx)
-        starts, guards = self._starts(pinned, problem, costs)
-        state = saved.load(costs) or best_start(starts, guards, problem.held)
+        state = saved.load(costs) or self._start(pinned, problem, costs)
         resumed = state.round
         saved.save(state)
         moves = swap_search(
@@ -108,7 +109,7 @@ class AssignBits(Pass):
             SearchSettings(self.rounds, self.z),
             saved.save,
         )
-        uniform_won = guarded(state, guards)
+        uniform_won = guarded(state, {"uniform": uniform})
         if moves is None or uniform_won:
             moves, state.scored = problem.score(state.bits, costs), state.scored + 1
         ctx.report[self.name] = {
@@ -120,17 +121,17 @@ class AssignBits(Pass):
         }
         return _with_widths(pinned, problem, state.bits, moves)
 
-    def _starts(
-        self, module: Module, problem: SearchProblem, costs: Costs
-    ) -> tuple[dict[str, Ints], dict[str, Ints]]:
-        """Where the search may start (the first of equals is taken), and what it must beat."""
-        curves, (_, uniform) = steepened(problem.curves), best_uniform(costs)
-        guards = {"uniform": uniform}
+    def _start(self, module: Module, problem: SearchProblem, costs: Costs) -> SearchState:
+        """Where the search starts: at a hull, or where an earlier search has ended if better."""
+        curves, (_, uniform) = problem.curves, best_uniform(costs)
+        steeper = hulls(curves, costs)
+        starts = {"hull": next(steeper)}
         if self.warm:
             here, moves = _found_widths(module)
+            likely = steepened(curves, costs, steepness(curves, costs))
             down = moves.cautious(self.z).down
-            return {"neighbour": moved_to_budget(curves, costs, here, down)}, guards
-        return {"hull": greedy_raise(curves, costs, costs.low)}, guards
+            starts["neighbour"] = moved_to_budget(likely, costs, here, down)
+        return best_start(starts, steeper, {"uniform": uniform}, problem.held)
 
     def problem(self, module: Module) -> tuple[Module, Costs]:
         """The module with the pins as limits, and the storage of its blocks.

@@ -5,7 +5,8 @@ All blocks of all matrices are one flat list here; passes/starts.py gives the st
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -119,16 +120,28 @@ class SearchState:
 
 
 def best_start(
-    starts: dict[str, Ints], guards: dict[str, Ints], held_loss: Callable[[Ints], float]
+    starts: dict[str, Ints],
+    steeper: Iterable[Ints],
+    guards: dict[str, Ints],
+    held_loss: Callable[[Ints], float],
 ) -> SearchState:
-    """The start with the least held loss, the first of equals; the guards are measured as well.
+    """The start with the least held loss, the first of equals.
 
-    A guard is no start, even where it is better at first: from uniform widths the search ends in
-    worse places than from the hull.
+    While it is no lower than that of the guards, `steeper` starts are tried in turn. A guard is
+    none itself: from uniform widths the search ends in worse places than from the hull.
     """
-    losses = {name: held_loss(bits) for name, bits in {**starts, **guards}.items()}
+    losses = {name: held_loss(bits) for name, bits in {**guards, **starts}.items()}
+    least = min((losses[name] for name in guards), default=math.inf)
     name = min(starts, key=lambda name: losses[name])
-    return SearchState(starts[name].copy(), losses[name], losses, held=len(losses))
+    best = starts[name]
+    for count, bits in enumerate(steeper, 1):
+        if losses[name] < least:
+            break
+        tried = f"steeper hull {count}"
+        losses[tried] = held_loss(bits)
+        if losses[tried] < losses[name]:
+            name, best = tried, bits
+    return SearchState(best.copy(), losses[name], losses, held=len(losses))
 
 
 def guarded(state: SearchState, guards: dict[str, Ints]) -> bool:

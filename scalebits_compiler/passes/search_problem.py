@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,7 +29,7 @@ class SearchProblem:
 
     curves: float64 [8, blocks], predicted loss (nats) of each block at widths 1..8, at full
     precision. full_precision: held loss (nats) there. loss: its kind (objectives.py).
-    whole_blocks: how the curves were measured (`width_curves`).
+    whole_blocks: how the curves were measured (`width_curves`). measured: what `held` has found.
     """
 
     evaluator: Evaluator
@@ -40,6 +40,7 @@ class SearchProblem:
     ctx: PassContext
     loss: str = "ce"
     whole_blocks: bool = False
+    measured: dict[bytes, float] = field(default_factory=dict)
 
     @staticmethod
     def load(
@@ -130,6 +131,10 @@ class SearchProblem:
         )
 
     def held(self, bits: Ints) -> float:
-        """Loss on the acceptance windows at these widths (nats)."""
-        weights = st.rounded(self.matrices, self.grids(bits))
-        return st.held_loss(self.evaluator, weights, self.text.acceptance, self.loss)
+        """Loss on the acceptance windows at these widths (nats), measured once."""
+        key = bits.tobytes()
+        if key not in self.measured:
+            weights = st.rounded(self.matrices, self.grids(bits))
+            loss = st.held_loss(self.evaluator, weights, self.text.acceptance, self.loss)
+            self.measured[key] = loss
+        return self.measured[key]

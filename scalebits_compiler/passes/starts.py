@@ -6,6 +6,7 @@ All blocks of all matrices are one flat list here. Taking block i to width b cos
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,10 +17,13 @@ Ints = NDArray[np.int64]
 
 # Of all blocks, so many are moved at a time on the way to another budget.
 _SHARE = 0.02
-# Narrow widths cost more than curvature at full precision says, the more so the larger their error:
-# uniform ones of 1 bit lose 1.8 to 5 times what the curves say, of 4 bits 1.3 to 1.7 times. What is
-# best after tuning was measured (docs/quality.md).
-_STEEPER = 1.5
+# Narrow widths cost more than curvature at full precision says, the more so the larger the whole
+# error is: per nat of predicted excess and bit of width by so much, but no more than the most. What
+# is best after tuning was measured (docs/quality.md).
+_STEEPER_PER_NAT = 1.2
+_MOST_AT_FIRST = 1.5
+# From one hull to the next, and the last: there all widths are next to the same.
+_NEXT, _LAST = 1.5, 12.0
 
 
 @dataclass(frozen=True)
@@ -46,9 +50,29 @@ def surrogate(curves: Floats, bits: Ints) -> float:
     return float(curves[bits - 1, np.arange(len(bits))].sum())
 
 
-def steepened(curves: Floats) -> Floats:
-    """The curves [8, blocks] by which widths are chosen: times 1.5 for every bit below 8."""
-    return curves * _STEEPER ** np.arange(7, -1, -1)[:, None]
+def steepness(curves: Floats, costs: Costs) -> float:
+    """By how much a bit less costs more than the curves [8, blocks] (nats) say at this budget."""
+    excess = surrogate(curves, greedy_raise(curves, costs, costs.low))
+    return min(_MOST_AT_FIRST, 1 + _STEEPER_PER_NAT * max(0.0, excess))
+
+
+def steepened(curves: Floats, costs: Costs, by: float) -> Floats:
+    """The curves [8, blocks] times `by` for every bit below the mean width of the budget."""
+    mean = (costs.budget - costs.fixed.sum()) / costs.per_bit.sum()
+    return curves * by ** (mean - np.arange(1.0, 9.0))[:, None]
+
+
+def hulls(curves: Floats, costs: Costs) -> Iterator[Ints]:
+    """Starts within the budget, by curves as steep as is likely best, then ever steeper ones.
+
+    The steeper the curves, the nearer are the widths to uniform ones; each differs from the last.
+    """
+    by, last = steepness(curves, costs), None
+    while by < _LAST:
+        bits = greedy_raise(steepened(curves, costs, by), costs, costs.low)
+        if last is None or not np.array_equal(bits, last):
+            yield bits
+        by, last = by * _NEXT, bits
 
 
 def greedy_raise(curves: Floats, costs: Costs, start: Ints) -> Ints:

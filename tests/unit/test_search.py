@@ -31,8 +31,10 @@ from scalebits_compiler.passes.starts import (
     best_uniform,
     dual_bound,
     greedy_raise,
+    hulls,
     moved_to_budget,
     steepened,
+    steepness,
     surrogate,
 )
 
@@ -76,7 +78,7 @@ def moves_of(up: Any, down: Any) -> Moves:
 
 
 def search(fake: Fake, start: Ints, held: Callable[[Ints], float], rounds: int) -> SearchState:
-    state = best_start({"given": start}, {}, held)
+    state = best_start({"given": start}, [], {}, held)
     swap_search(state, fake.costs, fake.score, held, SearchSettings(rounds), lambda _: None)
     return state
 
@@ -269,7 +271,7 @@ class TestGoingOn:
         """What was saved, through JSON, leads to the same end as a search that was not stopped."""
         fake, settings_ = Fake.make(7), SearchSettings(12)
         whole = search(fake, np.full(24, 3), fake.held, 12)
-        state = best_start({"given": np.full(24, 3)}, {}, fake.held)
+        state = best_start({"given": np.full(24, 3)}, [], {}, fake.held)
         saved = [json.dumps(state.as_json())]
         keep = saved.append
         swap_search(
@@ -292,7 +294,7 @@ class TestGoingOn:
             calls.append(1)
             return 9.0 if len(calls) % 6 else float(next(losses))
 
-        state = best_start({"given": np.full(2000, 3)}, {}, held)
+        state = best_start({"given": np.full(2000, 3)}, [], {}, held)
         settings_ = SearchSettings(AssignBits().rounds)
         swap_search(state, fake.costs, fake.score, held, settings_, lambda _: None)
         assert state.held == len(calls)
@@ -309,7 +311,7 @@ class TestStarts:
             fake.curves = convex_curves(np.random.default_rng(seed + 100), 24)
             _, uniform = best_uniform(fake.costs)
             starts, guards = {"hull": greedy_start(fake.curves, fake.costs)}, {"uniform": uniform}
-            state = best_start(starts, guards, fake.held)
+            state = best_start(starts, [], guards, fake.held)
             settings_ = SearchSettings(seed % 2)
             swap_search(state, fake.costs, fake.score, fake.held, settings_, lambda _: None)
             shipped += guarded(state, guards)
@@ -318,13 +320,53 @@ class TestStarts:
         assert wins > 3
         assert 0 < shipped < 20
 
+    def test_steeper_starts_until_one_beats_the_guard(self) -> None:
+        """What follows it is not measured; if none does, it is the best of all."""
+        losses, asked = {1: 5.0, 2: 3.0, 3: 4.0, 4: 2.0, 5: 1.0, 6: 6.0}, []
+
+        def held(bits: Ints) -> float:
+            asked.append(int(bits[0]))
+            return losses[asked[-1]]
+
+        starts, guards = {"a": np.full(2, 1), "b": np.full(2, 6)}, {"guard": np.full(2, 2)}
+        steeper = [np.full(2, width) for width in (3, 4, 5)]
+        state = best_start(starts, steeper, guards, held)
+        assert (asked, state.loss, state.held) == ([2, 1, 6, 3, 4], 2.0, 5)
+        measured = {"guard": 3.0, "a": 5.0, "b": 6.0, "steeper hull 1": 4.0, "steeper hull 2": 2.0}
+        assert state.starts == measured
+        assert best_start(starts, steeper[:1], guards, held).bits.tolist() == [3, 3]
+        assert best_start({**starts, "c": np.full(2, 5)}, steeper, guards, held).loss == 1.0
+
     def test_steeper_curves_spread_the_widths_less(self) -> None:
         """Two blocks, one 100 times as sensitive: 2 and 6 bits by the curves, 3 and 5 by these."""
         curves = np.outer(4.0 ** -np.arange(1, 9), [1.0, 100.0])
-        assert np.allclose(steepened(curves) / curves, 1.5 ** np.arange(7, -1, -1)[:, None])
         costs = costs_for([1, 1], [0, 0], 8)
+        steeper = steepened(curves, costs, 1.5)
+        assert np.allclose(steeper / curves, 1.5 ** (4.0 - np.arange(1, 9))[:, None])
         assert greedy_raise(curves, costs, costs.low).tolist() == [2, 6]
-        assert greedy_raise(steepened(curves), costs, costs.low).tolist() == [3, 5]
+        assert greedy_raise(steeper, costs, costs.low).tolist() == [3, 5]
+
+    def test_curves_are_steeper_the_more_they_promise_to_lose(self) -> None:
+        curves = np.outer(4.0 ** -np.arange(1, 9), [1.0, 100.0])
+        costs = costs_for([1, 1], [0, 0], 8)
+        lost = surrogate(curves, np.array([2, 6]))
+        assert steepness(curves, costs) == pytest.approx(1 + 1.2 * lost)
+        assert steepness(1e-9 * curves, costs) == pytest.approx(1)
+        assert steepness(1e9 * curves, costs) == 1.5
+
+    @quick
+    @given(seed=seeds, share=st.floats(0, 1.1))
+    def test_hulls_end_near_uniform_widths(self, seed: int, share: float) -> None:
+        """All within the budget, and the last with no more than two widths next to each other."""
+        curves = 4.0 ** -np.arange(8)[:, None] * np.random.default_rng(seed).uniform(1, 9, 24)
+        costs = costs_for([10] * 24, [3] * 24, 0)
+        least, most = costs.total(costs.low), costs.total(costs.high)
+        costs = replace(costs, budget=int(least + share * (most - least)))
+        found = list(hulls(curves, costs))
+        first = steepened(curves, costs, steepness(curves, costs))
+        assert found[0].tolist() == greedy_start(first, costs).tolist()
+        assert all(costs.total(bits) <= costs.budget for bits in found)
+        assert np.ptp(found[-1]) <= 1
 
     @quick
     @given(seed=seeds, share=st.floats(0, 1.1), before=st.integers(1, 8))
