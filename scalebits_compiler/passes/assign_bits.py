@@ -124,12 +124,15 @@ class AssignBits(Pass):
     def _start(self, module: Module, problem: SearchProblem, costs: Costs) -> SearchState:
         """Where the search starts: at a hull, or where an earlier search has ended if better."""
         curves, (_, uniform) = problem.curves, best_uniform(costs)
-        steeper = hulls(curves, costs)
-        starts = {"hull": next(steeper)}
+        hull = greedy_raise(curves, costs, costs.low)
+        excess = problem.held(hull) - problem.full_precision
+        by = steepness(costs, surrogate(curves, hull), excess)
+        steeper = hulls(curves, costs, by)
+        starts = {"hull": hull, "steeper hull": next(steeper)}
         if self.warm:
             here, moves = _found_widths(module)
-            likely = steepened(curves, costs, steepness(curves, costs))
             down = moves.cautious(self.z).down
+            likely = steepened(curves, costs, by)
             starts["neighbour"] = moved_to_budget(likely, costs, here, down)
         return best_start(starts, steeper, {"uniform": uniform}, problem.held)
 

@@ -134,7 +134,7 @@ def best_start(
     least = min((losses[name] for name in guards), default=math.inf)
     name = min(starts, key=lambda name: losses[name])
     best = starts[name]
-    for count, bits in enumerate(steeper, 1):
+    for count, bits in enumerate(steeper, 2):
         if losses[name] < least:
             break
         tried = f"steeper hull {count}"

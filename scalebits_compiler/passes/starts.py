@@ -17,13 +17,9 @@ Ints = NDArray[np.int64]
 
 # Of all blocks, so many are moved at a time on the way to another budget.
 _SHARE = 0.02
-# Narrow widths cost more than curvature at full precision says, the more so the larger the whole
-# error is: per nat of predicted excess and bit of width by so much, but no more than the most. What
-# is best after tuning was measured (docs/quality.md).
-_STEEPER_PER_NAT = 1.2
-_MOST_AT_FIRST = 1.5
-# From one hull to the next, and the last: there all widths are next to the same.
-_NEXT, _LAST = 1.5, 12.0
+# How much steeper curves may be at first, from one hull to the next, and at most: there all widths
+# are next to the same.
+_MOST_AT_FIRST, _NEXT, _LAST = 2.0, 1.25, 12.0
 
 
 @dataclass(frozen=True)
@@ -50,24 +46,35 @@ def surrogate(curves: Floats, bits: Ints) -> float:
     return float(curves[bits - 1, np.arange(len(bits))].sum())
 
 
-def steepness(curves: Floats, costs: Costs) -> float:
-    """By how much a bit less costs more than the curves [8, blocks] (nats) say at this budget."""
-    excess = surrogate(curves, greedy_raise(curves, costs, costs.low))
-    return min(_MOST_AT_FIRST, 1 + _STEEPER_PER_NAT * max(0.0, excess))
+def mean_width(costs: Costs) -> float:
+    """The mean width of the blocks, by the storage of a bit, where all of the budget is used."""
+    return float((costs.budget - costs.fixed.sum()) / costs.per_bit.sum())
+
+
+def steepness(costs: Costs, predicted: float, measured: float) -> float:
+    """By how much more each bit less costs than the curves say, 1 to 2.
+
+    predicted, measured: excess loss (nats) of the hull at this budget. Curvature at full precision
+    is right for 8 bits and says too little of what narrow widths cost, whose errors are large; here
+    by a factor that grows evenly with every bit.
+    """
+    below = 8 - mean_width(costs)
+    if below <= 0 or not 0 < predicted < measured:
+        return 1.0
+    return min(_MOST_AT_FIRST, (measured / predicted) ** (1 / below))
 
 
 def steepened(curves: Floats, costs: Costs, by: float) -> Floats:
     """The curves [8, blocks] times `by` for every bit below the mean width of the budget."""
-    mean = (costs.budget - costs.fixed.sum()) / costs.per_bit.sum()
-    return curves * by ** (mean - np.arange(1.0, 9.0))[:, None]
+    return curves * by ** (mean_width(costs) - np.arange(1.0, 9.0))[:, None]
 
 
-def hulls(curves: Floats, costs: Costs) -> Iterator[Ints]:
-    """Starts within the budget, by curves as steep as is likely best, then ever steeper ones.
+def hulls(curves: Floats, costs: Costs, by: float) -> Iterator[Ints]:
+    """Widths within the budget, by curves made steeper: times `by` for a bit, then ever more.
 
     The steeper the curves, the nearer are the widths to uniform ones; each differs from the last.
     """
-    by, last = steepness(curves, costs), None
+    last = None
     while by < _LAST:
         bits = greedy_raise(steepened(curves, costs, by), costs, costs.low)
         if last is None or not np.array_equal(bits, last):
