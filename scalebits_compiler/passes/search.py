@@ -101,7 +101,7 @@ class SearchState:
     starts: dict[str, float]
     round: int = 0
     count: int = 0
-    scored: int = 0
+    scored: float = 0
     held: int = 0
     done: bool = False
     steps: list[Step] = field(default_factory=list)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -82,7 +83,7 @@ class SearchProblem:
         then += [matrix.dense.cpu() for matrix in self.matrices.values()]
         return all(torch.equal(one, other) for one, other in zip(now, then, strict=True))
 
-    def gradient_passes(self, scored: int, held: int, fresh: bool) -> float:
+    def gradient_passes(self, scored: float, held: int, fresh: bool) -> float:
         """The work of so many scorings and held losses, in gradient passes; of the curves if fresh.
 
         All losses but `ce` run the original as well.
@@ -109,13 +110,14 @@ class SearchProblem:
             offset += count
         return parts
 
-    def score(self, bits: Ints, costs: Costs) -> Moves:
-        """Scores of all moves at these widths; inf where a limit forbids one."""
+    def score(self, bits: Ints, costs: Costs, share: float = 1.0) -> Moves:
+        """Scores of all moves at these widths, on a share of the windows; inf where none may be."""
+        windows = self.text.calibration
         scores = st.move_scores(
             self.evaluator,
             self.matrices,
             self.grids(bits),
-            self.text.calibration,
+            windows[: math.ceil(share * len(windows))],
             self.ctx,
             loss=self.loss,
         )
