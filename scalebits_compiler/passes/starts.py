@@ -6,6 +6,7 @@ All blocks of all matrices are one flat list here. Taking block i to width b cos
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -61,7 +62,8 @@ def steepness(costs: Costs, predicted: float, measured: float) -> float:
     below = 8 - mean_width(costs)
     if below <= 0 or not 0 < predicted < measured:
         return 1.0
-    return min(_MOST_AT_FIRST, (measured / predicted) ** (1 / below))
+    per_bit = math.log(measured / predicted) / below
+    return min(_MOST_AT_FIRST, math.exp(min(1.0, per_bit)))  # next to 8 bits exp overflows
 
 
 def steepened(curves: Floats, costs: Costs, by: float) -> Floats:

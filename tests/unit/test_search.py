@@ -355,6 +355,8 @@ class TestStarts:
         for predicted, measured in ((0.2, 0.1), (0.2, -0.1), (0.0, 0.1)):
             assert steepness(costs, predicted, measured) == 1
         assert steepness(replace(costs, budget=40), 0.01, 0.32) == 1
+        almost = costs_for([10_000] * 2, [0] * 2, 8 * 20_000 - 1)
+        assert steepness(almost, 0.01, 0.02) == 2
 
     @quick
     @given(seed=seeds, share=st.floats(0, 1.1))
