@@ -268,7 +268,7 @@ def as_text(report: CompileReport) -> str:
         if search["unreached"]:
             lines.append(
                 f"  never reached   {_few(search['unreached'])}: the calibration text has no token"
-                f" for them; {search['uniform_bits']} bits, rounded to nearest"
+                f" for them; {search['unreached_bits']} bits, rounded to nearest"
             )
     lines += [
         f"  code bits       {summary['code_bits']:.3f} per weight",

@@ -91,12 +91,11 @@ class AssignBits(Pass):
         from scalebits_compiler.passes.search_problem import SearchProblem
 
         pinned, costs = self.problem(module)
-        unreached = _unreached(pinned)
+        unreached, (typical, _) = _unreached(pinned), best_uniform(costs)
         if unreached:
-            # No gradient says what they need: the typical width, and no search.
-            typical, _ = best_uniform(costs)
+            # No gradient says what they need: the typical width of this budget, and no search.
             plain = (replace(pinned.weights[s], limits=(typical,) * 2) for s in unreached)
-            pinned, costs = self.problem(pinned.with_weights(list(plain)))
+            _, costs = self.problem(pinned.with_weights(list(plain)))
         known = ctx.cache.get(self.name)
         problem = SearchProblem.load(pinned, ctx, self.name, self.loss, self.whole_blocks)
         width, uniform = best_uniform(costs)
@@ -120,6 +119,7 @@ class AssignBits(Pass):
             **_report(state, costs, problem, fresh=problem is not known),
             "uniform_bits": width,
             "unreached": unreached,
+            "unreached_bits": typical,
             "shipped": "uniform" if uniform_won else "search",
             "resumed_at_round": resumed,
         }

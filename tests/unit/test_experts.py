@@ -59,15 +59,32 @@ def test_unreached_experts_are_rounded_to_nearest_at_the_typical_width(
     for symbol in search["unreached"]:
         weight = module.weights[symbol]
         bits = module.bits(weight)
-        assert set(bits.flat) == {search["uniform_bits"]}
+        assert set(bits.flat) == {search["unreached_bits"]}
         assert weight.codes is not None
         assert weight.data is not None
         dense = module.resources.torch(weight.data.key).float()
-        widths = torch.full((dense.shape[0], dense.shape[1] // 32), search["uniform_bits"])
+        widths = torch.full((dense.shape[0], dense.shape[1] // 32), search["unreached_bits"])
         nearest = LevelTable.fit(dense, 32).quantize(dense, widths)
         plain += torch.equal(module.resources.torch(weight.codes.key), nearest.codes)
     # At the final widths a router may send tokens to an expert that it did not choose before.
     assert plain >= len(search["unreached"]) / 2
+
+
+def test_the_typical_width_is_that_of_each_budget(tiny_llama: Callable[..., Path]) -> None:
+    """Of several, from the largest down: a search leaves no limits of its own to the next."""
+    source = load_model(tiny_llama("qwen3_moe", **MOE))
+    module = lower(trace(source.model), source)
+    ctx = PassContext(evaluate=Executor, text=TextSplit(IDS[:1], IDS[1:]))
+    before = PIPELINE[: PIPELINE.index("assign-bits")] + "assign-bits{avg-bits = 7, rounds = 0}"
+    module = run_pipeline(module, parse_passes(before, PASSES), ctx, [], PASSES)
+    for bits in (4.0, 2.2):
+        item = f"assign-bits{{avg-bits = {bits}, rounds = 0}}"
+        module = run_pipeline(module, parse_passes(item, PASSES), ctx, [], PASSES)
+        report = ctx.report["assign-bits"]
+        assert len(report["unreached"]) >= 9
+        assert report["unreached_bits"] == int(bits) - 1
+        for symbol in report["unreached"]:
+            assert set(module.bits(module.weights[symbol]).flat) == {report["unreached_bits"]}
 
 
 def test_router_stays_dense_and_is_listed(rounded: tuple[Module, Any]) -> None:
