@@ -113,8 +113,10 @@ class AssignBits(Pass):
         )
         uniform_won = guarded(state, {"uniform": uniform})
         if moves is None or uniform_won:
-            share = 1.0 if self.rounds else _SHARE_TO_EXPLAIN
-            moves, state.scored = problem.score(state.bits, costs, share), state.scored + share
+            windows = len(problem.text.calibration)
+            count = windows if self.rounds else math.ceil(_SHARE_TO_EXPLAIN * windows)
+            moves = problem.score(state.bits, costs, count)
+            state.scored += count / windows
         ctx.report[self.name] = {
             **_report(state, costs, problem, fresh=problem is not known),
             "uniform_bits": width,
@@ -128,6 +130,7 @@ class AssignBits(Pass):
     def _start(self, module: Module, problem: SearchProblem, costs: Costs) -> SearchState:
         """Where the search starts: at a hull, or where an earlier search has ended if better."""
         curves, (_, uniform) = problem.curves, best_uniform(costs)
+        known = len(problem.measured)
         hull = greedy_raise(curves, costs, costs.low)
         excess = problem.held(hull) - problem.full_precision
         by = steepness(costs, surrogate(curves, hull), excess)
@@ -138,7 +141,10 @@ class AssignBits(Pass):
             down = moves.cautious(self.z).down
             likely = steepened(curves, costs, by)
             starts["neighbour"] = moved_to_budget(likely, costs, here, down)
-        return best_start(starts, steeper, {"uniform": uniform}, problem.held)
+        state = best_start(starts, steeper, {"uniform": uniform}, problem.held)
+        # Starts may be equal, and uniform widths those of another budget.
+        state.held = len(problem.measured) - known
+        return state
 
     def problem(self, module: Module) -> tuple[Module, Costs]:
         """The module with the pins as limits, and the storage of its blocks.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -110,14 +109,16 @@ class SearchProblem:
             offset += count
         return parts
 
-    def score(self, bits: Ints, costs: Costs, share: float = 1.0) -> Moves:
-        """Scores of all moves at these widths, on a share of the windows; inf where none may be."""
-        windows = self.text.calibration
+    def score(self, bits: Ints, costs: Costs, count: int | None = None) -> Moves:
+        """Scores of all moves at these widths, on the first `count` windows (None: all of them).
+
+        inf where a limit forbids a move.
+        """
         scores = st.move_scores(
             self.evaluator,
             self.matrices,
             self.grids(bits),
-            windows[: math.ceil(share * len(windows))],
+            self.text.calibration[:count],
             self.ctx,
             loss=self.loss,
         )
@@ -134,7 +135,7 @@ class SearchProblem:
 
     def held(self, bits: Ints) -> float:
         """Loss on the acceptance windows at these widths (nats), measured once."""
-        key = bits.tobytes()
+        key = bits.astype(np.uint8).tobytes()
         if key not in self.measured:
             weights = st.rounded(self.matrices, self.grids(bits))
             loss = st.held_loss(self.evaluator, weights, self.text.acceptance, self.loss)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,23 +100,32 @@ class TestAssignBits:
         assert ctx.report["assign-bits"]["held_loss"] <= report["uniform_held_loss"]
         assert self.effective(searched) <= exact
 
-    def test_scores_are_those_of_the_final_widths(self, module: Any, ctx: Any) -> None:
-        """move_scores: scored again, independently, at the widths that came out."""
+    @pytest.mark.parametrize(("rounds", "windows"), [(2, 3), (0, 1)])
+    def test_scores_are_those_of_the_final_widths(
+        self, module: Any, ctx: Any, rounds: int, windows: int
+    ) -> None:
+        """move_scores: scored again, independently, at the widths that came out.
+
+        On all windows, or on a quarter of them where no swaps follow.
+        """
         import torch
 
         from scalebits_compiler.passes import statistics
         from scalebits_compiler.passes.assign_bits import AssignBits
 
-        done = AssignBits(avg_bits=3.0, rounds=2).run(module, ctx)
+        done = AssignBits(avg_bits=3.0, rounds=rounds).run(module, ctx)
+        seen = ctx.text.calibration[:windows]
         matrices = statistics.load_matrices(done, ctx)
         grids = {w.symbol: torch.from_numpy(done.bits(w)).long() for w in done.searched()}
         evaluator = ctx.evaluator(done, "test")
-        scores = statistics.move_scores(evaluator, matrices, grids, ctx.text.calibration, ctx)
+        scores = statistics.move_scores(evaluator, matrices, grids, seen, ctx)
         for weight in done.searched():
             found = done.resources.torch(weight.move_scores.key)
             wanted = [scores.up, scores.down, scores.error_up, scores.error_down]
             stacked = torch.stack([table[weight.symbol] for table in wanted], -1)
             torch.testing.assert_close(found, stacked.bfloat16())
+        if not rounds:
+            assert ctx.report["assign-bits"]["scorings"] == pytest.approx(1 / 3)
 
     def test_a_neighbours_widths_are_a_start(self, module: Any, ctx: Any) -> None:
         from scalebits_compiler.passes.assign_bits import AssignBits
@@ -168,10 +178,36 @@ class TestAssignBits:
         assert caught.value.help is not None
         assert "ce or kl or tokens" in caught.value.help
 
+    @pytest.mark.parametrize("bits", [1.8, 2.27, 9.0])
+    def test_held_losses_are_measured_and_counted_once(
+        self, module: Any, ctx: Any, monkeypatch: Any, bits: float
+    ) -> None:
+        """Starts that are equal too, and those of an earlier budget."""
+        from scalebits_compiler.passes import statistics
+        from scalebits_compiler.passes.assign_bits import AssignBits
+
+        AssignBits(avg_bits=3.0, rounds=0).run(module, ctx)
+        calls, held_loss = [], statistics.held_loss
+
+        def counted(*given: Any) -> float:
+            calls.append(1)
+            return held_loss(*given)
+
+        monkeypatch.setattr(statistics, "held_loss", counted)
+        for expected in (None, 0):
+            calls.clear()
+            AssignBits(avg_bits=bits, rounds=0).run(module, ctx)
+            report = ctx.report["assign-bits"]
+            assert report["held_evaluations"] == len(calls)
+            assert expected in (None, len(calls))
+            assert len(calls) <= len(set(report["starts"].values()))
+
     def test_same_bits_again(self, module: Any, ctx: Any) -> None:
         from scalebits_compiler.passes.assign_bits import AssignBits
 
-        one, other = (AssignBits(avg_bits=3.1, rounds=4).run(module, ctx) for _ in range(2))
+        one, other = (
+            AssignBits(avg_bits=3.1, rounds=4).run(module, replace(ctx, cache={})) for _ in range(2)
+        )
         for weight in one.quantized():
             np.testing.assert_array_equal(
                 one.bits(weight), other.bits(other.weights[weight.symbol])
