@@ -100,6 +100,39 @@ class TestAssignBits:
         assert ctx.report["assign-bits"]["held_loss"] <= report["uniform_held_loss"]
         assert self.effective(searched) <= exact
 
+    @pytest.mark.parametrize("uniform_wins", [False, True])
+    def test_the_starts_are_the_hull_and_steeper_ones(
+        self, module: Any, ctx: Any, monkeypatch: Any, uniform_wins: bool
+    ) -> None:
+        """As steep as a held loss of four times the curves says; all, where uniform widths win."""
+        from scalebits_compiler.passes.assign_bits import AssignBits, searched_costs
+        from scalebits_compiler.passes.starts import (
+            best_uniform,
+            greedy_raise,
+            hulls,
+            steepness,
+            surrogate,
+        )
+
+        search = AssignBits(avg_bits=3.0, rounds=0)
+        search.run(module, ctx)
+        problem, costs = ctx.cache["assign-bits"], searched_costs(module, search)
+        _, uniform = best_uniform(costs)
+
+        def held(bits: Any) -> float:
+            away = float((bits != uniform).any()) if uniform_wins else 0.0
+            return problem.full_precision + 4 * surrogate(problem.curves, bits) + away
+
+        monkeypatch.setattr(problem, "held", held)
+        search.run(module, ctx)
+        hull = greedy_raise(problem.curves, costs, costs.low)
+        predicted = surrogate(problem.curves, hull)
+        by = steepness(costs, predicted, held(hull) - problem.full_precision)
+        assert by > 1
+        steeper = [held(bits) for bits in hulls(problem.curves, costs, by)]
+        starts = list(ctx.report["assign-bits"]["starts"].values())
+        assert starts[1:] == [held(hull), *(steeper if uniform_wins else steeper[:1])]
+
     @pytest.mark.parametrize(("rounds", "windows"), [(2, 3), (0, 1)])
     def test_scores_are_those_of_the_final_widths(
         self, module: Any, ctx: Any, rounds: int, windows: int
