@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from scalebits_compiler.passes.search_problem import SearchProblem
 
 GRID_BITS = 8  # a block's entry in the stored bit table
-# Of the calibration windows, for scores that only `explain` shows: on all of them these would be
-# most of the cost of a further budget.
+# Of the calibration windows, for scores that no swap is chosen by, only `explain` and a later warm
+# search read: on all of them these would be most of the cost of a further budget.
 _SHARE_TO_EXPLAIN = 0.25
 
 
