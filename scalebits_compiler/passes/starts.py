@@ -112,11 +112,13 @@ def greedy_raise(curves: Floats, costs: Costs, start: Ints) -> Ints:
 
 def _take_segments(segments: list[tuple[Floats, Ints, Ints]], costs: Costs, start: Ints) -> Ints:
     bits = start.copy()
-    left = costs.budget - costs.total(bits)
+    left, least = costs.budget - costs.total(bits), costs.per_bit.min()
     if not segments:
         return bits
     slope, block, target = (np.concatenate(part) for part in zip(*segments, strict=True))
     for item in np.argsort(-slope, kind="stable"):
+        if left < least:
+            break
         chosen = block[item]
         price = int((target[item] - bits[chosen]) * costs.per_bit[chosen])
         if price <= left:  # what follows for a block that is left out costs more
