@@ -153,6 +153,7 @@ class TestAssignBits:
         evaluator = ctx.evaluator(done, "test")
         scores = statistics.move_scores(evaluator, matrices, grids, seen, ctx)
         for weight in done.searched():
+            assert weight.move_scores is not None
             found = done.resources.torch(weight.move_scores.key)
             wanted = [scores.up, scores.down, scores.error_up, scores.error_down]
             stacked = torch.stack([table[weight.symbol] for table in wanted], -1)

@@ -80,7 +80,7 @@ def test_the_typical_width_is_that_of_each_budget(tiny_llama: Callable[..., Path
     for bits in (4.0, 2.2):
         item = f"assign-bits{{avg-bits = {bits}, rounds = 0}}"
         module = run_pipeline(module, parse_passes(item, PASSES), ctx, [], PASSES)
-        report = ctx.report["assign-bits"]
+        report: Any = ctx.report["assign-bits"]
         assert len(report["unreached"]) >= 9
         assert report["unreached_bits"] == int(bits) - 1
         for symbol in report["unreached"]:
