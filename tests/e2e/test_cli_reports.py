@@ -258,4 +258,5 @@ def test_tuning_can_be_left_out(cli: Any, compile_small: Any, compiled: Any, tmp
     )
     expected = plain["pipeline"].replace("assign-bits", "assign-bits{rounds = 0}")
     assert tuned["pipeline"] == expected.replace("pack-blocks", "tune-scales,pack-blocks")
-    assert tuned["effective_bits"] == plain["effective_bits"]
+    # Without swaps uniform widths, which use less of the budget, may ship for this random model.
+    assert tuned["effective_bits"] <= plain["effective_bits"] == 3
