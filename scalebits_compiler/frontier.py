@@ -60,7 +60,7 @@ def compile_budgets(
     before, search, after = work.split()
     later = search  # without swaps, the hulls of all budgets are those of the same curves
     if search.rounds:
-        later = replace(search, warm=True, rounds=min(search.rounds, WARM_ROUNDS))
+        later = replace(search, warm=True, rounds=WARM_ROUNDS)
     searches = [replace(search, avg_bits=falling[0])]
     searches += [replace(later, avg_bits=bits) for bits in falling[1:]]
     module = work.run(work.module, before, searches)

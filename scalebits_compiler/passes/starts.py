@@ -18,9 +18,9 @@ Ints = NDArray[np.int64]
 
 # Of all blocks, so many are moved at a time on the way to another budget.
 _SHARE = 0.02
-# How much steeper curves may be at first, from one hull to the next, and at most: there all widths
-# are next to the same.
-_MOST_AT_FIRST, _NEXT, _LAST = 2.0, 1.25, 12.0
+# How much steeper curves may be at first, from one hull to the next, and how many hulls there are:
+# a start far from what the curves say would be found by the noise of the held loss.
+_MOST_AT_FIRST, _NEXT, _HULLS = 2.0, 1.25, 5
 
 
 @dataclass(frozen=True)
@@ -67,17 +67,20 @@ def steepness(costs: Costs, predicted: float, measured: float) -> float:
 
 
 def steepened(curves: Floats, costs: Costs, by: float) -> Floats:
-    """The curves [8, blocks] times `by` for every bit below the mean width of the budget."""
+    """The curves [8, blocks] times `by` for every bit below the mean width of the budget.
+
+    There they stay as they are, in nats like the scores of moves; no hull depends on where.
+    """
     return curves * by ** (mean_width(costs) - np.arange(1.0, 9.0))[:, None]
 
 
 def hulls(curves: Floats, costs: Costs, by: float) -> Iterator[Ints]:
     """Widths within the budget, by curves made steeper: times `by` for a bit, then ever more.
 
-    The steeper the curves, the nearer are the widths to uniform ones; each differs from the last.
+    The steeper the curves, the nearer are the widths to each other. Equal ones are given once.
     """
     last = None
-    while by < _LAST:
+    for _ in range(_HULLS):
         bits = greedy_raise(steepened(curves, costs, by), costs, costs.low)
         if last is None or not np.array_equal(bits, last):
             yield bits
