@@ -30,8 +30,6 @@ LEAST_SECONDS = 1e-3
 """A case is called so often in a round that it takes at least this long."""
 WARM_SECONDS = 20e-3
 """A hot case is called for so long first: a few calls do not fill the last-level cache."""
-PAUSE_SECONDS = 20e-3
-"""Between cases on several threads: those of torch look for more work for a while."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +95,6 @@ def interleave(
     seconds: dict[str, list[float]] = {name: [] for name in counts}
     for _ in range(rounds):
         for case in cases:
-            if threads > 1:
-                time.sleep(PAUSE_SECONDS)
             if len(case.calls) == 1:  # hot, but the case before has taken its place in the cache
                 _warm(case.calls[0])
             count, first = counts[case.name], nth[case.name]
