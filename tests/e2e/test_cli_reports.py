@@ -258,5 +258,6 @@ def test_tuning_can_be_left_out(cli: Any, compile_small: Any, compiled: Any, tmp
     )
     expected = plain["pipeline"].replace("assign-bits", "assign-bits{rounds = 0}")
     assert tuned["pipeline"] == expected.replace("pack-blocks", "tune-scales,pack-blocks")
-    # Without swaps uniform widths, which use less of the budget, may ship for this random model.
-    assert tuned["effective_bits"] <= plain["effective_bits"] == 3
+    # Of this random model uniform widths, which use less of the budget, may ship.
+    assert 2 < tuned["effective_bits"] <= 3
+    assert 2 < plain["effective_bits"] <= 3
