@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # A code starts no nearer to its neighbour than this, else the first steps would change it.
 NEAREST_START = 0.45
+# Little momentum: the gradient of a code turns as the code does, and momentum carries it on.
+BETAS = (0.5, 0.95)
 
 
 @dataclass
@@ -142,7 +144,7 @@ def descend(
         {"params": [t.shift for t in tuned.values()], "lr": rates[1]},
         {"params": [t.place for t in tuned.values() if t.place is not None], "lr": rates[2]},
     ]
-    adam = torch.optim.Adam(groups, betas=(0.9, 0.95))
+    adam = torch.optim.Adam(groups, betas=BETAS)
     cosine = torch.optim.lr_scheduler.LambdaLR(
         adam, lambda step: 0.5 * (1 + math.cos(math.pi * step / count))
     )
