@@ -48,8 +48,9 @@ class CompileOptions:
     the model if None. pins: PATTERN=4..8, widths that some matrices may have; exclude: patterns of
     matrices that stay dense; head_bits, embedding_bits: width of head and embedding (None: dense).
     gather: "fused" lets matrices have a private input order, read through an index at run time.
-    loss: what the search lowers (None: by the task). tune_scales: run that pass. device: what
-    passes compute on, cpu or cuda. resume: go on with the search of a killed run.
+    loss: what the search lowers (None: by the task). tuning_epochs: passes of tune-scales over its
+    windows (None: its default; 0: it does not run). device: what passes compute on, cpu or cuda.
+    resume: go on with the search of a killed run.
     """
 
     target: str = "cpu"
@@ -66,7 +67,7 @@ class CompileOptions:
     seed: int = 0
     text: TextOptions = field(default_factory=TextOptions)
     gather: str | None = None
-    tune_scales: bool = True
+    tuning_epochs: int | None = None
     device: str = "cpu"
     force: bool = False
     resume: bool = False
@@ -291,10 +292,11 @@ def _check_start(
         late += ["loss"] if options.loss is not None else []
     done = "gather-inputs" in names or "gathered" in module.facts
     late += ["gather"] if options.gather is not None and not done else []
+    late += ["tuning_epochs"] if options.tuning_epochs and "tune-scales" not in names else []
     if late:
         listed = " and ".join(f"--{name.replace('_', '-')}" for name in late)
         raise UsageError(
-            f"{listed} comes too late for {start}, whose blocks or widths are chosen",
+            f"{listed} comes too late for {start}: no pass that would read it is left",
             help="leave it out, or go on from an earlier dump, such as 00-input.sbir",
         )
 
@@ -326,6 +328,11 @@ def _prepare(model: Path, out: Path, options: CompileOptions, registry: Registry
             " between about 1.2 and 8.4",
             help="try --avg-bits 3",
         )
+    if (options.tuning_epochs or 0) < 0:
+        raise UsageError(
+            f"--tuning-epochs {options.tuning_epochs} is below 0",
+            help="give how often tuning reads its text; 0 leaves it out",
+        )
     Canonicalize(**_block_options(options)).check()
     check_device(options.device)
     for pin in options.pins:
@@ -351,8 +358,10 @@ def pipeline_for(options: CompileOptions, table: PassTable) -> list[Pass]:
         "canonicalize": _block_options(options),
         "annotate-sensitivity": {"loss": options.loss},
         "assign-bits": {"avg_bits": options.avg_bits, "pins": options.pins, "loss": options.loss},
+        "tune-scales": {} if options.tuning_epochs is None else {"epochs": options.tuning_epochs},
     }
-    passes = parse_passes(pipeline_text(options.tune_scales, options.gather is not None), table)
+    text = pipeline_text(options.tuning_epochs != 0, options.gather is not None)
+    passes = parse_passes(text, table)
     return [replace(item, **given.get(item.name, {})) for item in passes]
 
 

@@ -62,8 +62,13 @@ def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
     gather.add_argument(
         "--no-runtime-gather", dest="gather", action="store_const", const=None, help=told
     )
-    told = "leave scales, zero points and codes as rounding made them"
-    add("--no-tuning", dest="tune_scales", action="store_false", help=told)
+    tuning = parser.add_mutually_exclusive_group()
+    told = "passes of the tuning over its text (default 2); 4 take twice as long, and lose less"
+    tuning.add_argument("--tuning-epochs", type=int, metavar="N", help=told)
+    told = "leave scales, zero points and codes as rounding made them: --tuning-epochs 0"
+    tuning.add_argument(
+        "--no-tuning", dest="tuning_epochs", action="store_const", const=0, help=told
+    )
     add("--loss", choices=LOSSES, help="what the search lowers; by the task if not given")
     add("--seed", type=int, default=0, help="picks the calibration windows (default 0)")
     add("--device", default="cpu", metavar="NAME", help="where passes compute: cpu (default), cuda")
@@ -170,7 +175,7 @@ def _options(args: argparse.Namespace) -> CompileOptions:
         seed=args.seed,
         text=text,
         gather=args.gather,
-        tune_scales=args.tune_scales,
+        tuning_epochs=args.tuning_epochs,
         device=args.device,
         force=args.force,
         resume=args.resume,
@@ -195,7 +200,7 @@ def _observers(args: argparse.Namespace, registry: Registry) -> list[Observer]:
         watch.append(PrintAfter(sys.stderr.write))
     elif args.print_ir_after is not None:
         find_pass(args.print_ir_after, registry.passes)
-        used = parse_passes(pipeline_text(args.tune_scales, args.gather is not None))
+        used = parse_passes(pipeline_text(args.tuning_epochs != 0, args.gather is not None))
         if args.print_ir_after not in [item.name for item in used]:
             raise UsageError(f"--print-ir-after: '{args.print_ir_after}' is not in the pipeline")
         watch.append(PrintAfter(sys.stderr.write, frozenset({args.print_ir_after})))

@@ -167,6 +167,8 @@ def test_force_never_replaces_the_model(compile_small: Any, copy_of: Any, model:
         (["--seq-len", "999"], 2, ["--seq-len 999", "128 positions"]),
         (["--calib-windows", "0"], 2, ["--calib-windows 0"]),
         (["--accept-windows", "-3"], 2, ["--accept-windows -3"]),
+        (["--tuning-epochs", "-1"], 2, ["--tuning-epochs -1"]),
+        (["--tuning-epochs", "4", "--no-tuning"], 2, ["--no-tuning", "--tuning-epochs"]),
         (["--avgbits", "3"], 2, ["--avgbits"]),
         (["--print-ir-after", "asign-bits"], 2, ["'asign-bits'", "did you mean 'assign-bits'?"]),
         (["--print-ir-after=default"], 2, ["there is no pass 'default'"]),

@@ -249,6 +249,21 @@ def test_run_json(cli: Any, compiled: Any) -> None:
         assert row["finish"] in ("stop", "length")
 
 
+def test_tuning_epochs_reach_the_pass_or_are_refused(
+    cli: Any, compile_small: Any, compiled: Any, tmp_path: Path
+) -> None:
+    out, dump = tmp_path / "out", tmp_path / "dump"
+    ran = compile_small(compiled.model, out, "--tuning-epochs", "1", "--dump-ir", dump)
+    assert ran.code == 0, ran.err
+    assert "tune-scales{epochs = 1}" in json.loads(cli("inspect", out, "--json").out)["pipeline"]
+    (tuned,) = dump.glob("*-tune-scales.sbir")
+    late = tmp_path / "late"
+    ran = compile_small(compiled.model, late, "--from", tuned, "--tuning-epochs", "3")
+    assert ran.code == 2
+    assert f"--tuning-epochs comes too late for {tuned}" in ran.err
+    assert not late.exists()
+
+
 def test_tuning_can_be_left_out(cli: Any, compile_small: Any, compiled: Any, tmp_path: Path):
     """The flag drops the pass before packing, and the search has swaps; same budget."""
     ran = compile_small(compiled.model, tmp_path / "out", "--no-tuning", "--json")
