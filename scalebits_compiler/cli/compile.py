@@ -121,6 +121,11 @@ def run(args: argparse.Namespace) -> int:
             "--search-only and --fit: what else is in the files is known once they are made",
             help="give budgets with --avg-bits",
         )
+    if args.search_only and args.tuning_epochs:
+        raise UsageError(
+            "--search-only ends before --tuning-epochs would be read",
+            help="give it to the compile that goes on from a dump",
+        )
     registry = load_plugins(args.plugin)
     hooks = Hooks(
         progress=progress_for(args.quiet),

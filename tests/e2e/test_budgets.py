@@ -187,5 +187,6 @@ def test_bad_sizes(compile_small: Any, tiny_llama: Any, tmp_path: Path) -> None:
         ("--fit", "24XB"),
         ("--fit", "1MiB", "--avg-bits", "3"),
         ("--fit", "1MiB", "--search-only"),
+        ("--avg-bits", "3", "--search-only", "--tuning-epochs", "4"),
     ):
         assert compile_small(tiny_llama(), tmp_path / "out", *options).code == 2
