@@ -55,20 +55,7 @@ def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
     add("--exclude", action="append", default=[], metavar="PATTERN", help=told)
     add("--head-bits", type=int, metavar="N", help="quantize the head at this width")
     add("--embedding-bits", type=int, metavar="N", help="quantize the embedding at this width")
-    gather = parser.add_mutually_exclusive_group()
-    told = "let matrices read their input in an order of their own, fused into its quantization"
-    gather.add_argument("--gather", choices=["fused"], help=told)
-    told = "no order is made at run time (default)"
-    gather.add_argument(
-        "--no-runtime-gather", dest="gather", action="store_const", const=None, help=told
-    )
-    tuning = parser.add_mutually_exclusive_group()
-    told = "passes of the tuning over its text (default 2); 4 take twice as long, and lose less"
-    tuning.add_argument("--tuning-epochs", type=int, metavar="N", help=told)
-    told = "leave scales, zero points and codes as rounding made them: --tuning-epochs 0"
-    tuning.add_argument(
-        "--no-tuning", dest="tuning_epochs", action="store_const", const=0, help=told
-    )
+    _add_choices(parser)
     add("--loss", choices=LOSSES, help="what the search lowers; by the task if not given")
     add("--seed", type=int, default=0, help="picks the calibration windows (default 0)")
     add("--device", default="cpu", metavar="NAME", help="where passes compute: cpu (default), cuda")
@@ -84,6 +71,24 @@ def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
     add("--json", action="store_true", help="print the summary as JSON")
     add("-q", "--quiet", action="store_true", help="no progress")
     parser.set_defaults(run=run)
+
+
+def _add_choices(parser: argparse.ArgumentParser) -> None:
+    """Passes that are left out or in, of which one option excludes the other."""
+    gather = parser.add_mutually_exclusive_group()
+    told = "let matrices read their input in an order of their own, fused into its quantization"
+    gather.add_argument("--gather", choices=["fused"], help=told)
+    told = "no order is made at run time (default)"
+    gather.add_argument(
+        "--no-runtime-gather", dest="gather", action="store_const", const=None, help=told
+    )
+    tuning = parser.add_mutually_exclusive_group()
+    told = "passes of the tuning over its text (default 2); 4 take twice as long, and lose less"
+    tuning.add_argument("--tuning-epochs", type=int, metavar="N", help=told)
+    told = "leave scales, zero points and codes as rounding made them: --tuning-epochs 0"
+    tuning.add_argument(
+        "--no-tuning", dest="tuning_epochs", action="store_const", const=0, help=told
+    )
 
 
 def _budgets(text: str) -> list[float]:
