@@ -48,7 +48,7 @@ def summarize(module: Module) -> dict[str, Any]:
     """Totals, and each quantized matrix by its symbol.
 
     weights, code_bits (mean width of the codes) and effective_bits (all stored bits: codes, scales,
-    zero points, bit table, padding, indices of gathers; per weight) are of the matrices whose
+    bit table, padding, indices of gathers; per weight) are of the matrices whose
     widths are searched: head and embedding have a width of their own, and are in matrix_bytes only.
     dense_bytes: everything that stays unquantized. dense: every matrix that is not quantized, and
     why; not_recognised: calls that are left to torch, and how many; not_traced: why all of the

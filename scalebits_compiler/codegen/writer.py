@@ -39,7 +39,7 @@ __all__ = ["WRITTEN_HERE", "check_output", "write_artifact"]
 
 PLAN_FILE = "plan.safetensors"
 WRITTEN_HERE = (MANIFEST, MODEL_FILE, PLAN_FILE, "module.sbir", "config.json")
-_ROUNDED = ("codes", "scales", "zeros")
+_ROUNDED = ("codes", "scales")
 _SCORES = ("row_scores", "column_scores", "move_scores")
 
 

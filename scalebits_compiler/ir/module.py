@@ -42,9 +42,9 @@ class Weight:
     with `hist` = ((bits, blocks), ...); row_scores, column_scores: summed sensitivity of each line,
     float32; block_scores: float32 [block rows, block columns, 2], the predicted change of the loss
     for one bit more and one bit less at a reference width; move_scores: bfloat16 [block rows, block
-    columns, 4], the same two at the assigned widths, and their standard errors; codes, scales,
-    zeros: the rounded matrix, uint8 [n, k], float16 [n, groups], uint8 [n, groups]; rounded_at:
-    digest of the widths that it was rounded at, so that widths edited later are noticed.
+    columns, 4], the same two at the assigned widths, and their standard errors; codes, scales:
+    the rounded matrix, uint8 [n, k] and float16 [n, groups]; rounded_at: digest of the widths that
+    it was rounded at, so that widths edited later are noticed.
     """
 
     symbol: str
@@ -63,7 +63,6 @@ class Weight:
     move_scores: Resource | None = None
     codes: Resource | None = None
     scales: Resource | None = None
-    zeros: Resource | None = None
     rounded_at: str | None = None
     loc: str = field(default="", compare=False)
 
@@ -196,7 +195,7 @@ class Module:
             else:
                 tensors[key] = torch.from_numpy(made.array())
                 changes = {"bits": Resource(key), "hist": made.histogram()}
-            stale = dict.fromkeys(("move_scores", "codes", "scales", "zeros", "rounded_at"))
+            stale = dict.fromkeys(("move_scores", "codes", "scales", "rounded_at"))
             weights.append(replace(self.weights[symbol], **changes, **stale))
         changed = self.with_weights(weights)
         return replace(changed, resources=self.resources.with_(tensors))

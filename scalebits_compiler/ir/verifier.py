@@ -234,7 +234,6 @@ def _tensors_of(weight: Weight) -> dict[str, _Stored]:
         "block_scores": (("F32",), (*weight.grid_shape(), 2)),
         "codes": (("U8",), shape),
         "scales": (("F16",), groups),
-        "zeros": (("U8",), groups),
     }
 
 

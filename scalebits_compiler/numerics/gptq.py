@@ -13,11 +13,10 @@ from torch import Tensor
 
 from scalebits_compiler.errors import PassError
 from scalebits_compiler.numerics.quantize import (
-    GroupParams,
     Quantized,
     column_weight,
     fit_groups,
-    zero_offset,
+    middle,
 )
 
 
@@ -42,15 +41,13 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     raise PassError("the Hessian of a layer's inputs is not positive definite; its inputs overflow")
 
 
-def fit_mixed(groups: Tensor, bits: Tensor, weight: Tensor, clip: bool) -> GroupParams:
-    """Parameters of one group per row, groups [m, g], at a width per row, bits [m]."""
+def fit_mixed(groups: Tensor, bits: Tensor, weight: Tensor, clip: bool) -> Tensor:
+    """Scales of one group per row, groups [m, g], at a width per row, bits [m]: float16 [m]."""
     scales = torch.zeros(len(groups), dtype=torch.float16, device=groups.device)
-    zeros = torch.zeros(len(groups), dtype=torch.uint8, device=groups.device)
     for width in bits.unique().tolist():
         rows = bits == width
-        fitted = fit_groups(groups[rows], int(width), weight, clip)
-        scales[rows], zeros[rows] = fitted.scales, fitted.zeros
-    return GroupParams(scales, zeros)
+        scales[rows] = fit_groups(groups[rows], int(width), weight, clip)
+    return scales
 
 
 def gptq(
@@ -74,37 +71,35 @@ def gptq(
     device = matrix.device
     codes = torch.zeros(rows, columns, dtype=torch.uint8, device=device)
     scales = torch.zeros(rows, bits.shape[1], dtype=torch.float16, device=device)
-    zeros = torch.zeros(rows, bits.shape[1], dtype=torch.uint8, device=device)
     for index, start in enumerate(range(0, columns, group)):
         stop = min(start + group, columns)
         width = bits[:, index]
-        params = fit_mixed(work[:, start:stop].float(), width, weight[index, : stop - start], clip)
-        scales[:, index], zeros[:, index] = params.scales, params.zeros
-        errors = _round_group(work, codes, upper, params, width, start, stop)
+        here = work[:, start:stop].float()
+        scales[:, index] = fit_mixed(here, width, weight[index, : stop - start], clip)
+        errors = _round_group(work, codes, upper, scales[:, index], width, start, stop)
         work[:, stop:] -= errors @ upper[start:stop, stop:]
-    return Quantized(codes, GroupParams(scales, zeros))
+    return Quantized(codes, scales)
 
 
 def _round_group(
     work: Tensor,
     codes: Tensor,
     upper: Tensor,
-    params: GroupParams,
+    scales: Tensor,
     bits: Tensor,
     start: int,
     stop: int,
 ) -> Tensor:
     """Round columns start..stop in place; gives their scaled errors [m, stop-start]."""
-    scale = params.scales.double()
+    scale = scales.double()
     safe = torch.where(scale > 0, scale, torch.ones_like(scale))
-    offset = zero_offset(params.zeros, bits).double()
-    top = torch.exp2(bits.double()) - 1
+    half = middle(bits).double()
     errors = torch.zeros(len(work), stop - start, dtype=work.dtype, device=work.device)
     for column in range(start, stop):
         value = work[:, column]
-        code = (value / safe + offset).round().clamp(min=0).minimum(top)
+        code = (value / safe + half).round().clamp(min=0).minimum(2 * half)
         codes[:, column] = code.to(torch.uint8)
-        error = (value - scale * (code - offset)) / upper[column, column]
+        error = (value - scale * (code - half)) / upper[column, column]
         errors[:, column - start] = error
         work[:, column:stop] -= error.unsqueeze(1) * upper[column, column:stop].unsqueeze(0)
     return errors

@@ -1,20 +1,19 @@
 """The packed byte layout of a mixed-precision weight matrix (layer L0, numpy only).
 
 A matrix W[N, K] (rows = output channels) is cut into blocks of R x C, each with one width b in
-1..8. A group is g consecutive columns of one row; it has a uint8 zero point and a scale, which is
-an fp16 number whose sign and lower seven bits are 0, so that one byte is stored of it:
+1..8. A group is g consecutive columns of one row; it has a scale, which is an fp16 number whose
+sign and lower seven bits are 0, so that one byte is stored of it:
 
-    w = scale * (code - zero * 2**b / 256),    code in 0 .. 2**b - 1
+    w = scale * (code - (2**b - 1) / 2),    code in 0 .. 2**b - 1
 
 Bytes lie strictly in the order in which the kernels read them, with no padding in between:
 
-    panel (P rows) -> block, by width, then by column -> group: codes, P scales, P zeros
+    panel (P rows) -> block, by width, then by column -> group: codes, P scales
 
 Codes of a group are a run of units. A unit is 512 codes: P rows x 512/P columns, in b vectors of
 64 bytes. The bytes of a vector are 16 rows x 4 columns (the operand order of vpdpbusd and sdot).
 The eight 64-code parts of a unit ("subs") are numbered step * (P/16) + row group, and `PIECES`
-says in which bits they lie. Scales and zeros come after the codes they belong to: read in that
-order the stream never goes backwards, which is up to a third faster with a hardware prefetcher.
+says in which bits they lie. Scales come after the codes they belong to: read in that order the stream never goes backwards, which is up to a third faster with a hardware prefetcher.
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ from numpy.typing import NDArray
 
 from scalebits_compiler.errors import ArtifactError, TargetError
 
-FORMAT_VERSION = 9  # of the packed bytes and of the kernels that read them
+FORMAT_VERSION = 10  # of the packed bytes and of the kernels that read them
 MAX_BITS = 8
 SCALE_SHIFT = 7  # bits of an fp16 scale below its stored byte
-FOOTER_BYTES = 2  # of a row of a group: scale and zero
+FOOTER_BYTES = 1  # of a row of a group: its scale
 UNIT_CODES = 512
 LANES = 16  # rows of one vector
 STEP = 4  # columns of one vector
@@ -227,28 +226,27 @@ class BlockLayout:
         starts = (grid[:, :, None] < widths).sum(axis=1).astype(np.int32)[block_row]
         return KernelTables(offsets, np.ascontiguousarray(starts), np.ascontiguousarray(columns))
 
-    def pack(self, codes: U8, scales: F16, zeros: U8, bits: U8) -> U8:
-        """Pack codes u8[N, K], scales f16[N, groups], zeros u8[N, groups] to u8[nbytes].
+    def pack(self, codes: U8, scales: F16, bits: U8) -> U8:
+        """Pack codes u8[N, K] and scales f16[N, groups] to u8[nbytes].
 
         `bits` is the u8 grid. Raises `TargetError` for a wrong shape or dtype, or a code or scale
         that has more bits than are stored.
         """
         self._check_array("codes", codes, np.uint8, (self.rows, self.cols))
         self._check_array("scales", scales, np.float16, (self.rows, self.groups))
-        self._check_array("zeros", zeros, np.uint8, (self.rows, self.groups))
         if np.any(scales.view(np.uint16) & ~np.uint16(255 << SCALE_SHIFT)):
             raise TargetError("a scale is negative or has more than three bits of mantissa")
         arena = np.empty(self.nbytes(bits), np.uint8)
         for panel, segments in enumerate(self._segments(bits)):
             rows = slice(panel * self.panel, min((panel + 1) * self.panel, self.rows))
             subs = self._to_subs(codes[rows])
-            footer = self._footers(scales[rows], zeros[rows])
+            footer = self._footers(scales[rows])
             for segment in segments:
                 self._pack_segment(arena, segment, subs, footer)
         return arena
 
-    def unpack(self, arena: U8, bits: U8) -> tuple[U8, F16, U8]:
-        """The inverse of `pack`: (codes u8[N, K], scales f16[N, groups], zeros u8[N, groups]).
+    def unpack(self, arena: U8, bits: U8) -> tuple[U8, F16]:
+        """The inverse of `pack`: (codes u8[N, K], scales f16[N, groups]).
 
         Raises `ArtifactError` if the arena does not have the size that `bits` asks for.
         """
@@ -261,7 +259,6 @@ class BlockLayout:
             )
         codes = np.empty((self.panels * self.panel, self.cols), np.uint8)
         scales = np.empty((self.panels * self.panel, self.groups), np.float16)
-        zeros = np.empty((self.panels * self.panel, self.groups), np.uint8)
         for panel, segments in enumerate(self._segments(bits)):
             rows = slice(panel * self.panel, (panel + 1) * self.panel)
             subs = self._to_subs(np.empty((0, self.cols), np.uint8))
@@ -269,22 +266,26 @@ class BlockLayout:
             for segment in segments:
                 self._unpack_segment(arena, segment, subs, footer)
             codes[rows] = self._from_subs(subs)
-            halves = footer[:, : self.panel].astype(np.uint16) << SCALE_SHIFT
+            halves = footer.astype(np.uint16) << SCALE_SHIFT
             scales[rows] = halves.view(np.float16).T
-            zeros[rows] = footer[:, self.panel :].T
-        return codes[: self.rows], scales[: self.rows], zeros[: self.rows]
+        return codes[: self.rows], scales[: self.rows]
 
     def dequantize(self, arena: U8, bits: U8) -> NDArray[np.float32]:
         """The weights f32[N, K] that the arena stands for."""
-        codes, scales, zeros = self.unpack(arena, bits)
-        per_block = self.block_cols // self.group
-        step = np.ldexp(np.float32(1 / 256), self._checked(bits).astype(np.int32))
-        step = step.repeat(self.block_rows, 0)[: self.rows].repeat(per_block, 1)[:, : self.groups]
-        offset = (zeros * step).repeat(self.group, 1)[:, : self.cols]
-        scale = scales.astype(np.float32).repeat(self.group, 1)[:, : self.cols]
-        return scale * (codes - offset)
+        codes, scales = self.unpack(arena, bits)
+        return self.weights(codes, scales, bits)
 
-    # Below, one panel is "subs" u8[units, 8, 64] and "footer" u8[groups, 2 * P].
+    def weights(self, codes: U8, scales: F16, bits: U8) -> NDArray[np.float32]:
+        """The weights f32[N, K] that codes u8[N, K] and scales f16[N, groups] stand for."""
+        per_block = self.block_cols // self.group
+        tops = np.left_shift(1, self._checked(bits).astype(np.int32)) - 1
+        middle = tops.astype(np.float32) / np.float32(2)
+        middle = middle.repeat(self.block_rows, 0)[: self.rows]
+        middle = middle.repeat(per_block * self.group, 1)[:, : self.cols]
+        scale = scales.astype(np.float32).repeat(self.group, 1)[:, : self.cols]
+        return scale * (codes - middle)
+
+    # Below, one panel is "subs" u8[units, 8, 64] and "footer" u8[groups, P].
 
     def _segments(self, bits: U8) -> list[list[_Segment]]:
         """Per panel its runs of equal width."""
@@ -368,11 +369,10 @@ class BlockLayout:
         split = subs.reshape(-1, SUBS // row_groups, row_groups, LANES, STEP)
         return split.transpose(2, 3, 0, 1, 4).reshape(self.panel, -1)[:, : self.cols]
 
-    def _footers(self, scales: F16, zeros: U8) -> U8:
-        footer = np.zeros((self.groups, FOOTER_BYTES, self.panel), np.uint8)
-        footer[:, 0, : len(scales)] = (scales.view(np.uint16) >> SCALE_SHIFT).T
-        footer[:, 1, : len(zeros)] = zeros.T
-        return footer.reshape(self.groups, -1)
+    def _footers(self, scales: F16) -> U8:
+        footer = np.zeros((self.groups, FOOTER_BYTES * self.panel), np.uint8)
+        footer[:, : len(scales)] = (scales.view(np.uint16) >> SCALE_SHIFT).T
+        return footer
 
     def _checked(self, bits: U8) -> U8:
         self._check_array("bits", bits, np.uint8, self.grid)

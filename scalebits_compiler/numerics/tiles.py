@@ -1,7 +1,7 @@
 """The packed bytes in the order of the CUDA kernels (layer L0, numpy only).
 
-Everything is as in `layout.py` (panels, blocks by width, groups, scales and zeros after the codes,
-and the same number of bytes) but for the codes of a group. They are one tile of P rows x `cols`
+Everything is as in `layout.py` (panels, blocks by width, groups, scales after the codes, and the
+same number of bytes) but for the codes of a group. They are one tile of P rows x `cols`
 columns in b vectors of P * cols/8 bytes. Sub s of the eight holds columns s * cols/8 and on, one
 column of P rows after the other, so that each sub is a slice over K of a tensor-core product:
 

@@ -51,7 +51,7 @@ _SHARE_TO_EXPLAIN = 0.25
 class AssignBits(Pass):
     """Budgeted greedy widths: a start along hulls, then swaps that a held-out loss accepts.
 
-    `avg-bits` caps the effective bits per weight: codes, scales, zero points, bit table, padding
+    `avg-bits` caps the effective bits per weight: codes, scales, bit table, padding
     and the indices of gathers. The result is never worse on the acceptance split than the best
     uniform width that fits: where it would be, that ships, and the report says so. A search
     goes on where a killed one has stopped if the context has a checkpoint.
@@ -240,7 +240,7 @@ def block_costs(module: Module, search: AssignBits) -> Costs:
         raise PassError(
             f"{avg_bits} effective bits per weight cannot be met: the smallest feasible is"
             f" {math.ceil(least * 1000) / 1000:.3f}",
-            help="scales, zero points and the bit table count; larger groups cost less",
+            help="scales and the bit table count; larger groups cost less",
         )
     if avg_bits > math.ceil(most):
         raise PassError(

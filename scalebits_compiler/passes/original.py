@@ -18,7 +18,7 @@ MOST_BYTES = 1 << 30
 def without_rounding(module: Module, but: Collection[str] = ()) -> Module:
     """The module as it was before rounding, but for some matrices."""
     plain = [
-        replace(weight, codes=None, scales=None, zeros=None)
+        replace(weight, codes=None, scales=None)
         for weight in module.quantized()
         if weight.symbol not in but
     ]

@@ -1,4 +1,4 @@
-"""pack-blocks: codes, scales and zero points in the byte layout that the kernels read."""
+"""pack-blocks: codes and scales in the byte layout that the kernels read."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class PackBlocks(Pass):
     refuses: ClassVar[frozenset[str]] = frozenset({"packed"})
 
     def run(self, module: Module, ctx: PassContext) -> Module:
-        """Replaces data, codes, scales and zeros of each matrix by its packed bytes."""
+        """Replaces data, codes and scales of each matrix by its packed bytes."""
         import torch
 
         shown = ctx.progress(module.quantized(), "packing")
@@ -55,7 +55,7 @@ def as_packed(module: Module, arenas: Mapping[str, torch.Tensor]) -> Module:
     for symbol, arena in arenas.items():
         weight, key = module.weights[symbol], f"{symbol}.packed"
         tensors[key] = arena
-        done = replace(weight, data=Resource(key), codes=None, scales=None, zeros=None)
+        done = replace(weight, data=Resource(key), codes=None, scales=None)
         weights.append(replace(done, type=replace(weight.type, dtype="packed")))
     ops = tuple(_qlinear(op, set(arenas)) for op in module.function.ops)
     function = replace(module.function, ops=ops)
@@ -82,10 +82,10 @@ def _halved(module: Module) -> dict[str, torch.Tensor]:
 
 def _pack(module: Module, weight: Weight) -> np.ndarray:
     store = module.resources
-    if weight.codes is None or weight.scales is None or weight.zeros is None:
+    if weight.codes is None or weight.scales is None:
         raise PassError(f"@{weight.symbol} is not rounded", help="run round-weights first")
-    codes, scales, zeros = (store.numpy(r.key) for r in (weight.codes, weight.scales, weight.zeros))
-    return layout_of(weight).pack(codes, scales, zeros, module.bits(weight))
+    codes, scales = (store.numpy(r.key) for r in (weight.codes, weight.scales))
+    return layout_of(weight).pack(codes, scales, module.bits(weight))
 
 
 def _qlinear(op: Op, packed: set[str]) -> Op:

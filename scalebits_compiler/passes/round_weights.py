@@ -42,7 +42,7 @@ class RoundWeights(Pass):
     )
 
     def run(self, module: Module, ctx: PassContext) -> Module:
-        """Adds codes uint8 [m, n], scales float16 and zeros uint8 [m, groups] to each matrix."""
+        """Adds codes uint8 [m, n], and scales float16 [m, groups] to each matrix."""
         if self.method not in METHODS:
             raise PassError(f"unknown rounding method {self.method!r}: {' or '.join(METHODS)}")
         if self.method == "rtn":
@@ -92,7 +92,7 @@ class RoundWeights(Pass):
                 rounded = gptq(weight, hessian, bits, group, self.damping, self.clip)
                 done[symbol] = rounded.to("cpu")
             rounded = done[symbol].to(weight.device)
-            return dequantize(rounded.codes, rounded.params, bits, group)
+            return dequantize(rounded.codes, rounded.scales, bits, group)
 
         windows = ctx.windows(module, self.name).calibration
         ctx.evaluator(module, self.name).stream(batches(windows), rule)
@@ -102,14 +102,10 @@ class RoundWeights(Pass):
 
 
 def _stored(module: Module, done: Mapping[str, Quantized]) -> Module:
-    """The module with the codes, scales and zeros of some matrices."""
+    """The module with the codes and scales of some matrices."""
     weights, tensors = [], {}
     for symbol, rounded in done.items():
-        made = {
-            "codes": rounded.codes,
-            "scales": rounded.params.scales,
-            "zeros": rounded.params.zeros,
-        }
+        made = {"codes": rounded.codes, "scales": rounded.scales}
         tensors.update({f"{symbol}.{role}": tensor for role, tensor in made.items()})
         keys = {role: Resource(f"{symbol}.{role}") for role in made}
         weight = module.weights[symbol]

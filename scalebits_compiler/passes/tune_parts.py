@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from scalebits_compiler.numerics.placement import Placement
     from scalebits_compiler.passes.base import Part
 
-Rates = tuple[float, float, float]
+Rates = tuple[float, float]
 
 
 @dataclass
@@ -49,7 +49,7 @@ class PartTuning:
 
     def rule(self, part: Part) -> Mapping[str, torch.Tensor]:
         """The matrices to go on with: tuned where that lowers the held error, else rounded."""
-        moving = self.rates[2] > 0
+        moving = self.rates[1] > 0
         made = {
             symbol: TunedMatrix.load(self.module, self.module.weights[symbol], moving, self.where)
             for symbol in part.matrices

@@ -24,10 +24,10 @@ SCOPES = ("model", "layer")
 
 @dataclass(frozen=True)
 class TuneScales(Pass):
-    """Move scales, zero points and codes down the gradient of KL(original || model).
+    """Move scales and codes down the gradient of KL(original || model).
 
     Adam with a cosine schedule over calibration and tuning windows, through the rounding to
-    storable scales, zero points and codes (straight-through; for codes in the way of SignRound,
+    storable scales and codes (straight-through; for codes in the way of SignRound,
     arXiv 2309.05516). Widths stay. Kept only if the divergence on the acceptance windows falls.
 
     With scope = "layer" the loss is the squared error of every attention's or MLP's output on the
@@ -45,13 +45,12 @@ class TuneScales(Pass):
     )
     epochs: int = field(default=2, metadata={"help": "passes over the windows"})
     scale_rate: float = field(default=0.01, metadata={"help": "step size of log scales"})
-    zero_rate: float = field(default=0.03, metadata={"help": "step size of zero points, in codes"})
     code_rate: float = field(
         default=0.01, metadata={"help": "step size of codes; 0 leaves them as they are"}
     )
 
     def run(self, module: Module, ctx: PassContext) -> Module:
-        """Replaces scales, zeros and codes of the rounded matrices."""
+        """Replaces scales and codes of the rounded matrices."""
         self._check()
         tables = embedding_tables(module)  # no gradient arrives at these
         wanted = [w.symbol for w in module.quantized() if w.symbol not in tables]
@@ -64,10 +63,9 @@ class TuneScales(Pass):
     def _check(self) -> None:
         if self.scope not in SCOPES:
             raise PassError(f"unknown scope {self.scope!r} of tune-scales: {' or '.join(SCOPES)}")
-        if self.epochs < 1 or min(self.scale_rate, self.zero_rate) <= 0 or self.code_rate < 0:
+        if self.epochs < 1 or self.scale_rate <= 0 or self.code_rate < 0:
             raise PassError(
-                f"{self.epochs} epochs at rates {self.scale_rate}, {self.zero_rate} and"
-                f" {self.code_rate}",
+                f"{self.epochs} epochs at rates {self.scale_rate} and {self.code_rate}",
                 help="give at least one epoch and positive rates, or leave tune-scales out",
             )
 
@@ -110,8 +108,8 @@ class TuneScales(Pass):
         ctx.report[self.name] = tuning.report()
         return tuning.tuned
 
-    def _rates(self) -> tuple[float, float, float]:
-        return self.scale_rate, self.zero_rate, self.code_rate
+    def _rates(self) -> tuple[float, float]:
+        return self.scale_rate, self.code_rate
 
 
 @dataclass

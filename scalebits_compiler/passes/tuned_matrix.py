@@ -1,4 +1,4 @@
-"""A rounded matrix whose scales, zero points and codes can be learned (see tune-scales)."""
+"""A rounded matrix whose scales and codes can be learned (see tune-scales)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from scalebits_compiler.errors import PassError
 from scalebits_compiler.ir.attrs import Resource
 from scalebits_compiler.ir.module import Module, Weight
 from scalebits_compiler.numerics.placement import Placement
-from scalebits_compiler.numerics.quantize import grouped, stored_scale, ungrouped, zero_offset
+from scalebits_compiler.numerics.quantize import grouped, middle, stored_scale, ungrouped
 from scalebits_compiler.passes.round_weights import group_bits
 
 if TYPE_CHECKING:
@@ -28,20 +28,18 @@ BETAS = (0.5, 0.95)
 
 @dataclass
 class TunedMatrix:
-    """One matrix: codes [m, groups, g], scales and zeros [m, groups], and what is learned of each.
+    """One matrix: codes [m, groups, g] and scales [m, groups], and what is learned of each.
 
-    log_scale and shift are offsets of scales and zero points; place, for codes that may change, is
-    where a weight stands between them: the stored code is the nearest one. All of them are at the
-    home of `where`, what is made of them is on the device.
+    log_scale is an offset of the scales; place, for codes that may change, is where a weight stands
+    between them: the stored code is the nearest one. All of them are at the home of `where`, what
+    is made of them is on the device.
     """
 
     weight: Weight
     codes: torch.Tensor
     scales: torch.Tensor
-    zeros: torch.Tensor
     bits: torch.Tensor
     log_scale: torch.Tensor
-    shift: torch.Tensor
     place: torch.Tensor | None
     where: Placement
 
@@ -51,7 +49,7 @@ class TunedMatrix:
 
         Raises PassError if the matrix is not rounded.
         """
-        if weight.codes is None or weight.scales is None or weight.zeros is None:
+        if weight.codes is None or weight.scales is None:
             raise PassError(f"@{weight.symbol} is not rounded", help="run round-weights first")
         assert weight.data is not None
         group = weight.group or 0
@@ -60,46 +58,39 @@ class TunedMatrix:
             return module.resources.torch(resource.key).float().to(where.home)
 
         codes = grouped(stored(weight.codes), group)
-        scales, zeros = stored(weight.scales), stored(weight.zeros)
+        scales = stored(weight.scales)
         bits = group_bits(module, weight).float().to(where.home)
         place = None
         if move_codes:
             wide = torch.where(scales > 0, scales, torch.ones_like(scales)).unsqueeze(-1)
             dense = grouped(stored(weight.data), group)
-            exact = dense / wide + zero_offset(zeros, bits).unsqueeze(-1)
+            exact = dense / wide + middle(bits).unsqueeze(-1)
             offset = (exact - codes).clamp(-NEAREST_START, NEAREST_START)
             place = (codes + offset).requires_grad_()
         log_scale = torch.zeros_like(scales, requires_grad=True)
-        shift = torch.zeros_like(scales, requires_grad=True)
-        return TunedMatrix(weight, codes, scales, zeros, bits, log_scale, shift, place, where)
+        return TunedMatrix(weight, codes, scales, bits, log_scale, place, where)
 
     def here(self) -> TunedMatrix:
         """The same on the device that computes; gradients go back to where the parameters are."""
         tensors = {k: v for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
         return replace(self, **{name: self.where.here(held) for name, held in tensors.items()})
 
-    def parameters(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Codes, scales and zeros as they would be stored, float32; gradients pass the rounding."""
+    def parameters(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes and scales as they would be stored, float32; gradients pass the rounding."""
         scales = self.scales * torch.exp(self.log_scale)
-        zeros = self.zeros + self.shift * torch.exp2(8 - self.bits)
         codes = self.codes
         if self.place is not None:
-            top = (torch.exp2(self.bits) - 1).unsqueeze(-1)
+            top = 2 * middle(self.bits).unsqueeze(-1)
             nearest = self.place.round().clamp(min=0).minimum(top)
             codes = _through(self.place, nearest)
-        return (
-            codes,
-            _through(scales, stored_scale(scales.detach()).float()),
-            _through(zeros, zeros.round().clamp(0, 255)),
-        )
+        return codes, _through(scales, stored_scale(scales.detach()).float())
 
     def dense(self) -> torch.Tensor:
         """The matrix float32 [m, n] they give; differentiable."""
         here = self.here()
-        codes, scales, zeros = here.parameters()
-        offset = (zeros * torch.exp2(here.bits - 8)).unsqueeze(-1)
-        columns = self.weight.type.static_shape()[1]
-        return ungrouped(scales.unsqueeze(-1) * (codes - offset), columns)
+        codes, scales = here.parameters()
+        around = codes - middle(here.bits).unsqueeze(-1)
+        return ungrouped(scales.unsqueeze(-1) * around, self.weight.type.static_shape()[1])
 
     def changes(self) -> tuple[int, int]:
         """How many of its codes are not what rounding made them, and how many there are."""
@@ -108,17 +99,15 @@ class TunedMatrix:
         return int((now != here.codes).sum()), self.codes.numel()
 
     def stored(self) -> dict[str, torch.Tensor]:
-        """The tuned parameters by resource key: codes and zeros uint8, scales float16."""
+        """The tuned parameters by resource key: codes uint8, scales float16."""
         # Rounded again: a float32 sum of value and difference may be off by its last bit.
-        codes, scales, zeros = (t.detach().cpu() for t in self.here().parameters())
+        codes, scales = (t.detach().cpu() for t in self.here().parameters())
         weight, columns = self.weight, self.weight.type.static_shape()[1]
         assert weight.codes is not None
         assert weight.scales is not None
-        assert weight.zeros is not None
         return {
             weight.codes.key: ungrouped(codes.round(), columns).to(torch.uint8),
             weight.scales.key: stored_scale(scales),
-            weight.zeros.key: zeros.round().to(torch.uint8),
         }
 
 
@@ -131,18 +120,17 @@ def share_changed(tuned: Iterable[TunedMatrix]) -> float:
 def descend(
     tuned: Mapping[str, TunedMatrix],
     where: Placement,
-    rates: tuple[float, float, float],
+    rates: tuple[float, float],
     count: int,
     losses: Iterable[Callable[[Mapping[str, torch.Tensor]], torch.Tensor]],
 ) -> None:
     """One Adam step on each of `count` losses, functions of the dense matrices; cosine schedule.
 
-    rates: first step sizes of log scales, of zero points in codes, and of codes.
+    rates: first step sizes of log scales and of codes.
     """
     groups = [
         {"params": [t.log_scale for t in tuned.values()], "lr": rates[0]},
-        {"params": [t.shift for t in tuned.values()], "lr": rates[1]},
-        {"params": [t.place for t in tuned.values() if t.place is not None], "lr": rates[2]},
+        {"params": [t.place for t in tuned.values() if t.place is not None], "lr": rates[1]},
     ]
     adam = torch.optim.Adam(groups, betas=BETAS)
     cosine = torch.optim.lr_scheduler.LambdaLR(

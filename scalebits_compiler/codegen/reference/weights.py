@@ -16,8 +16,8 @@ _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 def dense(module: Module, weight: Weight) -> torch.Tensor:
     """The tensor a weight stands for: float32 (other dtypes than floats stay), in stored order.
 
-    A packed matrix is unpacked, a rounded one (codes, scales, zeros) is dequantized:
-    w = scale * (code - zero * 2**bits / 256). Raises TargetError if the weight has no data.
+    A packed matrix is unpacked, a rounded one (codes, scales) is dequantized:
+    w = scale * (code - (2**bits - 1) / 2). Raises TargetError if the weight has no data.
     """
     if weight.type.is_packed:
         return torch.from_numpy(_unpacked(module, weight))
@@ -49,14 +49,7 @@ def _unpacked(module: Module, weight: Weight) -> np.ndarray:
 
 
 def _dequantized(module: Module, weight: Weight) -> np.ndarray:
-    layout = layout_of(weight)
-    if weight.codes is None or weight.scales is None or weight.zeros is None:
-        raise TargetError(f"@{weight.symbol} needs codes, scales and zeros to be dequantized")
-    codes = module.resources.numpy(weight.codes.key).astype(np.float32)
-    scales = module.resources.numpy(weight.scales.key).astype(np.float32)
-    zeros = module.resources.numpy(weight.zeros.key).astype(np.float32)
-    step = np.ldexp(np.float32(1 / 256), module.bits(weight).astype(np.int32))
-    step = step.repeat(layout.block_rows, 0)[: layout.rows]
-    step = step.repeat(layout.block_cols // layout.group, 1)[:, : layout.groups]
-    offsets = (zeros * step).repeat(layout.group, 1)[:, : layout.cols]
-    return scales.repeat(layout.group, 1)[:, : layout.cols] * (codes - offsets)
+    if weight.codes is None or weight.scales is None:
+        raise TargetError(f"@{weight.symbol} needs codes and scales to be dequantized")
+    codes, scales = (module.resources.numpy(r.key) for r in (weight.codes, weight.scales))
+    return layout_of(weight).weights(codes, scales, module.bits(weight))
