@@ -13,7 +13,8 @@ Bytes lie strictly in the order in which the kernels read them, with no padding 
 Codes of a group are a run of units. A unit is 512 codes: P rows x 512/P columns, in b vectors of
 64 bytes. The bytes of a vector are 16 rows x 4 columns (the operand order of vpdpbusd and sdot).
 The eight 64-code parts of a unit ("subs") are numbered step * (P/16) + row group, and `PIECES`
-says in which bits they lie. Scales come after the codes they belong to: read in that order the stream never goes backwards, which is up to a third faster with a hardware prefetcher.
+says in which bits they lie. Scales come after the codes they belong to: read in that order the stream
+never goes backwards, which is up to a third faster with a hardware prefetcher.
 """
 
 from __future__ import annotations
@@ -283,7 +284,7 @@ class BlockLayout:
         middle = middle.repeat(self.block_rows, 0)[: self.rows]
         middle = middle.repeat(per_block * self.group, 1)[:, : self.cols]
         scale = scales.astype(np.float32).repeat(self.group, 1)[:, : self.cols]
-        return scale * (codes - middle)
+        return scale * (codes.astype(np.float32) - middle)
 
     # Below, one panel is "subs" u8[units, 8, 64] and "footer" u8[groups, P].
 
