@@ -58,8 +58,7 @@ def random_matrix(rows: int, cols: int, mix: Mapping[int, int], cold: bool = Fal
     unit = 2 ** round(np.log2(4 / np.sqrt(cols)))
     step = np.ldexp(np.float32(unit), -bits.astype(np.int32))
     scales = step.repeat(BLOCK, 0)[:rows].astype(np.float16)
-    zeros = np.full((rows, layout.groups), 128, np.uint8)
-    arena = layout.pack(codes, scales, zeros, bits)
+    arena = layout.pack(codes, scales, bits)
     return Packed(layout, [arena.copy() for _ in range(copies(arena.nbytes, cold))], bits)
 
 

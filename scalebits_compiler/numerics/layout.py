@@ -13,8 +13,8 @@ Bytes lie strictly in the order in which the kernels read them, with no padding 
 Codes of a group are a run of units. A unit is 512 codes: P rows x 512/P columns, in b vectors of
 64 bytes. The bytes of a vector are 16 rows x 4 columns (the operand order of vpdpbusd and sdot).
 The eight 64-code parts of a unit ("subs") are numbered step * (P/16) + row group, and `PIECES`
-says in which bits they lie. Scales come after the codes they belong to: read in that order the stream
-never goes backwards, which is up to a third faster with a hardware prefetcher.
+says in which bits they lie. Scales come after the codes they belong to: read in that order the
+stream never goes backwards, which is up to a third faster with a hardware prefetcher.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ PANEL_HEIGHTS = (128, 64, 32, 16)
 
 U8 = NDArray[np.uint8]
 F16 = NDArray[np.float16]
+F32 = NDArray[np.float32]
 
 
 class Piece(NamedTuple):
@@ -271,20 +272,20 @@ class BlockLayout:
             scales[rows] = halves.view(np.float16).T
         return codes[: self.rows], scales[: self.rows]
 
-    def dequantize(self, arena: U8, bits: U8) -> NDArray[np.float32]:
+    def dequantize(self, arena: U8, bits: U8) -> F32:
         """The weights f32[N, K] that the arena stands for."""
         codes, scales = self.unpack(arena, bits)
         return self.weights(codes, scales, bits)
 
-    def weights(self, codes: U8, scales: F16, bits: U8) -> NDArray[np.float32]:
+    def weights(self, codes: U8, scales: F16, bits: U8) -> F32:
         """The weights f32[N, K] that codes u8[N, K] and scales f16[N, groups] stand for."""
         per_block = self.block_cols // self.group
-        tops = np.left_shift(1, self._checked(bits).astype(np.int32)) - 1
-        middle = tops.astype(np.float32) / np.float32(2)
+        middle: F32 = np.ldexp(np.float32(0.5), self._checked(bits).astype(np.int32)) - np.float32(0.5)
         middle = middle.repeat(self.block_rows, 0)[: self.rows]
         middle = middle.repeat(per_block * self.group, 1)[:, : self.cols]
-        scale = scales.astype(np.float32).repeat(self.group, 1)[:, : self.cols]
-        return scale * (codes.astype(np.float32) - middle)
+        around: F32 = codes.astype(np.float32) - middle
+        scale: F32 = scales.astype(np.float32).repeat(self.group, 1)[:, : self.cols]
+        return scale * around
 
     # Below, one panel is "subs" u8[units, 8, 64] and "footer" u8[groups, P].
 

@@ -64,8 +64,7 @@ def make_matrix(layout, widths, seed=0):
     shape = (layout.rows, layout.groups)
     # The bytes of 0.01 to 0.1, see numerics/layout.py.
     scales = (rng.integers(66, 93, shape).astype(np.uint16) << 7).view(np.float16)
-    zeros = rng.integers(0, 256, shape, dtype=np.uint8)
-    arena = layout.pack(codes, scales, zeros, bits)
+    arena = layout.pack(codes, scales, bits)
     return Matrix(layout, arena, bits, layout.dequantize(arena, bits).astype(np.float64))
 
 

@@ -161,7 +161,7 @@ def code_column(formed: Expr, bits: int, shift: int, column: int) -> Expr:
 
 @dataclass(frozen=True)
 class Footer:
-    """Scales and zeros of a group of a panel; `at` is their first byte."""
+    """Scales of a group of a panel; `at` is their first byte."""
 
     arena: Expr
     at: Expr
@@ -172,11 +172,6 @@ class Footer:
         raw = vload(self.arena, [self.at + row_group * LANES], f"uint8x{LANES}")
         half = T.shift_left(T.cast(raw, f"uint16x{LANES}"), splat(T.uint16(SCALE_SHIFT)))
         return to_f32(T.reinterpret(f"float16x{LANES}", half))
-
-    def zero(self, row_group: Expr) -> Expr:
-        """Zeros (0..255) of 16 rows as float32x16."""
-        at = self.at + self.panel + row_group * LANES
-        return to_f32(T.cast(vload(self.arena, [at], f"uint8x{LANES}"), f"int32x{LANES}"))
 
     @property
     def end(self) -> Expr:
@@ -334,13 +329,18 @@ def _madd(codes: Expr, values: Expr) -> Expr:
     return T.Shuffle(halves, [T.int32(lane) for lane in range(LANES)])
 
 
-def add_group(total: Expr, scale: Expr, zero: Expr, sums: Expr, offset: Expr) -> Expr:
-    """total + scale * (sums - zero * offset) for 16 rows of one token and group (float32x16).
+def middle(bits: int) -> Expr:
+    """The middle of the codes of a width, which stands for 0."""
+    return T.float32((2.0**bits - 1) / 2)
 
-    sums: of code * x. offset: the sum of x in units of a zero point, as a scalar. The one place
-    where a group enters a result, so that gemv and gemm give the same bits.
+
+def add_group(total: Expr, scale: Expr, sums: Expr, step: Expr, offset: Expr) -> Expr:
+    """total + scale * (sums * step - offset) for 16 rows of one token and group (float32x16).
+
+    sums: of code * x, in units of the scalar `step`. offset: `middle` times the sum of x, a scalar.
+    The one place where a group enters a result, so that gemv and gemm give the same bits.
     """
-    return fma(scale, fma(zero, splat(-offset), sums), total)
+    return fma(scale, fma(sums, splat(step), splat(-offset)), total)
 
 
 def join_planes(planes: list[Expr]) -> Expr:

@@ -27,6 +27,7 @@ from scalebits_compiler.codegen.tvm.emit import (
     load_words,
     local,
     loop,
+    middle,
     splat,
     store_rows,
     vload,
@@ -81,7 +82,7 @@ def _panel(
 ) -> None:
     """All blocks of a panel for `count` tokens. Only the unpacking depends on the width."""
     tables = tile.tables
-    code_bytes, offset = Scalar(), local(1, "float32")
+    code_bytes, half = Scalar(), local(1, "float32")
     with T.serial(0, tables.start(panel, MAX_BITS)) as block:
 
         def body(group: Expr, units: Expr) -> None:
@@ -91,11 +92,11 @@ def _panel(
                 with T.If(T.And(above <= block, block < below)), T.Then():
                     tile.unpack(bits, start, units)
                     code_bytes.set(units * (bits * VECTOR_BYTES))
-                    T.buffer_store(offset, T.float32(2.0**bits / 256), [0])
+                    T.buffer_store(half, middle(bits), [0])
             footer = tables.footer(T.bind(start + code_bytes.get()))
             with T.serial(0, T.floordiv(count, i64(TILE_TOKENS))) as nth:
                 slot = T.bind(nth * TILE_TOKENS)
-                tile.run(_Place(group, first + slot, slot), units, footer, offset[0])
+                tile.run(_Place(group, first + slot, slot), units, footer, half[0])
             at.set(footer.end)
 
         tables.each_group(panel, block, body)
@@ -143,7 +144,7 @@ class _IntegerTile:
                 at = self._vector(i64(row_group), unit * steps + step)
                 vstore(self.codes, T.reinterpret("uint8x64", code), [at], VECTOR_BYTES)
 
-    def run(self, place: _Place, units: Expr, footer: Footer, offset: Expr) -> None:
+    def run(self, place: _Place, units: Expr, footer: Footer, half: Expr) -> None:
         """Add one group to the outputs of TILE_TOKENS tokens."""
         with T.serial(0, self.spec.row_groups // self.width) as nth:
             base = T.bind(nth * self.width)
@@ -155,14 +156,14 @@ class _IntegerTile:
                 with T.serial(0, units * (SUBS // self.spec.row_groups)) as step:
                     self._step(place, base, step, planes)
             for row in range(self.width):
-                scale, zero = T.bind(footer.scale(base + row)), T.bind(footer.zero(base + row))
+                scale = T.bind(footer.scale(base + row))
                 for lane in range(TILE_TOKENS):
                     value = join_planes([plane[row] for plane in self.sums[lane].planes])
                     step, total_x = self.x.step_and_sum(place.group, place.token + lane)
                     at = [place.slot + lane, (base + row) * LANES]
                     total = vload(self.total, at, "float32x16")
-                    sums = value * splat(step)
-                    vstore(self.total, add_group(total, scale, zero, sums, total_x * offset), at)
+                    added = add_group(total, scale, value, step, total_x * half)
+                    vstore(self.total, added, at)
 
     def _step(self, place: _Place, base: Expr, step: Expr, planes: slice) -> None:
         """Multiply four columns of some planes."""
@@ -196,7 +197,7 @@ class _FloatTile:
                     col = unit * self.tables.unit_cols + step_number * STEP + column
                     vstore(self.codes, code, [col * self.spec.panel + row_group * LANES])
 
-    def run(self, place: _Place, units: Expr, footer: Footer, offset: Expr) -> None:
+    def run(self, place: _Place, units: Expr, footer: Footer, half: Expr) -> None:
         """Add one group to the outputs of TILE_TOKENS tokens."""
         with T.serial(0, self.spec.row_groups) as row_group:
             row = T.bind(row_group * LANES)
@@ -206,10 +207,10 @@ class _FloatTile:
                 for lane in range(TILE_TOKENS):
                     x = splat(self.x.values[place.group, place.token + lane, 0, col])
                     self.sums[lane] = fma(code, x, self.sums[lane])
-            scale, zero = T.bind(footer.scale(row_group)), T.bind(footer.zero(row_group))
+            scale = T.bind(footer.scale(row_group))
             for lane in range(TILE_TOKENS):
-                _, total_x = self.x.step_and_sum(place.group, place.token + lane)
+                step, total_x = self.x.step_and_sum(place.group, place.token + lane)
                 at = [place.slot + lane, row]
                 total = vload(self.total, at, "float32x16")
-                added = add_group(total, scale, zero, self.sums[lane], total_x * offset)
+                added = add_group(total, scale, self.sums[lane], step, total_x * half)
                 vstore(self.total, added, at)

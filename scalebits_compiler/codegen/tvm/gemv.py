@@ -22,6 +22,7 @@ from scalebits_compiler.codegen.tvm.emit import (
     join_planes,
     load_words,
     loop,
+    middle,
     splat,
     store_rows,
 )
@@ -59,11 +60,12 @@ def _group_body(
         start = T.bind(at.get())
         inner.run(bits, group, token, start, units)
         footer = inner.tables.footer(T.bind(start + units * (bits * VECTOR_BYTES)))
-        offset = T.bind(inner.x.scales[group, token, 1] * T.float32(2.0**bits / 256))
+        step, total_x = inner.x.step_and_sum(group, token)
+        offset = T.bind(total_x * middle(bits))
         for row_group in range(inner.spec.row_groups):
-            value = inner.result(bits, group, token, row_group)
-            scale, zero = footer.scale(row_group), footer.zero(row_group)
-            total[row_group] = add_group(total[row_group], scale, zero, value, offset)
+            sums, lifted = inner.result(bits, row_group)
+            unit, scale = step * T.float32(2.0**-lifted), footer.scale(row_group)
+            total[row_group] = add_group(total[row_group], scale, sums, unit, offset)
         at.set(footer.end)
 
     return body
@@ -100,8 +102,8 @@ class _IntegerSum:
                     codes = self.sums.operand(T.bind(form_code(words, bits, sub)))
                     self.sums.add(sub, codes, values[step])
 
-    def result(self, bits: int, group: Expr, token: Expr, row_group: int) -> Expr:
-        """The sum for 16 rows, in units of code * x (float32x16)."""
+    def result(self, bits: int, row_group: int) -> tuple[Expr, int]:
+        """Sums of code * x << n for 16 rows (float32x16), and n."""
         subs = range(row_group, SUBS, self.spec.row_groups)
         top = max(PIECES[bits][sub].shift for sub in subs)
         lift = {sub: splat(T.int32(top - PIECES[bits][sub].shift)) for sub in subs}
@@ -109,7 +111,7 @@ class _IntegerSum:
             reduce(add, (T.shift_left(sums[sub], lift[sub]) for sub in subs))
             for sums in self.sums.planes
         ]
-        return join_planes(planes) * splat(self.x.scales[group, token, 0] * T.float32(2.0**-top))
+        return join_planes(planes), top
 
 
 class _FloatSum:
@@ -135,6 +137,6 @@ class _FloatSum:
                     value = fma(code_column(formed, bits, shift, column), x, value)
                 self.sums[row_group] = value
 
-    def result(self, bits: int, group: Expr, token: Expr, row_group: int) -> Expr:
-        """The sum for 16 rows (float32x16)."""
-        return self.sums[row_group]
+    def result(self, bits: int, row_group: int) -> tuple[Expr, int]:
+        """Sums of code * x << n for 16 rows (float32x16), and n: 0."""
+        return self.sums[row_group], 0
