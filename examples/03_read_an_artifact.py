@@ -27,19 +27,19 @@ def main(folder: Path) -> None:
         if record.kind != "packed":
             continue
         packed = artifact.matrix(symbol)
-        # Codes, scales, zeros and padding, and the table of widths: everything counts.
+        # Codes, scales and padding, and the table of widths: everything counts.
         stored += packed.arena.nbytes + packed.bits.nbytes
         weights += record.shape[0] * record.shape[1]
     effective = 8 * stored / weights
     stated = manifest.summary["effective_bits"]
     print(f"{effective:.4f} effective bits by counting, {stated:.4f} by the manifest")
 
-    # One matrix in full: a code, a scale and a zero point give back a weight.
+    # One matrix in full: a code, its width and a scale give back a weight.
     symbol = next(s for s, record in manifest.weights.items() if record.kind == "packed")
     layout, arena, bits = artifact.matrix(symbol)
-    codes, scales, zeros = layout.unpack(arena, bits)
-    width = bits[0, 0]
-    first = scales[0, 0] * (codes[0, 0] - zeros[0, 0] * 2.0**width / 256)
+    codes, scales = layout.unpack(arena, bits)
+    middle = (2.0 ** bits[0, 0] - 1) / 2
+    first = scales[0, 0] * (codes[0, 0] - middle)
     whole = layout.dequantize(arena, bits)
     print(f"{symbol} {whole.shape}: widths {np.unique(bits).tolist()} over {bits.size} blocks")
     print(f"first weight: {first:.6f} by hand, {whole[0, 0]:.6f} by the library")

@@ -22,7 +22,7 @@ MODEL_FILE = "model.safetensors"
 # A folder of several artifacts has this file, and one folder for each.
 FRONTIER = "frontier.json"
 FORMAT = "scalebits"
-VERSION = 4
+VERSION = 5
 COMPILE_AGAIN = "the artifact is damaged or was edited; compile the model again"
 
 Kinds: TypeAlias = Mapping[str, type | tuple[type, ...]]

@@ -48,7 +48,7 @@ class Reader:
         groups = -(-self.cols // group)
         self.codes = np.zeros((whole, groups * group), np.uint8)
         self.scales = np.zeros((whole, groups), np.float16)
-        self.zeros = np.zeros((whole, groups), np.uint8)
+        self.weights = np.zeros((whole, groups * group), np.float64)
 
     def take(self, count: int) -> U8:
         """The next bytes."""
@@ -66,7 +66,7 @@ class Reader:
         assert self.at == len(self.arena)
 
     def read_group(self, top: int, index: int, width: int) -> None:
-        """Codes, then scales, then zeros of one group of a panel."""
+        """Codes, then scales of one group of a panel; what they stand for."""
         unit_cols = 512 // self.panel
         cols = min(self.group, self.cols - index * self.group)
         rows = slice(top, top + self.panel)
@@ -75,7 +75,9 @@ class Reader:
             for sub in range(8):
                 self.read_sub(vectors, width, sub, top, index * self.group + unit * unit_cols)
         self.scales[rows, index] = (self.take(self.panel).astype("<u2") << 7).view("<f2")
-        self.zeros[rows, index] = self.take(self.panel)
+        columns = slice(index * self.group, (index + 1) * self.group)
+        around = self.codes[rows, columns] - (2**width - 1) / 2
+        self.weights[rows, columns] = self.scales[rows, index, None].astype(np.float64) * around
 
     def read_sub(self, vectors: U8, width: int, sub: int, top: int, left: int) -> None:
         """Rules 17 and 18."""
@@ -104,13 +106,14 @@ def test_the_page_is_enough_to_decode(
     codes = (random.integers(0, 256, shape) >> (8 - widths.astype(int))).astype(np.uint8)
     scales = random.integers(0, 240, (shape[0], layout.groups)).astype(np.uint16) << 7
     scales = scales.view(np.float16)
-    zeros = random.integers(0, 256, scales.shape).astype(np.uint8)
 
-    reader = Reader(layout.pack(codes, scales, zeros, bits), shape, block, group)
+    arena = layout.pack(codes, scales, bits)
+    reader = Reader(arena, shape, block, group)
     reader.read(bits)
     np.testing.assert_array_equal(reader.codes[: shape[0], : shape[1]], codes)
     np.testing.assert_array_equal(reader.scales[: shape[0]], scales)
-    np.testing.assert_array_equal(reader.zeros[: shape[0]], zeros)
+    weights = reader.weights[: shape[0], : shape[1]]
+    np.testing.assert_array_equal(weights, layout.dequantize(arena, bits))
 
 
 def test_the_page_lists_every_width_and_sub() -> None:

@@ -72,8 +72,7 @@ class TextBuilder:
         spread = np.ldexp(1.0, -bits.astype(int)).repeat(BLOCK_ROWS, 0)[:rows]
         spread = spread.repeat(BLOCK_COLS // GROUP, 1)[:, : layout.groups]
         scales = stored_scale(torch.from_numpy(spread * 2 / np.sqrt(cols))).numpy()
-        zeros = self.rng.integers(118, 138, scales.shape).astype(np.uint8)
-        self.tensors[f"{name}.arena"] = torch.from_numpy(layout.pack(codes, scales, zeros, bits))
+        self.tensors[f"{name}.arena"] = torch.from_numpy(layout.pack(codes, scales, bits))
         grid = [list(map(int, row)) for row in bits]
         self.weights.append(
             f"  weight @{name} : packed[{rows}, {cols}{f'@{order}' if order else ''}]"

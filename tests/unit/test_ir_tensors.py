@@ -17,8 +17,7 @@ TEXT = """module @m {tensors = ["m.safetensors"], calibration = resource("text")
   perm @p : i32[32] {data = resource("p")}
   weight @w : f32[32@p, 64] {data = resource("d"), quantize = true, block = [16, 32], group = 32, \
 bits = resource("b"), row_scores = resource("row"), column_scores = resource("column"), \
-block_scores = resource("block"), codes = resource("c"), scales = resource("s"), \
-zeros = resource("z")}
+block_scores = resource("block"), codes = resource("c"), scales = resource("s")}
   func @f(%x: f32[?, 64]) -> f32[?, 32@p] {
     %0 = linear %x, @w : f32[?, 32@p]
     return %0
@@ -38,7 +37,6 @@ def right() -> dict[str, torch.Tensor]:
         "block": torch.zeros(2, 2, 2),
         "c": torch.zeros(32, 64, dtype=torch.uint8),
         "s": torch.ones(32, 2, dtype=torch.float16),
-        "z": torch.zeros(32, 2, dtype=torch.uint8),
     }
 
 
@@ -67,7 +65,8 @@ def test_tensors_that_fit(tmp_path: Path) -> None:
         ({"block": torch.zeros(2, 2)}, "it must be F32[2, 2, 2]"),
         ({"c": torch.zeros(32, 64)}, "codes of @w is the tensor F32[32, 64], it must be U8"),
         ({"s": torch.ones(31, 2).half()}, "it must be F16[32, 2]"),
-        ({"z": torch.zeros(32, 3, dtype=torch.uint8)}, "it must be U8[32, 2]"),
+        ({"s": torch.ones(32, 3).half()}, "scales of @w is the tensor F16[32, 3]"),
+        ({"s": torch.ones(32, 2)}, "scales of @w is the tensor F32[32, 2], it must be F16[32, 2]"),
         ({"text": torch.zeros(3, 8)}, "calibration is the tensor F32[3, 8]"),
     ],
 )

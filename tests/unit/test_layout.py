@@ -1,6 +1,7 @@
 """The packed layout: lossless for every width, edge and panel height; exact about its bytes."""
 
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from scalebits_compiler.errors import ArtifactError, TargetError
 from scalebits_compiler.numerics.layout import MAX_BITS, PIECES, BlockLayout, pack_units
 
 
-def random_matrix(layout, seed, widths=range(1, 9)):
+def random_matrix(layout, seed, widths: Sequence[int] = range(1, 9)):
     rng = np.random.default_rng(seed)
     bits = rng.choice(np.array(widths, np.uint8), size=layout.grid)
     wide = bits.repeat(layout.block_rows, 0)[: layout.rows]
@@ -19,7 +20,7 @@ def random_matrix(layout, seed, widths=range(1, 9)):
     codes = rng.integers(0, 1 << wide, dtype=np.uint32).astype(np.uint8)
     shape = (layout.rows, layout.groups)
     scales = (rng.integers(0, 248, shape).astype(np.uint16) << 7).view(np.float16)
-    return codes, scales, rng.integers(0, 256, shape, dtype=np.uint8), bits
+    return codes, scales, bits
 
 
 @st.composite
@@ -38,10 +39,10 @@ def layouts(draw):
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(layout=layouts(), seed=st.integers(0, 2**31))
 def test_round_trip_and_cost(layout, seed):
-    codes, scales, zeros, bits = random_matrix(layout, seed)
-    arena = layout.pack(codes, scales, zeros, bits)
+    codes, scales, bits = random_matrix(layout, seed)
+    arena = layout.pack(codes, scales, bits)
     unpacked = layout.unpack(arena, bits)
-    for found, expected in zip(unpacked, (codes, scales, zeros), strict=True):
+    for found, expected in zip(unpacked, (codes, scales), strict=True):
         assert found.dtype == expected.dtype
         np.testing.assert_array_equal(found, expected)
     per_bit, fixed = layout.block_cost()
@@ -67,32 +68,42 @@ def test_table_is_dense(width):
 @pytest.mark.parametrize("block_rows", [16, 128])
 def test_uniform_round_trip(width, block_rows):
     layout = BlockLayout(272, 200, block_rows, 64, 32)
-    codes, scales, zeros, bits = random_matrix(layout, width, [width])
-    found = layout.unpack(layout.pack(codes, scales, zeros, bits), bits)
+    codes, scales, bits = random_matrix(layout, width, [width])
+    found = layout.unpack(layout.pack(codes, scales, bits), bits)
     np.testing.assert_array_equal(found[0], codes)
+    np.testing.assert_array_equal(found[1], scales)
+
+
+@pytest.mark.parametrize("width", range(1, MAX_BITS + 1))
+def test_bits_per_weight(width):
+    """Its width, and a share of the one byte that a group has beside its codes."""
+    layout = BlockLayout(256, 512, 32, 128, 128)
+    bits = np.full(layout.grid, width, np.uint8)
+    assert 8 * layout.nbytes(bits) == 256 * 512 * (width + 8 / 128)
 
 
 def test_stored_order():
-    """Panel, then width, then block column; codes before scales before zeros."""
+    """Panel, then width, then block column; codes before scales, and nothing after these."""
     layout = BlockLayout(16, 96, 16, 32, 32)
     codes = np.zeros((16, 96), np.uint8)
     scales = (np.arange(48, dtype=np.uint16).reshape(16, 3) << 7).view(np.float16)
-    zeros = np.arange(48, dtype=np.uint8).reshape(16, 3)
     bits = np.array([[4, 2, 4]], np.uint8)
-    arena = layout.pack(codes, scales, zeros, bits)
+    arena = layout.pack(codes, scales, bits)
     assert layout.metadata(bits).columns.tolist() == [[1, 0, 2]]
     assert layout.metadata(bits).starts.tolist() == [[0, 0, 1, 1, 3, 3, 3, 3, 3]]
-    np.testing.assert_array_equal(arena[128:144], scales[:, 1].view(np.uint16) >> 7)
-    np.testing.assert_array_equal(arena[144:160], zeros[:, 1])
-    assert arena.size == 64 * (2 + 4 + 4) + 2 * 48
+    end = 0
+    for column, width in ((1, 2), (0, 4), (2, 4)):
+        start, footer, end = end, end + 64 * width, end + 64 * width + 16
+        assert not arena[start:footer].any()
+        np.testing.assert_array_equal(arena[footer:end], scales[:, column].view(np.uint16) >> 7)
+    assert arena.size == end
 
 
 def test_vector_order():
     """Byte 4 * lane + j of a vector is row `lane`, column j; with 128 rows sub r is row group r."""
     layout = BlockLayout(128, 4, 128, 32, 32)
     codes = np.arange(512, dtype=np.uint16).reshape(128, 4).astype(np.uint8)
-    scales, zeros = np.ones((128, 1), np.float16), np.zeros((128, 1), np.uint8)
-    arena = layout.pack(codes, scales, zeros, np.array([[8]], np.uint8))
+    arena = layout.pack(codes, np.ones((128, 1), np.float16), np.array([[8]], np.uint8))
     np.testing.assert_array_equal(arena[:512], codes.reshape(-1))
 
 
@@ -117,12 +128,23 @@ def test_panel_height(rows, block_rows, panel):
 
 def test_dequantize():
     layout = BlockLayout(20, 70, 16, 64, 32)
-    codes, scales, zeros, bits = random_matrix(layout, 3)
-    weights = layout.dequantize(layout.pack(codes, scales, zeros, bits), bits)
+    codes, scales, bits = random_matrix(layout, 3)
+    weights = layout.dequantize(layout.pack(codes, scales, bits), bits)
+    np.testing.assert_array_equal(weights, layout.weights(codes, scales, bits))
     for row, col in [(0, 0), (17, 69), (5, 40), (19, 1)]:
         group, width = col // 32, int(bits[row // 16, col // 64])
-        level = float(codes[row, col]) - float(zeros[row, group]) * 2**width / 256
-        assert weights[row, col] == pytest.approx(float(scales[row, group]) * level, rel=1e-6)
+        level = float(codes[row, col]) - (2**width - 1) / 2
+        assert weights[row, col] == float(scales[row, group]) * level
+
+
+@pytest.mark.parametrize("width", range(1, MAX_BITS + 1))
+def test_codes_and_their_mirror_images_are_opposite_weights(width):
+    """Exactly, since code - middle has at most 8 bits and a scale 4."""
+    layout = BlockLayout(20, 70, 16, 64, 32)
+    codes, scales, bits = random_matrix(layout, width, [width])
+    mirrored = np.uint8(2**width - 1) - codes
+    weights = layout.weights(codes, scales, bits)
+    np.testing.assert_array_equal(layout.weights(mirrored, scales, bits), -weights)
 
 
 def test_large_matrix_packs_fast():
@@ -145,14 +167,14 @@ def test_bad_sizes(change, word):
 
 def test_bad_input():
     layout = BlockLayout(32, 64, 32, 64, 32)
-    codes, scales, zeros, bits = random_matrix(layout, 0, [3])
+    codes, scales, bits = random_matrix(layout, 0, [3])
     for scale in (-1.0, 1.01):
         with pytest.raises(TargetError, match="a scale is negative or has more"):
-            layout.pack(codes, np.full_like(scales, scale), zeros, bits)
+            layout.pack(codes, np.full_like(scales, scale), bits)
     with pytest.raises(TargetError, match="scales must be float16"):
-        layout.pack(codes, scales.astype(np.float32), zeros, bits)
+        layout.pack(codes, scales.astype(np.float32), bits)  # type: ignore[arg-type]
     with pytest.raises(TargetError, match="does not fit a block of 3 bits"):
-        layout.pack(codes | 8, scales, zeros, bits)
+        layout.pack(codes | 8, scales, bits)
     with pytest.raises(TargetError, match=r"1\.\.8"):
         layout.nbytes(bits * 0)
     with pytest.raises(TargetError, match="bits must be uint8"):

@@ -58,6 +58,7 @@ def test_round_trip(manifest):
     ("path", "value", "message"),
     [
         (["version"], 1, r"version: 1 is unknown"),
+        (["version"], 4, r"version: 4 is unknown, this program reads 5"),  # it had zero points
         (["format"], "gguf", "format"),
         (["extra"], 1, "extra: unknown field"),
         (["target", "kind"], "", "target: kind"),

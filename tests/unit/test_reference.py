@@ -138,15 +138,14 @@ def test_stored_order_is_row_major():
 
 @pytest.fixture
 def rounded():
-    """A 48 x 32 matrix with codes, scales, zeros and mixed widths, and what it stands for."""
+    """A 48 x 32 matrix with codes, scales and mixed widths, and what it stands for."""
     generator = np.random.default_rng(0)
     bits = np.array([[2], [5], [8]], dtype=np.uint8)
     wide = bits.repeat(16, 0).repeat(32, 1).astype(np.int64)
     codes = (generator.integers(0, 256, (48, 32)) % (1 << wide)).astype(np.uint8)
     scales = (generator.integers(70, 80, (48, 1)).astype(np.uint16) << 7).view(np.float16)
-    zeros = generator.integers(0, 256, (48, 1)).astype(np.uint8)
-    value = scales.astype(np.float64) * (codes - zeros * 2.0**wide / 256)
-    return bits, codes, scales, zeros, torch.from_numpy(value).float()
+    value = scales.astype(np.float64) * (codes - (2.0**wide - 1) / 2)
+    return bits, codes, scales, torch.from_numpy(value).float()
 
 
 def quantized_module(op, dtype, extra, **tensors):
@@ -159,20 +158,20 @@ def quantized_module(op, dtype, extra, **tensors):
 
 
 def test_rounded_weights_are_used_dequantized(rounded):
-    _, codes, scales, zeros, value = rounded
-    extra = ', codes = resource("c"), scales = resource("s"), zeros = resource("z")'
+    _, codes, scales, value = rounded
+    extra = ', codes = resource("c"), scales = resource("s")'
     module = quantized_module(
         "linear", "f32", extra, w=random(48, 32), c=torch.from_numpy(codes),
-        s=torch.from_numpy(scales), z=torch.from_numpy(zeros),
+        s=torch.from_numpy(scales),
     )  # fmt: skip
     torch.testing.assert_close(dense(module, module.weights["w"]), value)
     torch.testing.assert_close(Executor(module).run(IDS), TABLE[IDS] @ value.T)
 
 
 def test_packed_weights_are_used_unpacked(rounded):
-    bits, codes, scales, zeros, value = rounded
+    bits, codes, scales, value = rounded
     module = quantized_module("qlinear", "packed", "")
-    arena = layout_of(module.weights["w"]).pack(codes, scales, zeros, bits)
+    arena = layout_of(module.weights["w"]).pack(codes, scales, bits)
     tensors = {"table": TABLE, "w": torch.from_numpy(arena)}
     module = replace(module, resources=ResourceStore(tensors))
     torch.testing.assert_close(Executor(module).run(IDS), TABLE[IDS] @ value.T)

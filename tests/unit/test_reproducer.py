@@ -22,7 +22,7 @@ TEXT = """module @m {facts = ["canonical", "bits", "rounded"], calibration = res
   perm @p : i32[64] {data = resource("p")}
   weight @table : f32[50, 64@p] {data = resource("table")}
   weight @gain : f32[64@p] {data = resource("gain")}
-  weight @w : f32[2176, 64@p] {data = resource("w"), quantize = true, block = [16, 32], group = 32, bits = resource("w.bits"), hist = [[2, 200], [5, 72]], codes = resource("w.codes"), scales = resource("w.scales"), zeros = resource("w.zeros")}
+  weight @w : f32[2176, 64@p] {data = resource("w"), quantize = true, block = [16, 32], group = 32, bits = resource("w.bits"), hist = [[2, 200], [5, 72]], codes = resource("w.codes"), scales = resource("w.scales")}
   func @f(%ids: i64[?, ?]) -> f32[?, ?, 2176] {
     %0 = embedding %ids, @table : f32[?, ?, 64@p]
     %1 = rms_norm %0, @gain {eps = 1e-05} : f32[?, ?, 64@p]
@@ -65,7 +65,6 @@ def full_module() -> Module:
         "gain": torch.full((64,), 7.25), "w": secret, "w.bits": bits,
         "w.codes": torch.full((2176, 64), 3, dtype=torch.uint8),
         "w.scales": torch.full((2176, 2), 7.25, dtype=torch.float16),
-        "w.zeros": torch.full((2176, 2), 128, dtype=torch.uint8),
         "ids": torch.full((3, 8), 49, dtype=torch.int32),
     }  # fmt: skip
     return replace(parse_module(TEXT)[0], resources=ResourceStore(store))

@@ -21,10 +21,11 @@ from scalebits_compiler.ir.module import Module
 from scalebits_compiler.ir.ops import Linear, QLinear
 from scalebits_compiler.ir.verifier import verify
 from scalebits_compiler.numerics.layout import BlockLayout
+from scalebits_compiler.numerics.quantize import grouped, middle
 from scalebits_compiler.passes.base import PassContext, TextSplit
 from scalebits_compiler.passes.canonicalize import Canonicalize
 from scalebits_compiler.passes.pack_blocks import PackBlocks
-from scalebits_compiler.passes.round_weights import RoundWeights
+from scalebits_compiler.passes.round_weights import RoundWeights, group_bits
 from scalebits_compiler.passes.table import PASSES
 from scalebits_compiler.summary import summarize
 
@@ -64,7 +65,6 @@ def test_rounded_module_verifies_and_has_codes(assigned: Module, rounded: Module
         rows, columns = weight.type.static_shape()
         assert weight.codes is not None
         assert weight.scales is not None
-        assert weight.zeros is not None
         codes = rounded.resources.numpy(weight.codes.key)
         assert codes.shape == (rows, columns)
         bits = rounded.bits(weight).repeat(16, 0)[:rows].repeat(64, 1)[:, :columns]
@@ -110,7 +110,7 @@ def test_a_matrix_that_is_not_reached_is_rounded_to_nearest(assigned: Module) ->
 def test_rounding_twice_gives_the_same(assigned: Module, rounded: Module) -> None:
     again = RoundWeights().run(assigned, context())
     for weight in rounded.quantized():
-        for resource in (weight.codes, weight.scales, weight.zeros):
+        for resource in (weight.codes, weight.scales):
             assert resource is not None
             one, other = rounded.resources.numpy(resource.key), again.resources.numpy(resource.key)
             np.testing.assert_array_equal(one, other)
@@ -134,12 +134,10 @@ def test_packing_loses_nothing(rounded: Module) -> None:
         assert data is not None
         assert weight.codes is not None
         assert weight.scales is not None
-        assert weight.zeros is not None
         arena = packed.resources.numpy(data.key)
-        codes, scales, zeros = layout.unpack(arena, packed.bits(weight))
+        codes, scales = layout.unpack(arena, packed.bits(weight))
         np.testing.assert_array_equal(codes, rounded.resources.numpy(weight.codes.key))
         np.testing.assert_array_equal(scales, rounded.resources.numpy(weight.scales.key))
-        np.testing.assert_array_equal(zeros, rounded.resources.numpy(weight.zeros.key))
 
 
 def test_products_of_packed_matrices_are_qlinear(rounded: Module) -> None:
@@ -190,12 +188,16 @@ def test_restart_runs_what_the_facts_lack() -> None:
 
 def test_min_max_ranges_on_request(assigned: Module) -> None:
     """clip = false: the levels reach the largest weight of every group, and the error is larger."""
-    errors = {}
+    errors, beyond = {}, {}
     for clip in (True, False):
         rounded = RoundWeights(method="rtn", clip=clip).run(assigned, context())
         weight = rounded.quantized()[0]
         assert weight.data is not None
-        errors[clip] = float(
-            (dense(rounded, weight) - rounded.resources.torch(weight.data.key)).square().mean()
-        )
+        assert weight.scales is not None
+        exact = rounded.resources.torch(weight.data.key)
+        errors[clip] = float((dense(rounded, weight) - exact).square().mean())
+        top = rounded.resources.torch(weight.scales.key) * middle(group_bits(rounded, weight))
+        beyond[clip] = float((grouped(exact, 32).abs().amax(-1) / top).max())
     assert errors[True] < errors[False]
+    assert beyond[True] > 1.1
+    assert beyond[False] < 1 + 2**-10  # the scale is an fp16 number before it is rounded upwards

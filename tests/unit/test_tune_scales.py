@@ -43,7 +43,7 @@ def rounded(tiny_llama: Callable[..., Path]) -> Module:
 
 
 def original(module: Module) -> Module:
-    plain = [replace(w, codes=None, scales=None, zeros=None) for w in module.quantized()]
+    plain = [replace(w, codes=None, scales=None) for w in module.quantized()]
     return module.with_weights(plain)
 
 
@@ -104,14 +104,14 @@ def test_tuning_twice_gives_the_same(rounded: Module, scope: str) -> None:
 
 def test_what_does_not_help_is_not_kept(rounded: Module) -> None:
     ctx = context()
-    wild = TuneScales(epochs=1, scale_rate=30.0, zero_rate=300.0).run(rounded, ctx)
+    wild = TuneScales(epochs=1, scale_rate=30.0).run(rounded, ctx)
     assert wild is rounded
     report: Any = ctx.report["tune-scales"]
     assert not report["kept"]
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"epochs": 0}, {"scale_rate": 0.0}, {"zero_rate": -1.0}, {"code_rate": -0.1}]
+    "wrong", [{"epochs": 0}, {"scale_rate": 0.0}, {"scale_rate": -1.0}, {"code_rate": -0.1}]
 )
 def test_settings_that_make_no_sense(rounded: Module, wrong: dict[str, Any]) -> None:
     with pytest.raises(PassError, match="at least one epoch"):
@@ -126,7 +126,8 @@ def test_layer_after_layer(rounded: Module, code_rate: float) -> None:
     verify(tuned)
     report: Any = ctx.report["tune-scales"]
     assert report["parts"] == 4  # attention and MLP of two layers
-    assert report["held_error_after"] < 0.95 * report["held_error_before"]
+    # Where codes stay there is one number to learn for a group of 32 weights.
+    assert report["held_error_after"] < (0.95 if code_rate else 0.98) * report["held_error_before"]
     assert (report["codes_changed"] > 0) == (code_rate > 0)
     seen = TEXT.calibration
     assert divergence(tuned, seen) < 0.95 * divergence(rounded, seen)
@@ -185,7 +186,7 @@ def test_predictions_are_made_once(rounded: Module, monkeypatch: pytest.MonkeyPa
 
 
 def stored(module: Module) -> dict[str, torch.Tensor]:
-    keys = [k.key for w in module.quantized() for k in (w.codes, w.scales, w.zeros) if k]
+    keys = [k.key for w in module.quantized() for k in (w.codes, w.scales) if k]
     return {key: module.resources.torch(key) for key in keys}
 
 
