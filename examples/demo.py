@@ -78,7 +78,7 @@ def compile_all(options: argparse.Namespace) -> Iterator[tuple[str, Path]]:
         passes = f'uniform-bits{{bits = {bits}}},round-weights{{method = "rtn"}},pack-blocks'
         start = out / "ir" / "01-canonicalize.sbir"
         run("opt", start, "--plugin", PLUGIN, "-p", passes, "-o", packed)
-        # A bit more than the codes: scales and zero points count as well.
+        # A bit more than the codes: scales count as well.
         room = ["--avg-bits", bits + 1]
         run("compile", model, *flags, *room, "--from", packed, "-q", "-o", artifact)
         yield f"uniform {bits} bits, nearest", artifact
@@ -131,7 +131,7 @@ def closing(options: argparse.Namespace) -> str:
     model, ir = os.path.relpath(options.model), os.path.relpath(options.out / "ir")
     return f"""
 uniform: round to nearest, the range of every group searched; same blocks, groups and byte layout
-effective bits: codes, scales, zero points, bit table and padding, per quantized weight
+effective bits: codes, scales, bit table and padding, per quantized weight
 file bytes: every file, so embedding, head, tokenizer, IR and kernels as well; on a model as
 small as this one they are the larger part
 
