@@ -44,7 +44,7 @@ def mixed(layout: TileLayout, widths: Sequence[int]) -> U8:
 
 
 def random_matrix(layout: TileLayout, bits: U8) -> Matrix:
-    """Random codes, zeros, and scales that give weights of about 1 / sqrt(columns)."""
+    """Random codes, and scales that give weights of about 1 / sqrt(columns)."""
     rng = np.random.default_rng(0)
     wide = bits.repeat(layout.block_rows, 0)[: layout.rows]
     groups = wide.repeat(layout.block_cols // layout.group, 1)[:, : layout.groups]
@@ -53,8 +53,7 @@ def random_matrix(layout: TileLayout, bits: U8) -> Matrix:
     scales = np.ldexp(rng.uniform(1, 2, groups.shape), -groups.astype(int)) / layout.cols**0.5
     raw = scales.astype(np.float16).view(np.uint16)
     scales = (raw >> SCALE_SHIFT << SCALE_SHIFT).view(np.float16)
-    zeros = rng.integers(100, 156, groups.shape).astype(np.uint8)
-    return Matrix(layout, layout.pack(codes, scales, zeros, bits), bits)
+    return Matrix(layout, layout.pack(codes, scales, bits), bits)
 
 
 def random_order(layout: TileLayout) -> torch.Tensor:

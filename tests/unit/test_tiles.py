@@ -12,7 +12,7 @@ from scalebits_compiler.numerics.tiles import LAYOUTS, TileLayout
 
 
 def content(layout, seed=0):
-    """(codes, scales, zeros, bits) at random."""
+    """(codes, scales, bits) at random."""
     rng = np.random.default_rng(seed)
     bits = rng.integers(1, 9, layout.grid).astype(np.uint8)
     wide = bits.repeat(layout.block_rows, 0)[: layout.rows]
@@ -20,8 +20,7 @@ def content(layout, seed=0):
     codes = rng.integers(0, 1 << wide).astype(np.uint8)
     scales = rng.integers(0, 248, (layout.rows, layout.groups)).astype(np.uint16) << 7
     scales = scales.view(np.float16)
-    zeros = rng.integers(0, 256, scales.shape).astype(np.uint8)
-    return codes, scales, zeros, bits
+    return codes, scales, bits
 
 
 @settings(max_examples=40, deadline=None)
@@ -32,22 +31,22 @@ def content(layout, seed=0):
 )
 def test_both_orders_are_lossless_and_of_one_size(rows, columns, block):
     tiles, panels = (made(rows, columns, *block) for made in (TileLayout, BlockLayout))
-    codes, scales, zeros, bits = content(tiles)
-    arena = tiles.pack(codes, scales, zeros, bits)
-    assert arena.shape == panels.pack(codes, scales, zeros, bits).shape
-    for found, packed in zip(tiles.unpack(arena, bits), (codes, scales, zeros), strict=True):
+    codes, scales, bits = content(tiles)
+    arena = tiles.pack(codes, scales, bits)
+    assert arena.shape == panels.pack(codes, scales, bits).shape
+    for found, packed in zip(tiles.unpack(arena, bits), (codes, scales), strict=True):
         assert np.array_equal(found, packed)
     assert np.array_equal(
         tiles.dequantize(arena, bits),
-        panels.dequantize(panels.pack(codes, scales, zeros, bits), bits),
+        panels.dequantize(panels.pack(codes, scales, bits), bits),
     )
 
 
 def test_a_code_can_be_read_by_hand():
     """Column c, row r of a group of `width` bits, through the tables and PIECES."""
     layout = TileLayout(200, 330, 128, 128, 64)
-    codes, scales, zeros, bits = content(layout, 1)
-    arena = layout.pack(codes, scales, zeros, bits)
+    codes, scales, bits = content(layout, 1)
+    arena = layout.pack(codes, scales, bits)
     offsets, starts, groups = layout.tables(bits)
     for row, column in ((0, 0), (5, 329), (199, 100), (127, 255), (130, 63), (4, 7)):
         panel, r = divmod(row, layout.panel)
@@ -55,7 +54,7 @@ def test_a_code_can_be_read_by_hand():
         place = int(np.flatnonzero(groups[panel] == group)[0])
         width = int(np.searchsorted(starts[panel], place, side="right"))
         held = min(layout.group, layout.stored_cols - group * layout.group) // 8
-        full = layout.panel * layout.group * width // 8 + 2 * layout.panel
+        full = layout.panel * layout.group * width // 8 + layout.panel
         at = 16 * int(offsets[panel, width - 1]) + (place - starts[panel, width - 1]) * full
         shift, pieces = PIECES[width][c // held]
         there = r - r % 4 + (0, 2, 1, 3)[r % 4]  # the middle two of four rows change places
@@ -67,7 +66,6 @@ def test_a_code_can_be_read_by_hand():
         foot = at + width * held * layout.panel
         scale = (arena[foot + r : foot + r + 1].astype(np.uint16) << 7).view(np.float16)[0]
         assert scale == scales[row, group]
-        assert arena[foot + layout.panel + r] == zeros[row, group]
 
 
 @pytest.mark.parametrize(

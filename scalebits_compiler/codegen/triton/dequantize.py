@@ -19,10 +19,11 @@ def _step(spec: KernelSpec, width: int) -> Iterator[str]:
     yield from words.load(spec, width)
     yield from matmul.scales(spec)
     yield f"scale = scale * {2.0 ** (width - MAX_BITS)!r}"
+    zero = matmul.Form.of("fp16", width).zero
     held = words.held(spec)
     for sub in range(SUBS):
         codes = words.formed(width, sub, MAX_BITS)
-        yield f"w = (spread({codes}, half, tl.float16).to(tl.float32) - zero) * scale"
+        yield f"w = (spread({codes}, half, tl.float16).to(tl.float32) - {zero!r}) * scale"
         start = f"held * {sub}" if spec.ragged and sub else sub * spec.held
         yield from words.channels(spec, words.plus("column", start, "k"), f"(k < {held})")
         guard = "kept & there" if words.masked(spec) else "kept"

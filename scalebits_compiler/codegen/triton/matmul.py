@@ -2,12 +2,13 @@
 
 A code becomes a number without a conversion: its bits, moved to the top of a byte, are or-ed to
 those of a float whose last bits count ones ("one": 1024 in float16, 128 in bfloat16). That number
-and the scale's are taken off again from the sum over a group:
+and the middle of the codes are taken off again from the sum over a group:
 
-    sum x * scale * (code - zero * 2**b / 256) = scale * 2**(b - t)
-        * (sum x * (one + code * 2**(t - b)) - (one + zero * 2**(t - 8)) * sum x)
+    sum x * scale * (code - middle) = scale * 2**(b - t)
+        * (sum x * (one + code * 2**(t - b)) - (one + middle * 2**(t - b)) * sum x)
 
-with t the bits of a code at the top: 8, or 7 in bfloat16, whose 128 leaves room for no more.
+with middle = (2**b - 1) / 2, and t the bits of a code at the top: 8, or 7 in bfloat16, whose 128
+leaves room for no more.
 """
 
 from __future__ import annotations
@@ -48,32 +49,31 @@ BFLOAT_ONES = 0x43004300  # twice 128 in bfloat16
 class Form(NamedTuple):
     """How codes of a width become operands of a product.
 
-    top: bits at whose top a code stands; spread: words -> one + code, of the dtype; zero: one +
-    zero on the same scale, given 1024 + zero.
+    top: bits at whose top a code stands; spread: words -> one + code, of the dtype; zero: the
+    operand that a weight of 0 would have, one + middle on the same scale.
     """
 
     top: int
     spread: str
-    zero: str
+    zero: float
 
     @classmethod
     def of(cls, dtype: str, width: int) -> Form:
         """For activations of a dtype."""
+        middle = words.middle(width) * 2.0 ** (MAX_BITS - width)  # of the low eight bits
         if dtype == "fp16":
-            return cls(8, "spread({words}, half, tl.float16)", "zero")
+            return cls(8, "spread({words}, half, tl.float16)", 1024.0 + middle)
         if width < MAX_BITS:
-            return cls(7, "spread({words}, one, tl.bfloat16)", "zero * 0.5 - 384.0")
+            return cls(7, "spread({words}, one, tl.bfloat16)", 128.0 + middle / 2)
         # 128 + code has a bit too many for bfloat16, code - 128 has not.
         wide = "spread({words}, half, tl.float16).to(tl.float32)"
-        return cls(8, f"({wide} - 1152.0).to(tl.bfloat16)", "zero - 1152.0")
+        return cls(8, f"({wide} - 1152.0).to(tl.bfloat16)", middle - 128.0)
 
 
 def scales(spec: KernelSpec) -> Iterator[str]:
-    """Loads the scales of a group f32[1, n], and 1024 + its zeros."""
+    """Loads the scales of a group f32[1, n]."""
     yield f"scale = tl.load(foot + n).to(tl.uint16) << {SCALE_SHIFT}"
     yield "scale = scale.to(tl.float16, bitcast=True).to(tl.float32)"
-    yield f"zero = tl.load(foot + {spec.panel} + n).to(tl.uint16) | 0x6400"
-    yield "zero = zero.to(tl.float16, bitcast=True).to(tl.float32)"
 
 
 def step(spec: KernelSpec, width: int) -> tuple[str, Iterator[str]]:
@@ -94,7 +94,7 @@ def _step(spec: KernelSpec, width: int) -> Iterator[str]:
         yield f"w = {form.spread.format(words=_stacked(tiles))}"
         yield "part = tl.dot(x, w, part)"
         yield "total += tl.sum(x.to(tl.float32), 1, keep_dims=True)"
-    yield f"return acc + (part - ({form.zero}) * total) * (scale * {2.0 ** (width - form.top)!r})"
+    yield f"return acc + (part - {form.zero!r} * total) * (scale * {2.0 ** (width - form.top)!r})"
 
 
 def _x(spec: KernelSpec, sub: int) -> Iterator[str]:

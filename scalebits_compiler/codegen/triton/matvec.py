@@ -7,7 +7,9 @@ to those of the float16 number 1024, which gives 1024 + code * 2**bit for a code
 
     x * 2**-bit * (1024 + code * 2**bit) = x * code + 1024 * x * 2**-bit
 
-The last term, and that of the zero point, are known before the first code, and begin the sums.
+The last term is known before the first code, and begins the sums. The middle of the codes times x,
+x * (2**b - 1) / 2, is subtracted after the last code, when the sums are small: added to the start,
+which is a thousand times x, it would lose its low bits, and sums be up to ten times less exact.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from collections.abc import Iterator
 
 from scalebits_compiler.codegen.triton import walk, words
 from scalebits_compiler.codegen.triton.spec import SLICE, KernelSpec
-from scalebits_compiler.numerics.layout import MAX_BITS, PIECES, SUBS
+from scalebits_compiler.numerics.layout import PIECES, SUBS
 
 ONE = 1024.0
 
@@ -40,10 +42,9 @@ def _step(spec: KernelSpec, width: int) -> Iterator[str]:
     yield from words.load(spec, width)
     yield "foot = foot.to(tl.pointer_type(tl.uint32)) + word"
     yield "scales = tl.load(foot)"
-    yield f"zeros = tl.load(foot + {spec.panel // 4})"
     yield from _x(spec, width)
     sums = f"({SLICE}, {spec.panel // 2})"
-    yield f"p0 = tl.full({sums}, 0, tl.float32) + (total - shifted) * {ONE!r}"
+    yield f"p0 = tl.full({sums}, 0, tl.float32) - shifted * {ONE!r}"
     yield "p1 = p0"
     for sub in range(SUBS):
         source, bit = _source(width, sub)
@@ -51,13 +52,11 @@ def _step(spec: KernelSpec, width: int) -> Iterator[str]:
         yield f"t = {source}"
         yield f"p0 += x{sub} * halves((t & {mask:#010x}) | half)"
         yield f"p1 += x{sub} * halves(((t >> 8) & {mask:#010x}) | half)"
-    # Scales and zeros stand in the order of the rows.
-    yield "zero = halves((zeros & 0xFF) | ((zeros << 8) & 0xFF0000) | half)"
+    # Scales stand in the order of the rows.
     yield "scale = halves(((scales << 7) & 0x7F80) | ((scales << 15) & 0x7F800000))"
-    yield "even += (p0 - zero * total) * scale"
-    yield "zero = halves(((zeros >> 16) & 0xFF) | ((zeros >> 8) & 0xFF0000) | half)"
+    yield "even += (p0 - centre) * scale"
     yield "scale = halves(((scales >> 9) & 0x7F80) | ((scales >> 1) & 0x7F800000))"
-    yield "odd += (p1 - zero * total) * scale"
+    yield "odd += (p1 - centre) * scale"
     yield "return even, odd"
 
 
@@ -71,7 +70,7 @@ def _source(width: int, sub: int) -> tuple[str, int]:
 
 def _x(spec: KernelSpec, width: int) -> Iterator[str]:
     """Loads what the subs are multiplied by as x0.., each times 2**-bit; `shifted` is their sum.
-    `total` is the sum without that factor, times what one of a zero point is worth.
+    `centre` is the sum without that factor, times the middle of the codes.
     """
     for sub in range(SUBS):
         column = words.plus("column", *([f"{words.held(spec)} * {sub}"] if sub else []), "k")
@@ -79,7 +78,7 @@ def _x(spec: KernelSpec, width: int) -> Iterator[str]:
         guard = ", mask=there, other=0" if words.masked(spec) else ""
         yield f"x{sub} = tl.load(x + at{guard}).to(tl.float32)"
     every = " + ".join(f"x{sub}" for sub in range(SUBS))
-    yield f"total = ({every}) * {2.0 ** (width - MAX_BITS)!r}"
+    yield f"centre = ({every}) * {words.middle(width)!r}"
     for sub in range(SUBS):
         if bit := _source(width, sub)[1]:
             yield f"x{sub} *= {2.0**-bit!r}"

@@ -81,7 +81,7 @@ class KernelSpec:
         return self.group // SUBS
 
     def group_bytes(self, width: int) -> int:
-        """Bytes of a full group of codes of a width, with its scales and zeros."""
+        """Bytes of a full group of codes of a width, with its scales."""
         return self.panel * self.held * width + FOOTER_BYTES * self.panel
 
 

@@ -16,6 +16,11 @@ def plus(base: str, *terms: str | int) -> str:
     return " + ".join([base, *(str(term) for term in terms if str(term) != "0")])
 
 
+def middle(width: int) -> float:
+    """The middle of the codes of a width, which stands for 0."""
+    return (2.0**width - 1) / 2
+
+
 def masked(spec: KernelSpec) -> bool:
     """Whether a slice of the kernel is wider than the columns that a sub holds."""
     return spec.ragged or spec.held < SLICE
@@ -27,7 +32,7 @@ def held(spec: KernelSpec) -> str:
 
 
 def load(spec: KernelSpec, width: int) -> Iterator[str]:
-    """Loads a group's words [k, n / 4] as v0..; `foot` is where its scales and zeros begin."""
+    """Loads a group's words [k, n / 4] as v0..; `foot` is where its scales begin."""
     if spec.ragged:
         yield f"held = tl.minimum(stored - column, {spec.group}) >> 3"
     guard = f", mask=k < {held(spec)}, other=0" if masked(spec) else ""
