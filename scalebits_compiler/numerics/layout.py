@@ -279,11 +279,9 @@ class BlockLayout:
 
     def weights(self, codes: U8, scales: F16, bits: U8) -> F32:
         """The weights f32[N, K] that codes u8[N, K] and scales f16[N, groups] stand for."""
-        per_block = self.block_cols // self.group
-        middle: F32 = np.ldexp(np.float32(0.5), self._checked(bits).astype(np.int32)) - np.float32(0.5)
-        middle = middle.repeat(self.block_rows, 0)[: self.rows]
-        middle = middle.repeat(per_block * self.group, 1)[:, : self.cols]
-        around: F32 = codes.astype(np.float32) - middle
+        half, wide = np.float32(0.5), self._checked(bits).astype(np.int32)
+        middle: F32 = (np.ldexp(half, wide) - half).repeat(self.block_rows, 0)[: self.rows]
+        around: F32 = codes.astype(np.float32) - middle.repeat(self.block_cols, 1)[:, : self.cols]
         scale: F32 = scales.astype(np.float32).repeat(self.group, 1)[:, : self.cols]
         return scale * around
 

@@ -85,8 +85,12 @@ class TestAssignBits:
 
     def test_uniform_ships_where_it_wins(self, module: Any, ctx: Any) -> None:
         """A budget that two bits fit exactly, where the mixed start is worse on held text."""
+        import torch
+
         from scalebits_compiler.passes.assign_bits import AssignBits, searched_costs
 
+        ids = torch.from_numpy(np.random.default_rng(5).integers(0, 256, (6, 24)))
+        ctx = replace(ctx, text=replace(ctx.text, calibration=ids[:3], acceptance=ids[3:]))
         costs = searched_costs(module, AssignBits())
         exact = (costs.total(np.full(len(costs.fixed), 2)) + 0.5) / costs.weights
         done = AssignBits(avg_bits=exact, rounds=0).run(module, ctx)
