@@ -4,7 +4,7 @@
         --calib train.txt --text data/wikitext2/test.txt --out quality.jsonl
     python benchmarks/quality.py --out quality.jsonl --markdown
 
-Every method gets the same budget of effective bits (codes, scales, zero points, table of widths).
+Every method gets the same budget of effective bits (codes, scales, table of widths).
 A budget `u2` is what uniform 2-bit blocks take; at a budget between two of them the uniform methods
 widen every n-th block, so that they spend it too. Finished rows of --out are not computed again;
 what methods and budgets of one model and seed share is computed once per run. With --chain searches

@@ -85,7 +85,7 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
     tuning = parser.add_mutually_exclusive_group()
     told = "passes of the tuning over its text (default 2); 4 take twice as long, and lose less"
     tuning.add_argument("--tuning-epochs", type=int, metavar="N", help=told)
-    told = "leave scales, zero points and codes as rounding made them: --tuning-epochs 0"
+    told = "leave scales and codes as rounding made them: --tuning-epochs 0"
     tuning.add_argument(
         "--no-tuning", dest="tuning_epochs", action="store_const", const=0, help=told
     )
