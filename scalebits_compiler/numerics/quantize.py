@@ -19,8 +19,10 @@ from torch import Tensor
 from scalebits_compiler.numerics.layout import SCALE_SHIFT
 
 WIDTHS = tuple(range(1, 9))
-# Fractions of the min-max range tried by the clip search; measured: finer or wider gains < 0.1 %.
-SHRINK = tuple(1.0 - 0.05 * step for step in range(13))
+# How many storable scales below the widest are tried. Measured on normal weights (also with unequal
+# importance of columns), on Student's t of 3 degrees of freedom, and with a column 30 times as large
+# as others: more gain < 0.1 %.
+NARROWER = {2: 28, 3: 16, 4: 10, 5: 7, 6: 5, 7: 4, 8: 4}
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,9 @@ def _encode(values: Tensor, scales: Tensor, bits: Tensor | int) -> Tensor:
     # A group of zeros has scale 0; any code stands for 0 there.
     safe = torch.where(scales > 0, scales, torch.ones_like(scales)).float().unsqueeze(-1)
     half = middle(bits).to(scales.device).unsqueeze(-1)
-    return (values / safe + half).round().clamp(min=0).minimum(2 * half)
+    # No level is 0: zeros go down and up in turn, so that a sum over them cancels.
+    turns = (values == 0) * (torch.arange(values.shape[-1], device=values.device) % 2 - 0.5)
+    return (values / safe + half + turns).round().clamp(min=0).minimum(2 * half)
 
 
 def stored_scale(scale: Tensor, up: bool = False) -> Tensor:
@@ -87,23 +91,22 @@ def _error(groups: Tensor, weight: Tensor, scales: Tensor, bits: int) -> Tensor:
 def fit_groups(groups: Tensor, bits: int, weight: Tensor, clip: bool = True) -> Tensor:
     """Scales float16 [...] for groups [..., g] at one width.
 
-    Without `clip` those whose levels reach the largest magnitude. With it, the shrunken ones with
-    the least squared error under the column importance `weight` (broadcast to groups; 0 on
-    padding). At 1 bit always the one of least error: twice the mean magnitude.
+    Without `clip` those whose levels reach the largest magnitude. With it, of these and the
+    storable ones below, those with the least squared error under the column importance `weight`
+    (broadcast to groups; 0 on padding). At 1 bit always that: twice the mean magnitude.
     """
     weight = weight.expand_as(groups)
     size = groups.abs()
     if bits == 1:
         mass = weight.sum(-1).clamp(min=1e-12)
         return stored_scale(2 * (size * weight).sum(-1) / mass)
-    widest = size.amax(-1) / middle(bits).to(groups.device)
     # Upwards: a range cut short hurts more than coarser steps.
-    best = stored_scale(widest, up=True)
+    best = stored_scale(size.amax(-1) / middle(bits).to(groups.device), up=True)
     if not clip:
         return best
-    best_error = _error(groups, weight, best, bits)
-    for shrink in SHRINK[1:]:
-        tried = stored_scale(widest * shrink)
+    widest, best_error = best.view(torch.int16), _error(groups, weight, best, bits)
+    for step in range(1, NARROWER[bits] + 1):
+        tried = (widest - (step << SCALE_SHIFT)).clamp(min=0).view(torch.float16)
         error = _error(groups, weight, tried, bits)
         better = error < best_error
         best_error = torch.where(better, error, best_error)

@@ -215,7 +215,7 @@ class TestEdgeValues:
             assert float(step) == stored_scale(torch.tensor(2 * 3 / 32))
         fitted = LevelTable.fit(matrix, 32).dequantized(matrix, grid)
         least = float(least_error(matrix, torch.ones(32), bits))
-        assert float((fitted - matrix).square().sum()) <= 1.25 * least
+        assert float((fitted - matrix).square().sum()) <= 1.01 * least
 
     @quick
     @given(seed=seeds, bits=widths, power=st.integers(-40, 38))
@@ -284,7 +284,28 @@ class TestClip:
         weight = torch.from_numpy(np.random.default_rng(9).gamma(0.5, 1, 128).astype(np.float32))
         found = error_of(values, weight, fit_groups(values, bits, weight), bits)
         least = least_error(values, weight, bits)
-        assert float(found.sum()) < 1.02 * float(least.sum())
+        assert float(found.sum()) < 1.005 * float(least.sum())
+
+    @pytest.mark.parametrize("bits", range(2, 9))
+    @pytest.mark.parametrize("kind", ["heavy", "outlier"])
+    def test_so_where_some_weights_stand_out(self, kind: str, bits: int) -> None:
+        values = normal(9, 100, 128)
+        if kind == "outlier":
+            values[:, 3] *= 20
+        else:
+            values = values * values.abs()
+        found = error_of(values, torch.ones(128), fit_groups(values, bits, torch.ones(128)), bits)
+        least = least_error(values, torch.ones(128), bits)
+        assert float(found.sum()) < 1.005 * float(least.sum())
+
+    @pytest.mark.parametrize("bits", range(1, 9))
+    def test_zeros_cancel(self, bits: int) -> None:
+        """Half of them become a level above 0, half of them one below."""
+        matrix = normal(9, 8, 128)
+        matrix[:, 32:96] = 0
+        done = LevelTable.fit(matrix, 128).dequantized(matrix, whole(matrix, 128, bits))
+        assert (done[:, 32:96].sum(-1) == 0).all()
+        assert (done[:, 32:96] != 0).all()
 
     def test_important_columns_get_better_levels(self) -> None:
         matrix = normal(4, 64, 32)
