@@ -32,6 +32,7 @@ from scalebits_compiler.frontend.calibration import load_tokenizer, read_windows
 from scalebits_compiler.frontend.hf import load_model
 from scalebits_compiler.frontier import WARM_ROUNDS
 from scalebits_compiler.ir.module import Module
+from scalebits_compiler.numerics.layout import FORMAT_VERSION
 from scalebits_compiler.numerics.metrics import QualityMeter
 from scalebits_compiler.numerics.placement import Placement
 from scalebits_compiler.passes.assign_bits import AssignBits, block_costs
@@ -244,6 +245,7 @@ class Subject:
             "seed": self.seed,
             "budget": budget,
             "method": name,
+            "format": FORMAT_VERSION,
             "windows": self.windows,
             "bits": summarize(stages[-1].module)["effective_bits"],
             "device": self.place.device,
@@ -321,8 +323,9 @@ def found_models(paths: Sequence[Path]) -> list[Path]:
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
-    """The rows that earlier runs have measured."""
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    """The rows of this packed format that earlier runs have measured."""
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return [row for row in rows if row.get("format") == FORMAT_VERSION]
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

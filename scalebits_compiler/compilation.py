@@ -279,6 +279,11 @@ def _check_start(
             f"{start} is not a dump of {source.path}",
             help="give the model that the dump was made from, with the same weight files",
         )
+    if module.calibration is None:
+        raise UsageError(
+            f"{start} has no calibration text: it is the module of an artifact, not a dump",
+            help="go on from a file of --dump-ir; for another target use retarget",
+        )
     if module.index_bits() and options.gather is None:
         raise UsageError(
             f"matrices in {start} read their input in an order made at run time",

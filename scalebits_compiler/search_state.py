@@ -11,6 +11,7 @@ from typing import Any
 from scalebits_compiler import __version__
 from scalebits_compiler.errors import UsageError
 from scalebits_compiler.ir.save import replacing
+from scalebits_compiler.numerics.layout import FORMAT_VERSION
 
 _FORMAT = "scalebits-search"
 _START_OVER = "go on with the options it was made with, or start over with --force"
@@ -96,4 +97,5 @@ class SearchFolder:
 
     @staticmethod
     def _identified(identity: Mapping[str, str]) -> dict[str, str]:
-        return {**identity, "version": __version__}
+        # Losses of a search are those of the quantizer: another format has other levels.
+        return {**identity, "version": f"{__version__} (format {FORMAT_VERSION})"}

@@ -286,7 +286,8 @@ def _entry(raw: RawEntry) -> Perm | Weight:
     for name, value in attrs.items():
         if name not in hints:
             raise Located(
-                f"{raw.symbol} has no attribute '{name}'; it may have {', '.join(hints)}",
+                f"{raw.symbol} has no attribute '{name}'; it may have {', '.join(hints)} (a dump of"
+                " another version of this program may have others)",
                 raw.symbol,
             )
         filled[name] = _coerced(value, hints[name], f"{name} of {raw.symbol}", raw.symbol)

@@ -19,9 +19,9 @@ from torch import Tensor
 from scalebits_compiler.numerics.layout import SCALE_SHIFT
 
 WIDTHS = tuple(range(1, 9))
-# How many storable scales below the widest are tried. Measured on normal weights (also with unequal
-# importance of columns), on Student's t of 3 degrees of freedom, and with a column 30 times as large
-# as others: more gain < 0.1 %.
+# How many storable scales below the widest are tried. Trying all of them gains less than 0.3 % of
+# the squared error on normal weights, also with importance of columns, on Student's t of 3 degrees
+# of freedom, and with a column 30 times as large as others.
 NARROWER = {2: 28, 3: 16, 4: 10, 5: 7, 6: 5, 7: 4, 8: 4}
 
 

@@ -38,7 +38,8 @@ class RoundWeights(Pass):
     method: str = field(default="gptq", metadata={"help": "gptq (error feedback) or rtn (nearest)"})
     damping: float = field(default=0.01, metadata={"help": "share of the mean Hessian diagonal"})
     clip: bool = field(
-        default=True, metadata={"help": "search the range of every group; false: its min and max"}
+        default=True,
+        metadata={"help": "search the range of every group; false: its largest magnitude"},
     )
 
     def run(self, module: Module, ctx: PassContext) -> Module:

@@ -8,12 +8,16 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from scalebits_compiler.ir.module import Module
+from scalebits_compiler.ir.parser import read_module
+from scalebits_compiler.ir.save import save_module
 from scalebits_compiler.passes.base import PassContext
 from scalebits_compiler.passes.pack_blocks import PackBlocks
 
@@ -92,6 +96,30 @@ def test_passes_by_hand_in_between(
     ran = compile_small(compiled.model, tmp_path / "out", "--from", made)
     assert ran.code == 0, ran.err
     same_bytes(compiled.path, tmp_path / "out")
+
+
+def test_packed_bytes_that_do_not_fit_their_widths(
+    compile_small: Any, compiled: Any, tmp_path: Path
+) -> None:
+    """As in a dump of a version whose groups had more beside their codes."""
+    module = read_module(compiled.dump / "08-pack-blocks.sbir")[0]
+    key = "layers.0.mlp.down_proj.packed"
+    longer = torch.cat([module.resources.torch(key), torch.zeros(64, dtype=torch.uint8)])
+    start, out = tmp_path / "old.sbir", tmp_path / "out"
+    save_module(replace(module, resources=module.resources.with_({key: longer})), start)
+    ran = compile_small(compiled.model, out, "--from", start)
+    assert ran.code == 1
+    assert f"has {len(longer)} packed bytes, not {len(longer) - 64}" in ran.err
+    assert "go on from one before pack-blocks" in ran.err
+    assert not out.exists()
+
+
+def test_the_module_of_an_artifact_is_no_dump(
+    compile_small: Any, compiled: Any, tmp_path: Path
+) -> None:
+    ran = compile_small(compiled.model, tmp_path / "out", "--from", compiled.path / "module.sbir")
+    assert ran.code == 2
+    assert "it is the module of an artifact, not a dump" in ran.err
 
 
 def test_dumps_print_as_they_were_read(compiled: Any, cli: Any) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from scalebits_compiler.numerics.layout import FORMAT_VERSION
+
 GRADIENTS = "gradients at the quantized weights"
 TARGET = ("--target", "reference", "--avg-bits", "3.5", "--no-tuning", "--json")
 Interrupt = Callable[[int], None]
@@ -129,10 +131,11 @@ def test_foreign_states_are_refused(
     assert "for another setting, " in refused("--avg-bits", "4")
     assert "avg-bits = 3.5" in refused("--bits", "*.down_proj=2..8")
     body = json.loads(kept)
-    for change in ({"version": "0.0.1"}, {"module": "0"}):
+    assert body["identity"]["version"].endswith(f" (format {FORMAT_VERSION})")
+    for change in ({"version": "0.1.0 (format 9)"}, {"module": "0"}):
         state.write_text(json.dumps({**body, "identity": {**body["identity"], **change}}))
         told = refused()
-        assert "by another version, 0.0.1" in told or "a module that was edited" in told
+        assert "another version, 0.1.0 (format 9)" in told or "a module that was edited" in told
     state.write_bytes(kept[: len(kept) // 2])
     assert "is no search state" in refused()
     shutil.rmtree(folder)

@@ -1,7 +1,7 @@
 """Activations as the kernels read them: per token and group int8 planes, a step and the sum.
 
-The sum is that of the quantised values, so the zero point multiplies exactly what the codes
-multiply and a large common offset of the activations cancels.
+The sum is that of the quantised values, so the middle of the codes multiplies exactly what the
+codes multiply and a large common offset of the activations cancels.
 """
 
 from __future__ import annotations
