@@ -125,9 +125,10 @@ class Literals(TorchFunctionMode):
 
 
 @pytest.fixture(autouse=True)
-def few_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fitting the levels is most of the work here; two of thirteen ranges will do."""
-    monkeypatch.setattr("scalebits_compiler.numerics.quantize.SHRINK", (1.0, 0.9))
+def few_scales(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fitting the levels is most of the work here; two scales to choose from will do."""
+    few = dict.fromkeys(range(2, 9), 1)
+    monkeypatch.setattr("scalebits_compiler.numerics.quantize.NARROWER", few)
 
 
 @pytest.fixture
