@@ -286,10 +286,11 @@ class TestClip:
         least = least_error(values, weight, bits)
         assert float(found.sum()) < 1.005 * float(least.sum())
 
-    @pytest.mark.parametrize("bits", range(2, 9))
+    @pytest.mark.parametrize("bits", [2, 3, 4])
     @pytest.mark.parametrize("kind", ["heavy", "outlier"])
     def test_so_where_some_weights_stand_out(self, kind: str, bits: int) -> None:
-        values = normal(9, 100, 128)
+        """Narrow widths have their best scale far below the widest then."""
+        values = normal(9, 40, 128)
         if kind == "outlier":
             values[:, 3] *= 20
         else:
