@@ -26,9 +26,12 @@ def main(folder: Path) -> None:
     for symbol, record in manifest.weights.items():
         if record.kind != "packed":
             continue
+        told = manifest.summary["matrices"][symbol]
+        if "fixed_bits" in told:
+            continue  # head or embedding: its width was given, not searched
         packed = artifact.matrix(symbol)
         # Codes, scales and padding, and the table of widths: everything counts.
-        stored += packed.arena.nbytes + packed.bits.nbytes
+        stored += packed.arena.nbytes + packed.bits.nbytes + told.get("index_bytes", 0)
         weights += record.shape[0] * record.shape[1]
     effective = 8 * stored / weights
     stated = manifest.summary["effective_bits"]

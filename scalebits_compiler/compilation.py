@@ -14,6 +14,7 @@ from scalebits_compiler.codegen.output import check_output
 from scalebits_compiler.codegen.repack import repack
 from scalebits_compiler.codegen.target import TARGETS, Built, Target, find_target
 from scalebits_compiler.codegen.writer import write_artifact
+from scalebits_compiler.early_checks import Checked, EarlyChecks
 from scalebits_compiler.errors import PassError, ScalebitsError, UsageError
 from scalebits_compiler.inputs import TextOptions, input_module, load_source, source_digest
 from scalebits_compiler.ir.module import Module
@@ -162,13 +163,13 @@ class Compilation:
         )
 
     def run(
-        self, module: Module, passes: Sequence[Pass], searches: Sequence[AssignBits] = ()
+        self, module: Module, passes: Sequence[Pass], searches: Sequence[Checked] = ()
     ) -> Module:
         """The module after some passes. `searches` are checked as soon as the blocks are known."""
         timing, registry = Timing(), self.hooks.registry
         registry.install_rules()
         searches = [*searches, *(item for item in passes if isinstance(item, AssignBits))]
-        early = _EarlyChecks(self.target, searches)
+        early = EarlyChecks(self.target, searches)
         watch = [
             early,
             *self.hooks.observers,
@@ -238,34 +239,6 @@ class Compilation:
         )
 
 
-class _EarlyChecks(Observer):
-    """Refuses, before the long search, what is known once the ops and blocks are."""
-
-    def __init__(self, target: Target, searches: Sequence[AssignBits]) -> None:
-        self.target, self.search = target, searches
-        self.refusal: ScalebitsError | None = None
-
-    def start(self, module: Module) -> None:
-        """Check a dump that is canonical already."""
-        if "canonical" in module.facts:
-            self._check(module)
-
-    def after(self, item: Pass, before: Module, after: Module) -> None:
-        """Check after the pass that makes the module canonical."""
-        if "canonical" in after.facts - before.facts:
-            self._check(after)
-
-    def _check(self, module: Module) -> None:
-        try:
-            self.target.check_module(module)
-            self.target.check_gathers(bool(module.index_bits()))
-            for item in self.search:
-                item.problem(module)
-        except ScalebitsError as error:
-            self.refusal = error
-            raise
-
-
 def _check_start(
     start: Path,
     module: Module,
@@ -327,10 +300,10 @@ def _prepare(model: Path, out: Path, options: CompileOptions, registry: Registry
         raise UsageError(
             f"the output {out} holds the model {model}", help="give a folder of its own with -o"
         )
-    if not 0 < options.avg_bits <= 16:
+    if not 1 <= options.avg_bits <= 9:
         raise UsageError(
-            f"--avg-bits {options.avg_bits:g} is out of range: effective bits per weight lie"
-            " between about 1.2 and 8.4",
+            f"--avg-bits {options.avg_bits:g} is out of range: blocks of 1 to 8 bits take a little"
+            " more than 1 to a little more than 8 bits per weight, all counted",
             help="try --avg-bits 3",
         )
     if (options.tuning_epochs or 0) < 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from scalebits_compiler.compilation import Compilation, CompileReport
 from scalebits_compiler.errors import PassError
 from scalebits_compiler.ir.attrs import Resource
 from scalebits_compiler.ir.module import Module
-from scalebits_compiler.passes.assign_bits import searched_costs
+from scalebits_compiler.passes.assign_bits import AssignBits, searched_costs
 from scalebits_compiler.passes.pack_blocks import as_packed, layout_of
 from scalebits_compiler.passes.search_problem import SearchProblem
 from scalebits_compiler.passes.starts import Costs, Ints, greedy_raise
@@ -34,18 +34,13 @@ def compile_to_size(work: Compilation, most_bytes: int) -> CompileReport:
     PassError names the smallest feasible size.
     """
     before, search, after = work.split()
-    module = work.run(work.module, before)
+    module = work.run(work.module, before, [_Least(search, most_bytes)])
     pinned = search.pinned(module)
     costs = searched_costs(pinned, search)
     least, most = costs.total(costs.low), costs.total(costs.high)
     beside = _bytes_beside(work, pinned, costs.low, costs)
-    if most_bytes < beside + -(-least // 8):
-        smallest = beside + -(-least // 8)
-        raise PassError(
-            f"an artifact of {most_bytes:,} bytes cannot be made: the smallest feasible has"
-            f" {smallest:,} ({math.ceil(smallest / 2**20 * 100) / 100:.2f} MiB)",
-            help="head and embedding can be quantized too: --head-bits, --embedding-bits",
-        )
+    told = "head and embedding can be quantized too: --head-bits, --embedding-bits"
+    _check_least(most_bytes, beside + -(-least // 8), "the smallest feasible has", told)
     how = search.name, search.loss, search.whole_blocks
     curves = SearchProblem.load(pinned, work.ctx, *how).curves
     guess = replace(costs, budget=max(least, 8 * (most_bytes - beside)))
@@ -62,6 +57,30 @@ def compile_to_size(work: Compilation, most_bytes: int) -> CompileReport:
         work.search.remove()
         return report
     raise PassError(f"no artifact of at most {most_bytes:,} bytes was found in {_TRIES} tries")
+
+
+@dataclass(frozen=True)
+class _Least:
+    """Refuses, before the search's curves are made, what the searched matrices alone exceed."""
+
+    search: AssignBits
+    most_bytes: int
+
+    def problem(self, module: Module) -> None:
+        """PassError if they do at their least widths."""
+        costs = searched_costs(self.search.pinned(module), self.search)
+        least = -(-costs.total(costs.low) // 8)
+        what, told = "its searched matrices alone have at least", "a number alone is bytes"
+        _check_least(self.most_bytes, least, what, f"{told}: give a size such as 24MiB")
+
+
+def _check_least(most_bytes: int, least: int, what: str, told: str) -> None:
+    if most_bytes < least:
+        raise PassError(
+            f"an artifact of {most_bytes:,} bytes cannot be made: {what}"
+            f" {least:,} ({math.ceil(least / 2**20 * 100) / 100:.2f} MiB)",
+            help=told,
+        )
 
 
 def _bytes_beside(work: Compilation, module: Module, bits: Ints, costs: Costs) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -52,9 +53,7 @@ def compile_budgets(
     `search_only` there are dumps OUT/BITS.sbir, from which `compile_model` goes on, and no
     artifacts. Raises what that raises, UsageError for a budget that is given twice.
     """
-    falling = sorted(budgets, reverse=True)
-    if len(set(map(_name, falling))) < len(falling):
-        raise UsageError("a budget is given twice")
+    falling = _falling(budgets)
     chosen = replace(options or CompileOptions(), avg_bits=falling[0])
     work = Compilation(model, Path(out), chosen, hooks or Hooks(), start)
     before, search, after = work.split()
@@ -95,6 +94,16 @@ def _save_widths(module: Module, shared: Module, path: Path) -> None:
     files = [path.with_name(_BEFORE).with_suffix(".safetensors"), path.with_suffix(".safetensors")]
     write_tensors(files[1], module.resources, new)
     write_text(path, module, tuple(file.name for file in files))
+
+
+def _falling(budgets: Sequence[float]) -> list[float]:
+    """From the largest down; each has a folder of its own."""
+    for name, times in Counter(map(_name, budgets)).items():
+        if times > 1:
+            raise UsageError(
+                f"the budget {name} is given {times} times", help="give every budget once"
+            )
+    return sorted(budgets, reverse=True)
 
 
 def _name(bits: float) -> str:

@@ -34,6 +34,7 @@ def matrix_summary(weight: Weight, bits: np.ndarray, index_bits: int = 0) -> dic
         "effective_bits": 8 * stored / (rows * columns),
         "bytes": stored,
         **({"index_bytes": index_bits // 8} if index_bits else {}),
+        **({"fixed_bits": weight.fixed_bits} if weight.fixed_bits is not None else {}),
     }
 
 
@@ -49,7 +50,8 @@ def summarize(module: Module) -> dict[str, Any]:
 
     weights, code_bits (mean width of the codes) and effective_bits (all stored bits: codes, scales,
     bit table, padding, indices of gathers; per weight) are of the matrices whose
-    widths are searched: head and embedding have a width of their own, and are in matrix_bytes only.
+    widths are searched: head and embedding have a width of their own, `fixed_bits` of `matrices`,
+    and are in matrix_bytes only.
     dense_bytes: everything that stays unquantized. dense: every matrix that is not quantized, and
     why; not_recognised: calls that are left to torch, and how many; not_traced: why all of the
     model is.

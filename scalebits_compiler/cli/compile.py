@@ -105,7 +105,10 @@ def _bytes(text: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B|)", text, re.IGNORECASE)
     if found is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no size, e.g. 24MiB, 900KB or 1000000")
-    return int(float(found[1]) * _UNITS[found[2].upper()])
+    size = int(float(found[1]) * _UNITS[found[2].upper()])
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a byte, give e.g. 24MiB")
+    return size
 
 
 def _block(text: str) -> tuple[int, int]:
@@ -117,6 +120,7 @@ def _block(text: str) -> tuple[int, int]:
 
 def run(args: argparse.Namespace) -> int:
     """Compile and print the summary."""
+    from scalebits_compiler.codegen.output import check_dump_folder
     from scalebits_compiler.driver import Hooks, compile_budgets, compile_model
     from scalebits_compiler.plugins import load_plugins
     from scalebits_compiler.search_state import state_folder
@@ -139,6 +143,8 @@ def run(args: argparse.Namespace) -> int:
         on_kernels=lambda built: _dump_kernels(args.dump_ir, built),
     )
     options = _options(args)
+    if args.dump_ir is not None:
+        check_dump_folder(args.dump_ir, args.output)
     folder = state_folder(args.output)
     if args.resume and not folder.is_dir():
         print(f"note: there is no {folder.name} to go on with, starting anew", file=sys.stderr)
@@ -285,6 +291,7 @@ def as_text(report: CompileReport) -> str:
                 f"  never reached   {_few(search['unreached'])}: the calibration text has no token"
                 f" for them; {search['unreached_bits']} bits, rounded to nearest"
             )
+    lines += _own_widths(summary["matrices"])
     lines += [
         f"  code bits       {summary['code_bits']:.3f} per weight",
         f"  effective bits  {summary['effective_bits']:.3f} per weight, all counted",
@@ -297,6 +304,16 @@ def as_text(report: CompileReport) -> str:
     times = ", ".join(f"{name} {took:.1f}" for name, took in report.seconds.items())
     lines.append(f"  seconds         {times}; total {sum(report.seconds.values()):.1f}")
     return "\n".join(lines)
+
+
+def _own_widths(matrices: dict[str, dict[str, Any]]) -> list[str]:
+    """The matrices whose width was given."""
+    return [
+        f"  width as asked  {symbol}: {found['fixed_bits']} bits, {found['bytes']:,} bytes, in"
+        " neither average"
+        for symbol, found in matrices.items()
+        if "fixed_bits" in found
+    ]
 
 
 def _by_reason(dense: dict[str, str]) -> list[str]:

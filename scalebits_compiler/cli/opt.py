@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scalebits_compiler.cli.diagnostics import SEPARATOR, check_piece, split_input
+from scalebits_compiler.codegen.output import check_dump_folder
 from scalebits_compiler.errors import ParseError, ScalebitsError, UsageError
 from scalebits_compiler.ir.module import Module
 from scalebits_compiler.ir.printer import print_module
@@ -73,6 +74,8 @@ def run(args: argparse.Namespace) -> int:
         args.file = str(args.reproduce / MODULE)
         args.pipeline = args.pipeline or [read_pipeline(args.reproduce)]
     _check_output(args)
+    if args.dump_ir is not None:
+        check_dump_folder(args.dump_ir)
     check_device(args.device)
     registry = load_plugins(args.plugin)
     pipeline = ",".join(filter(str.strip, args.pipeline))

@@ -46,6 +46,23 @@ def check_output(out: Path, force: bool) -> None:
         raise _unwritable(out, error) from error
 
 
+def check_dump_folder(folder: Path, out: Path | None = None) -> None:
+    """Raise `UsageError` for a --dump-ir folder in an artifact, or in the output `out` to come."""
+    place = folder.resolve()
+    if place.exists() and not place.is_dir():
+        raise UsageError(f"--dump-ir {folder} is a file", help="give a folder for the dumps")
+    if out is not None and place.is_relative_to(out.resolve()):
+        raise UsageError(
+            f"--dump-ir {folder} lies in the output {out}, which appears when all is done",
+            help=f"dump beside it, for example into {out}.ir",
+        )
+    for parent in (place, *place.parents):
+        if _ours(parent):
+            raise UsageError(
+                f"--dump-ir {folder} lies in the artifact {parent}", help="give another folder"
+            )
+
+
 @contextmanager
 def output_folder(out: Path, force: bool) -> Iterator[Path]:
     """A folder to write into that becomes `out` when the block ends well, and vanishes if not.

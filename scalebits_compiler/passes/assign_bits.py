@@ -17,6 +17,7 @@ from scalebits_compiler.passes.base import Pass, PassContext
 from scalebits_compiler.passes.losses import LOSS_HELP, loss_of
 from scalebits_compiler.passes.pack_blocks import layout_of
 from scalebits_compiler.passes.patterns import matching, parse_pin
+from scalebits_compiler.passes.roles import dense_matrices
 from scalebits_compiler.passes.search import (
     Moves,
     SearchSettings,
@@ -169,10 +170,12 @@ class AssignBits(Pass):
     def pinned(self, module: Module) -> Module:
         """The module with the pins as limits of the matrices."""
         searched = module.searched()
+        own = {w.symbol: f"it has {w.fixed_bits} bits" for w in module.quantized()}
+        others = dense_matrices(module) | own
         limits: dict[str, tuple[int, int]] = {}
         for text in self.pins:
             pin = parse_pin(text)
-            limits |= dict.fromkeys(matching(pin.pattern, searched), (pin.low, pin.high))
+            limits |= dict.fromkeys(matching(pin.pattern, searched, others), (pin.low, pin.high))
         changed = (replace(module.weights[s], limits=found) for s, found in limits.items())
         return module.with_weights(changed)
 

@@ -71,7 +71,7 @@ class Canonicalize(Pass):
     def run(self, module: Module, ctx: PassContext) -> Module:
         """The raised module; PassError for a block shape that cannot be packed."""
         raised = _without_dead(_raise(module, ctx))
-        marked = self._kept(_matrices(raised))
+        marked = self._kept(raised, _matrices(raised))
         block, group, why = self._blocks(marked)
         fixed = self._fixed(raised)
         changed = [
@@ -102,12 +102,17 @@ class Canonicalize(Pass):
         for pattern in self.exclude:
             check_pattern(pattern)
 
-    def _kept(self, matrices: list[Weight]) -> list[Weight]:
+    def _kept(self, module: Module, matrices: list[Weight]) -> list[Weight]:
         """Without those that stay dense; PassError for a pattern that matches none."""
-        out = {symbol for pattern in self.exclude for symbol in matching(pattern, matrices)}
+        names = {weight.symbol for weight in matrices}
+        dense = {s: why for s, why in dense_matrices(module).items() if s not in names}
+        out = {s for pattern in self.exclude for s in matching(pattern, matrices, dense)}
         kept = [weight for weight in matrices if weight.symbol not in out]
         if out and not kept:
-            raise PassError("every matrix is excluded, none is left to quantize")
+            raise PassError(
+                "every matrix is excluded, none is left to quantize",
+                help="give narrower patterns with --exclude",
+            )
         return kept
 
     def _fixed(self, module: Module) -> dict[str, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -47,8 +47,12 @@ def check_pattern(pattern: str) -> None:
         raise UsageError(f"{pattern!r} is no regular expression: {error}") from None
 
 
-def matching(pattern: str, matrices: Iterable[Weight]) -> list[str]:
+def matching(
+    pattern: str, matrices: Iterable[Weight], others: Mapping[str, str] | None = None
+) -> list[str]:
     """The symbols of the matrices that a pattern names; PassError with near names if it is none.
+
+    others: matrices whose widths are not searched, and why; the error says so of those it names.
 
     A pattern is a glob, or `re:` and a regular expression, for all of the symbol or of the module
     path in the original model.
@@ -57,6 +61,13 @@ def matching(pattern: str, matrices: Iterable[Weight]) -> list[str]:
     known = list(matrices)
     found = [w.symbol for w in known if _fits(pattern, w.symbol) or _fits(pattern, w.loc)]
     if not found:
+        named = {s: why for s, why in (others or {}).items() if _fits(pattern, s)}
+        for symbol, why in named.items():
+            raise PassError(
+                f"the pattern {pattern!r} names {symbol}, whose widths are not searched: {why}",
+                help="head-bits and embedding-bits give head and embedding a width, exclude leaves"
+                " matrices dense",
+            )
         near = near_names(pattern.removeprefix("re:"), [w.symbol for w in known])
         told = f"near it: {', '.join(near)}; " if near else ""
         raise PassError(

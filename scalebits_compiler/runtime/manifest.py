@@ -79,7 +79,8 @@ class Manifest:
     """manifest.json.
 
     plan is None where torch has to run the model as a whole. summary is open, but has at
-    least `code_bits` and `effective_bits` (bits per quantized weight).
+    least `code_bits` and `effective_bits` (bits per weight of the matrices whose widths are
+    searched).
     """
 
     target: Mapping[str, Any]

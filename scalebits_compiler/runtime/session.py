@@ -382,6 +382,7 @@ def runnable(artifact: Artifact) -> Plan:
         raise ArtifactError(
             f"{artifact.path} was compiled for the target '{artifact.manifest.target['kind']}' and"
             " has no plan that this runtime executes",
-            help="open it with sessions.open_session (scalebitsc run): torch runs its ops",
+            help="retarget it to cpu or cuda, or let torch run its ops (scalebitsc run, or"
+            " sessions.open_session)",
         )
     return plan

@@ -150,7 +150,7 @@ def test_a_frontier_is_replaced_by_force_only(
 @pytest.mark.parametrize(
     ("given", "code", "words"),
     [
-        ("3,3.0", 2, "a budget is given twice"),
+        ("3,3.0", 2, "the budget 3 is given 2 times"),
         ("3,x", 2, "is no budget"),
         ("3,0.5", 1, "smallest feasible is"),
     ],
@@ -162,6 +162,17 @@ def test_bad_budgets(
     assert ran.code == code
     assert words in ran.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cap_below_the_matrices_is_refused_before_any_score(
+    compile_small: Any, tiny_llama: Any, tmp_path: Path
+) -> None:
+    """As 24 for 24MiB."""
+    ran = compile_small(tiny_llama(), tmp_path / "out", "--fit", "24")
+    assert ran.code == 1
+    assert "its searched matrices alone have at least" in ran.err
+    assert "24MiB" in ran.err
+    assert "gradients" not in ran.err
 
 
 def test_a_cap_on_bytes(compile_small: Any, tiny_llama: Any, tmp_path: Path) -> None:

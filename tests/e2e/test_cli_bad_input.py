@@ -113,7 +113,11 @@ def test_infeasible_budget_names_one_that_works(
 
 
 def test_budget_that_no_width_can_use(compile_small: Any, model: Path, out: Path) -> None:
-    refused(compile_small(model, out, "--avg-bits", "15"), 1, "15", "8-bit", "help: give at most 9")
+    refused(
+        compile_small(model, out, "--avg-bits", "15"), 2, "--avg-bits 15 is out of range", "help:"
+    )
+    ran = compile_small(model, out, "--avg-bits", "5", "--bits", "*=1..2")
+    refused(ran, 1, "more than 2-bit blocks can use", "help: give at most 3")
 
 
 @pytest.mark.parametrize(
@@ -182,6 +186,21 @@ def test_options(
     compile_small: Any, model: Path, out: Path, options: list[str], code: int, words: list[str]
 ) -> None:
     refused(compile_small(model, out, *options), code, *words)
+
+
+def test_dumps_do_not_go_into_artifacts(
+    compile_small: Any, cli: Any, compiled: Any, model: Path, out: Path, tmp_path: Path
+) -> None:
+    """Neither into the one to come, which would replace them, nor into another."""
+    refused(compile_small(model, out, "--dump-ir", out), 2, "lies in the output", "help:")
+    refused(compile_small(model, out, "--dump-ir", out / "ir"), 2, "lies in the output", "help:")
+    ran = compile_small(model, out, "--dump-ir", compiled.path / "ir")
+    refused(ran, 2, "lies in the artifact", "help:")
+    (tmp_path / "file").touch()
+    refused(compile_small(model, out, "--dump-ir", tmp_path / "file"), 2, "file is a file")
+    dump = compiled.dump / "00-input.sbir"
+    ran = cli("opt", dump, "-p", "canonicalize", "--dump-ir", compiled.path)
+    refused(ran, 2, "lies in the artifact", "help:")
 
 
 def test_start_that_is_no_dump(compile_small: Any, model: Path, out: Path, text: Path) -> None:

@@ -55,6 +55,8 @@ def test_pins_and_exclusions(compile_small: Any, tiny_llama: Any, tmp_path: Path
         (("--bits", "*.down_proj"), 2, ("pins no widths",)),
         (("--exclude", "re:("), 2, ("no regular expression",)),
         (("--exclude", "*"), 1, ("every matrix is excluded",)),
+        (("--bits", "lm_head=4"), 1, ("names lm_head, whose", "not searched: head", "head-bits")),
+        (("--exclude", "*.down_proj", "--bits", "*.down_proj=4"), 1, ("excluded as asked",)),
         (("--head-bits", "9"), 2, ("--head-bits 9 is not in 1..8",)),
         (("--bits", "*=7..8"), 1, ("3.0 effective bits", "smallest feasible is 7.")),
     ],
@@ -96,9 +98,14 @@ def test_head_and_embedding(
     special = sorted(set(found) - set(matrices(ran)))
     assert special == (["embed_tokens"] if tied else ["embed_tokens", "lm_head"])
     assert widths(found[special[-1]]) == {6}
+    assert [symbol for symbol in found if "fixed_bits" in found[symbol]] == special
+    # The rule of docs/artifact-format.md for effective bits.
+    searched = [matrix for symbol, matrix in found.items() if symbol not in special]
+    weights = sum(matrix["shape"][0] * matrix["shape"][1] for matrix in searched)
     summary = Artifact.open(out).manifest.summary
     # The average is over the other matrices; the files hold all.
-    assert summary["weights"] == dense["weights"]
+    assert summary["weights"] == dense["weights"] == weights
+    assert summary["effective_bits"] == 8 * sum(m["bytes"] for m in searched) / weights
     assert summary["effective_bits"] <= 3.0
     assert summary["matrix_bytes"] == sum(m["bytes"] for m in found.values())
     assert summary["dense_bytes"] < dense["dense_bytes"]
