@@ -20,10 +20,9 @@ from scalebits_compiler.ir.parser import read_module
 from scalebits_compiler.ir.printer import print_op, renumbered
 from scalebits_compiler.ir.verifier import verify
 from scalebits_compiler.runtime.artifact import StoredTensor, map_tensors, read_manifest
-from scalebits_compiler.runtime.manifest import MANIFEST, Manifest
+from scalebits_compiler.runtime.manifest import MANIFEST, MODULE_FILE, Manifest
 from scalebits_compiler.summary import matrix_summary
 
-MODULE_FILE = "module.sbir"
 _LAYER = re.compile(r"^(.*?\.\d+)(?:\.|$)")
 NO_LAYER = "outside the layers"
 

@@ -24,6 +24,7 @@ from scalebits_compiler.passes.roles import embedding_tables, untraced
 from scalebits_compiler.plugins import Registry, load_plugins
 from scalebits_compiler.runtime.artifact import Artifact
 from scalebits_compiler.runtime.cache import Replay
+from scalebits_compiler.runtime.manifest import MODULE_FILE
 from scalebits_compiler.runtime.session import Session, open_kernels
 from scalebits_compiler.runtime.weights import Weights
 from scalebits_compiler.tasks import SEQ2SEQ
@@ -45,7 +46,7 @@ class ReferenceSession(Session):
     def __init__(
         self, artifact: Artifact, registry: Registry, library: KernelLibrary | None = None
     ) -> None:
-        module, source = read_module(artifact.path / "module.sbir", registry.ops)
+        module, source = read_module(artifact.path / MODULE_FILE, registry.ops)
         verify(module, source)
         registry.install_rules()
         self.artifact = artifact

@@ -17,7 +17,7 @@ from scalebits_compiler.ir.verifier import verify
 from scalebits_compiler.plugins import Registry, load_plugins
 from scalebits_compiler.runtime.artifact import Artifact
 from scalebits_compiler.runtime.artifact import verify as verify_files
-from scalebits_compiler.runtime.manifest import Manifest
+from scalebits_compiler.runtime.manifest import MODULE_FILE, Manifest
 
 KERNELS = "kernels/"  # what lies there belongs to the old target
 
@@ -47,7 +47,7 @@ def retarget(
     check_output(out, force)
     manifest = verify_files(path)
     artifact = Artifact.open(path)
-    module, source = read_module(path / "module.sbir", registry.ops)
+    module, source = read_module(path / MODULE_FILE, registry.ops)
     verify(module, source)
     wanted.check_module(module)
     wanted.check_gathers(bool(module.index_bits()))

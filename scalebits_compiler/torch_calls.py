@@ -16,6 +16,7 @@ from scalebits_compiler.ir.parser import read_module
 from scalebits_compiler.ir.verifier import verify
 from scalebits_compiler.plugins import Registry
 from scalebits_compiler.runtime.artifact import Artifact
+from scalebits_compiler.runtime.manifest import MODULE_FILE
 from scalebits_compiler.runtime.plan import TorchCall
 
 I64 = NDArray[np.int64]
@@ -25,7 +26,7 @@ class TorchCalls:
     """The calls of an artifact's plan; called as `runtime.ops.CallRunner` says."""
 
     def __init__(self, artifact: Artifact, registry: Registry) -> None:
-        module, source = read_module(artifact.path / "module.sbir", registry.ops)
+        module, source = read_module(artifact.path / MODULE_FILE, registry.ops)
         verify(module, source)
         registry.install_rules()
         self._executor = Executor(module)

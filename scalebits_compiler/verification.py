@@ -19,10 +19,8 @@ from scalebits_compiler.ir.verifier import verify
 from scalebits_compiler.passes.base import Progress, no_progress
 from scalebits_compiler.runtime.artifact import Artifact
 from scalebits_compiler.runtime.artifact import verify as verify_files
-from scalebits_compiler.runtime.manifest import COMPILE_AGAIN
+from scalebits_compiler.runtime.manifest import COMPILE_AGAIN, MODULE_FILE
 from scalebits_compiler.summary import summarize
-
-MODULE_FILE = "module.sbir"
 
 
 @dataclass(frozen=True)

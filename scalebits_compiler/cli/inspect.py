@@ -48,10 +48,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _is_model(folder: Path) -> bool:
     """Whether a folder is a model's. An artifact that lost its manifest is a damaged artifact."""
-    from scalebits_compiler.runtime.manifest import MANIFEST
+    from scalebits_compiler.runtime.manifest import MANIFEST, MODULE_FILE
 
     config = (folder / "config.json").is_file()
-    return config and not any((folder / name).exists() for name in (MANIFEST, "module.sbir"))
+    return config and not any((folder / name).exists() for name in (MANIFEST, MODULE_FILE))
 
 
 def describe(artifact: Artifact) -> dict[str, Any]:
@@ -141,9 +141,10 @@ def _classes(artifact: Artifact) -> dict[str, Any]:
     from scalebits_compiler.errors import ParseError
     from scalebits_compiler.ir.parser import read_module
     from scalebits_compiler.passes.order_classes import describe
+    from scalebits_compiler.runtime.manifest import MODULE_FILE
 
     try:
-        return describe(read_module(artifact.path / "module.sbir")[0])
+        return describe(read_module(artifact.path / MODULE_FILE)[0])
     except ParseError as error:
         return {"classes_unknown": error.message}
 

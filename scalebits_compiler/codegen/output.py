@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from scalebits_compiler.errors import UsageError
-from scalebits_compiler.runtime.manifest import FRONTIER, MANIFEST
+from scalebits_compiler.runtime.manifest import FRONTIER, MANIFEST, MODULE_FILE
 
 
 def check_output(out: Path, force: bool) -> None:
@@ -57,7 +57,7 @@ def check_dump_folder(folder: Path, out: Path | None = None) -> None:
             help=f"dump beside it, for example into {out}.ir",
         )
     for parent in (place, *place.parents):
-        if _ours(parent):
+        if all((parent / name).is_file() for name in (MANIFEST, MODULE_FILE)):
             raise UsageError(
                 f"--dump-ir {folder} lies in the artifact {parent}", help="give another folder"
             )

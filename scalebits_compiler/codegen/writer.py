@@ -20,6 +20,7 @@ from scalebits_compiler.ir.printer import print_module
 from scalebits_compiler.runtime.manifest import (
     MANIFEST,
     MODEL_FILE,
+    MODULE_FILE,
     VERSION,
     FileRecord,
     Kernels,
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["WRITTEN_HERE", "check_output", "write_artifact"]
 
 PLAN_FILE = "plan.safetensors"
-WRITTEN_HERE = (MANIFEST, MODEL_FILE, PLAN_FILE, "module.sbir", "config.json")
+WRITTEN_HERE = (MANIFEST, MODEL_FILE, PLAN_FILE, MODULE_FILE, "config.json")
 _ROUNDED = ("codes", "scales")
 _SCORES = ("row_scores", "column_scores", "move_scores")
 
@@ -152,7 +153,7 @@ def _write_module(folder: Path, module: Module) -> dict[str, WeightRecord]:
         tensors = (MODEL_FILE, PLAN_FILE)
     stored = {weight.symbol: weight for weight in weights}
     text = print_module(replace(module, weights=stored, tensors=tensors))
-    (folder / "module.sbir").write_text(text)
+    (folder / MODULE_FILE).write_text(text)
     records = {symbol: _record(weight, described) for symbol, weight in stored.items()}
     for key in order_tensors(module):
         dtype, shape = described[key]

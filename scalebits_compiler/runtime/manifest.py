@@ -19,6 +19,7 @@ from scalebits_compiler.runtime.plan import PRODUCTS, STEP_RULES, TORCH, Plan, S
 
 MANIFEST = "manifest.json"
 MODEL_FILE = "model.safetensors"
+MODULE_FILE = "module.sbir"
 # A folder of several artifacts has this file, and one folder for each.
 FRONTIER = "frontier.json"
 FORMAT = "scalebits"
