@@ -35,11 +35,9 @@ def open_session(
         from scalebits_compiler.reference_session import load_with_kernels
 
         return load_with_kernels(path, activations, threads, registry)
-    given = f"threads {threads}" if threads is not None else ""
-    given = f"activations {activations}" if activations != EXACT else given
-    if given:
+    if activations != EXACT:
         raise UsageError(
-            f"{given}: these are for compiled kernels, not for the reference target",
+            f"activations {activations} are for compiled kernels, not for the reference target",
             help="leave the option out",
         )
     from scalebits_compiler.reference_session import load_reference

@@ -382,7 +382,7 @@ def runnable(artifact: Artifact) -> Plan:
         raise ArtifactError(
             f"{artifact.path} was compiled for the target '{artifact.manifest.target['kind']}' and"
             " has no plan that this runtime executes",
-            help="retarget it to cpu or cuda, or let torch run its ops (scalebitsc run, or"
-            " sessions.open_session)",
+            help="retarget it to cpu or cuda; with scalebitsc run, or sessions.open_session, torch"
+            " runs its ops",
         )
     return plan
