@@ -26,9 +26,10 @@ DENSE_ALL = KernelSpec("dequantize", "bf16", 128, 128, tuple(range(1, 9)), False
 GATHER = KernelSpec("matmul", "fp16", 128, 128, (3,), False, 16, gather=True)
 GATHER_DENSE = replace(DENSE, gather=True)
 BUILT = [
-    (DECODE, "sm_80"), (DECODE, "sm_89"), (DECODE, "sm_90"), (DECODE_ALL, "sm_90"),
-    (FEW, "sm_80"), (FEW, "sm_90"), (PREFILL, "sm_90"), (WORST, "sm_89"), (DENSE, "sm_90"),
-    (DENSE_ALL, "sm_90"), (GATHER, "sm_90"), (GATHER_DENSE, "sm_90"),
+    (DECODE, "sm_80"), (DECODE, "sm_89"), (DECODE, "sm_90"),
+    (DECODE_ALL, "sm_90"), (FEW, "sm_80"), (FEW, "sm_89"), (FEW, "sm_90"), (PREFILL, "sm_90"),
+    (WORST, "sm_89"), (DENSE, "sm_90"), (DENSE_ALL, "sm_90"),
+    (GATHER, "sm_80"), (GATHER, "sm_89"), (GATHER, "sm_90"), (GATHER_DENSE, "sm_90"),
 ]  # fmt: skip
 # What a program may use of each architecture's shared memory, in bytes.
 SHARED = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10}
