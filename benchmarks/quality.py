@@ -224,7 +224,8 @@ class Subject:
             before = self.widths(method, min(larger))
             settings, rounds = f"{settings}, warm = true", min(rounds, WARM_ROUNDS)
         shared = ("search", method.per_tensor, method.order)
-        passes = f"assign-bits{{{settings}, rounds = {rounds}}}"
+        loss = f', loss = "{method.loss}"' if method.loss else ""
+        passes = f"assign-bits{{{settings}, rounds = {rounds}{loss}}}"
         return self.stage((*shared, budget, rounds), before.module, passes, shared)
 
     def row(self, name: str, budget: str) -> dict[str, Any]:

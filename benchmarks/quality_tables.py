@@ -16,13 +16,15 @@ WHOLE = "tune-scales"
 LAYERS = 'tune-scales{scope = "layer"}'
 FOLDED = "annotate-sensitivity,reorder-channels,fold-permutes"
 GATHERED = f"{FOLDED},gather-inputs{{worth = 0.0}}"
+BY_DIVERGENCE = FOLDED.replace("sensitivity", 'sensitivity{loss = "kl"}')
 
 
 @dataclass(frozen=True)
 class Method:
     """How a row is made: passes for rounding and for tuning. uniform: equal widths, no search.
 
-    order: passes that reorder channels; per_tensor: a block is a whole matrix.
+    order: passes that reorder channels; per_tensor: a block is a whole matrix. loss: what the
+    search lowers, by the task if empty.
     """
 
     label: str
@@ -31,6 +33,7 @@ class Method:
     uniform: bool = False
     order: str = ""
     per_tensor: bool = False
+    loss: str = ""
 
     @property
     def swaps(self) -> bool:
@@ -56,6 +59,9 @@ METHODS = {
     "gathered": Method("ours, input orders gathered, not tuned", FEEDBACK, order=GATHERED),
     "layers": Method("ours, tuned layer by layer", FEEDBACK, LAYERS, order=FOLDED),
     "unordered": Method("ours in natural order, tuned", FEEDBACK, WHOLE),
+    "divergence": Method(
+        "ours, scores of the divergence", FEEDBACK, WHOLE, order=BY_DIVERGENCE, loss="kl"
+    ),
     "ours": Method("ours: blocks, reordered, tuned", FEEDBACK, WHOLE, order=FOLDED),
 }
 # Divided into the excess loss of `ours`: the least of these methods' excess, row by row.
