@@ -14,9 +14,10 @@ MIN_MAX = 'round-weights{clip = false, method = "rtn"}'
 FEEDBACK = "round-weights"
 WHOLE = "tune-scales"
 LAYERS = 'tune-scales{scope = "layer"}'
-FOLDED = "annotate-sensitivity,reorder-channels,fold-permutes"
+REORDERED = "reorder-channels,fold-permutes"
+FOLDED = f"annotate-sensitivity,{REORDERED}"
 GATHERED = f"{FOLDED},gather-inputs{{worth = 0.0}}"
-BY_DIVERGENCE = FOLDED.replace("sensitivity", 'sensitivity{loss = "kl"}')
+BY_DIVERGENCE = f'annotate-sensitivity{{loss = "kl"}},{REORDERED}'
 
 
 @dataclass(frozen=True)
