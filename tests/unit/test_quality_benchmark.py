@@ -88,19 +88,22 @@ def test_rows_of_a_chain(quality, tiny_llama, tmp_path):
     model = tiny_llama(hidden_size=64, intermediate_size=96)
     text = Path(quality.__file__).parents[1] / "data" / "wikitext2" / "test.txt"
     sizes = "--calib-windows 2 --accept-windows 2 --windows 2 --budgets u2,u3 --chain"
-    methods = "--methods gptq,blocks,ours,layers"
+    names = ("gptq", "blocks", "divergence", "ours", "layers")
+    methods = f"--methods {','.join(names)}"
     files = f"--models {model} --calib {text} --text {text} --out {tmp_path / 'rows'}"
     options = quality.parse(f"{sizes} {methods} {files}".split())
     rows = list(quality.measure(options))
     assert [(row["budget"], row["method"]) for row in rows] == [
-        (budget, name) for budget in ("u2", "u3") for name in ("gptq", "blocks", "ours", "layers")
+        (budget, name) for budget in ("u2", "u3") for name in names
     ]
     found = {(row["budget"], row["method"]): row for row in rows}
     for row in rows:
         assert row["windows"][:4] == [2, 6, 2, 2]
         assert row["bits"] <= {"u2": 2.7, "u3": 3.7}[row["budget"]]
         assert (row["search_passes"] > 1) == (row["method"] != "gptq")
-        assert (row["tuning_passes"] > 5) == (row["method"] in ("ours", "layers"))
+        assert (row["tuning_passes"] > 5) == (row["method"] in ("divergence", "ours", "layers"))
     warm, cold = (found[budget, "blocks"]["search_passes"] for budget in ("u2", "u3"))
     assert warm < cold
     assert found["u2", "ours"]["search_passes"] == found["u2", "layers"]["search_passes"]
+    # Predictions of the original, and a gradient for the curvature beside that for the slope.
+    assert found["u2", "divergence"]["search_passes"] > found["u2", "ours"]["search_passes"]
