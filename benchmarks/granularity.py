@@ -20,14 +20,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from scalebits_compiler import driver
 from scalebits_compiler.cli.progress import progress_for
+from scalebits_compiler.driver import compile as driver
 from scalebits_compiler.frontend.hf import load_model
 from scalebits_compiler.numerics.quantize import block_sums
-from scalebits_compiler.passes import statistics as st
 from scalebits_compiler.passes.base import PassContext
 from scalebits_compiler.passes.pipeline import parse_passes, run_pipeline
-from scalebits_compiler.passes.starts import Costs, Floats, dual_bound, surrogate
+from scalebits_compiler.passes.search.initial_allocations import (
+    Costs,
+    Floats,
+    dual_bound,
+    surrogate,
+)
+from scalebits_compiler.passes.sensitivity import scores as st
 
 ORDERED = "canonicalize,annotate-sensitivity,reorder-channels,fold-permutes"
 

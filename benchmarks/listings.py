@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from scalebits_compiler.driver import evaluator
+from scalebits_compiler.driver.compile import evaluator
 from scalebits_compiler.frontend.hf import SourceModel, trace
 from scalebits_compiler.frontend.lower_fx import lower
 from scalebits_compiler.ir.printer import print_module
 from scalebits_compiler.passes.base import PassContext
-from scalebits_compiler.passes.canonicalize import Canonicalize
+from scalebits_compiler.passes.canonicalize.canonicalize import Canonicalize
 from scalebits_compiler.tasks import CAUSAL
 
 

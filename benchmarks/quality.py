@@ -26,21 +26,21 @@ import numpy as np
 import torch
 from quality_tables import METHODS, Method, markdown
 
-from scalebits_compiler import driver
+from scalebits_compiler.artifact.sizes import summarize
 from scalebits_compiler.cli.progress import progress_for
+from scalebits_compiler.driver import compile as driver
+from scalebits_compiler.driver.budgets import WARM_ROUNDS
+from scalebits_compiler.driver.device import DEVICES, check_device, computing_on
 from scalebits_compiler.frontend.calibration import load_tokenizer, read_windows
 from scalebits_compiler.frontend.hf import load_model
-from scalebits_compiler.frontier import WARM_ROUNDS
 from scalebits_compiler.ir.module import Module
+from scalebits_compiler.numerics.device import Placement
 from scalebits_compiler.numerics.layout import FORMAT_VERSION
 from scalebits_compiler.numerics.metrics import QualityMeter
-from scalebits_compiler.numerics.placement import Placement
-from scalebits_compiler.passes.assign_bits import AssignBits, block_costs
 from scalebits_compiler.passes.base import PassContext
 from scalebits_compiler.passes.pipeline import parse_passes, run_pipeline
-from scalebits_compiler.passes.starts import Costs
-from scalebits_compiler.placement import DEVICES, check_device, computing_on
-from scalebits_compiler.summary import summarize
+from scalebits_compiler.passes.search.assign_bits import AssignBits, block_costs
+from scalebits_compiler.passes.search.initial_allocations import Costs
 
 if TYPE_CHECKING:
     from scalebits_compiler.passes.base import LinearRule, Part, PartRule, WeightRule

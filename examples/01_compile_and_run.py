@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import scalebits_compiler as sb
-from scalebits_compiler.driver import CompileOptions, TextOptions
+from scalebits_compiler.driver.compile import CompileOptions, TextOptions
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -22,8 +22,8 @@ from rich.table import Table
 
 from scalebits_compiler.cli.main import main as scalebitsc
 from scalebits_compiler.cli.progress import progress_for
-from scalebits_compiler.evaluation import evaluate
 from scalebits_compiler.runtime.artifact import Artifact
+from scalebits_compiler.tools.evaluate import evaluate
 
 ROOT = Path(__file__).resolve().parents[1]
 PLUGIN = ROOT / "examples" / "uniform_bits.py"

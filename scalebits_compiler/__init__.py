@@ -12,11 +12,11 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "compile", "load"]
 
 if TYPE_CHECKING:
-    from scalebits_compiler.driver import compile_model as compile
+    from scalebits_compiler.driver.compile import compile_model as compile
     from scalebits_compiler.runtime.session import load
 
 _LAZY = {
-    "compile": ("scalebits_compiler.driver", "compile_model"),
+    "compile": ("scalebits_compiler.driver.compile", "compile_model"),
     "load": ("scalebits_compiler.runtime.session", "load"),
 }
 

@@ -81,7 +81,7 @@ class Registry:
     def install_rules(self) -> None:
         """Make the plugins' ops run in the reference target. Imports torch if there are any."""
         if self.rules:
-            from scalebits_compiler.codegen.reference.rules import RULES
+            from scalebits_compiler.interpreter.rules import RULES
 
             RULES.update(self.rules)
 

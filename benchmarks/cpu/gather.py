@@ -18,8 +18,8 @@ from matrices import MIXES, OurKernels, random_matrix
 from measure import Case, interleave, pin, ratio, spread
 from numpy.typing import NDArray
 
-from scalebits_compiler.runtime.cpu_features import cpu_features
-from scalebits_compiler.runtime.program import Program, Rows
+from scalebits_compiler.runtime.cpu.features import cpu_features
+from scalebits_compiler.runtime.cpu.program import Program, Rows
 
 SHAPES = ("2048x2048", "4096x4096", "4096x11008")
 ACTIVATIONS = ("exact", "int8")

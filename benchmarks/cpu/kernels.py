@@ -16,7 +16,7 @@ from matrices import MIXES, OurKernels, random_matrix
 from measure import Case, copies, interleave, pin, ratio, spread
 from numpy.typing import NDArray
 
-from scalebits_compiler.runtime.cpu_features import cpu_features
+from scalebits_compiler.runtime.cpu.features import cpu_features
 
 SHAPES = ("2048x2048", "5632x2048", "4096x4096", "11008x4096")
 ACTIVATIONS = ("exact", "int8")

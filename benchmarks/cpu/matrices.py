@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from scalebits_compiler.codegen.tvm.build import compile_kernels
 from scalebits_compiler.codegen.tvm.spec import select_specs
 from scalebits_compiler.numerics.layout import BlockLayout
-from scalebits_compiler.runtime.kernels import KernelLibrary, PackedLinear
-from scalebits_compiler.runtime.program import Program, Rows
-from scalebits_compiler.runtime.variants import choose_variant
+from scalebits_compiler.runtime.cpu.isa import choose_variant
+from scalebits_compiler.runtime.cpu.library import KernelLibrary, PackedLinear
+from scalebits_compiler.runtime.cpu.program import Program, Rows
 
 BLOCK, GROUP = 128, 128
 MIXES: dict[str, Mapping[int, int]] = {

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from matrices import BLOCK, GROUP, MIXES, Packed, random_matrix
 
+from scalebits_compiler.artifact.sizes import summarize
+from scalebits_compiler.artifact.writer import write_artifact
 from scalebits_compiler.codegen.target import find_target
-from scalebits_compiler.codegen.writer import write_artifact
 from scalebits_compiler.ir.parser import parse_module
 from scalebits_compiler.ir.resources import ResourceStore
 from scalebits_compiler.ir.verifier import verify
 from scalebits_compiler.runtime.manifest import Provenance
-from scalebits_compiler.summary import summarize
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scalebits_compiler.cli.progress import progress_for
-from scalebits_compiler.runtime.variants import ACTIVATIONS, EXACT
+from scalebits_compiler.runtime.cpu.isa import ACTIVATIONS, EXACT
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
@@ -31,7 +31,7 @@ def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print."""
-    from scalebits_compiler.benchmark import BenchOptions, bench
+    from scalebits_compiler.tools.bench import BenchOptions, bench
 
     options = BenchOptions(
         args.prompt_tokens, args.new_tokens, args.threads, args.activations, args.repeat

@@ -15,14 +15,14 @@ from scalebits_compiler.cli.inspect import calls
 from scalebits_compiler.cli.progress import progress_for
 from scalebits_compiler.cli.targets import add_target, target_options
 from scalebits_compiler.errors import Interrupted, UsageError
-from scalebits_compiler.numerics.placement import Placement
-from scalebits_compiler.passes.losses import LOSSES
+from scalebits_compiler.numerics.device import Placement
+from scalebits_compiler.passes.sensitivity.losses import LOSSES
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
 
     from scalebits_compiler.codegen.target import Built
-    from scalebits_compiler.driver import CompileOptions, CompileReport, Frontier
+    from scalebits_compiler.driver.compile import CompileOptions, CompileReport, Frontier
     from scalebits_compiler.passes.pipeline import Observer
     from scalebits_compiler.plugins import Registry
 
@@ -120,10 +120,10 @@ def _block(text: str) -> tuple[int, int]:
 
 def run(args: argparse.Namespace) -> int:
     """Compile and print the summary."""
-    from scalebits_compiler.codegen.output import check_dump_folder
-    from scalebits_compiler.driver import Hooks, compile_budgets, compile_model
+    from scalebits_compiler.artifact.output import check_dump_folder
+    from scalebits_compiler.driver.checkpoint import state_folder
+    from scalebits_compiler.driver.compile import Hooks, compile_budgets, compile_model
     from scalebits_compiler.plugins import load_plugins
-    from scalebits_compiler.search_state import state_folder
 
     if args.search_only and args.fit is not None:
         raise UsageError(
@@ -164,7 +164,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _options(args: argparse.Namespace) -> CompileOptions:
-    from scalebits_compiler.driver import CompileOptions, TextOptions
+    from scalebits_compiler.driver.compile import CompileOptions, TextOptions
 
     for name in ("head_bits", "embedding_bits"):
         if not 1 <= (8 if getattr(args, name) is None else getattr(args, name)) <= 8:
@@ -241,7 +241,7 @@ def frontier_json(made: Frontier) -> dict[str, Any]:
 
 def frontier_text(made: Frontier) -> str:
     """All budgets for people."""
-    from scalebits_compiler.frontier import table
+    from scalebits_compiler.driver.budgets import table
 
     total = sum(made.seconds.values())
     wrote = (

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
 
-    from scalebits_compiler.compare import Comparison, Keys
+    from scalebits_compiler.tools.diff import Comparison, Keys
 
 # Not 1, which says that something went wrong.
 DIFFERENT = 3
@@ -35,8 +35,8 @@ def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the differences; 0, or with --exit-code 3 if there are any."""
-    from scalebits_compiler.compare import compare, open_side
     from scalebits_compiler.plugins import load_plugins
+    from scalebits_compiler.tools.diff import compare, open_side
 
     ops = load_plugins(args.plugin).ops
     found = compare(open_side(args.a, ops), open_side(args.b, ops))

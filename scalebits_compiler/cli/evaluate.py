@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from scalebits_compiler.cli.progress import progress_for
 from scalebits_compiler.errors import UsageError
-from scalebits_compiler.runtime.variants import ACTIVATIONS, EXACT
+from scalebits_compiler.runtime.cpu.isa import ACTIVATIONS, EXACT
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
@@ -47,8 +47,8 @@ def run(args: argparse.Namespace) -> int:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} {value} must be at least 1")
-    from scalebits_compiler.evaluation import evaluate
     from scalebits_compiler.plugins import load_plugins
+    from scalebits_compiler.tools.evaluate import evaluate
 
     result = evaluate(
         args.model,

@@ -35,7 +35,7 @@ def _place(text: str) -> tuple[int, int]:
 
 def run(args: argparse.Namespace) -> int:
     """Print what the search knew of a matrix."""
-    from scalebits_compiler.explain import explain
+    from scalebits_compiler.tools.explain import explain
 
     found = explain(args.artifact, args.layer, args.block)
     print(json.dumps(found, indent=2) if args.json else as_text(found))

@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     from scalebits_compiler.runtime.artifact import Artifact
 
     if _is_model(args.artifact):
-        from scalebits_compiler.analysis import analyse
+        from scalebits_compiler.tools.inspect import analyse
 
         found = analyse(args.artifact)
         print(json.dumps(found, indent=2) if args.json else "\n".join(analysis_lines(found)))
@@ -79,8 +79,8 @@ def describe(artifact: Artifact) -> dict[str, Any]:
 def _kernels(variants: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The variants of a dispatch table, and what a session on this machine would use of them."""
     from scalebits_compiler.errors import ArtifactError
-    from scalebits_compiler.runtime.cpu_features import cpu_features
-    from scalebits_compiler.runtime.variants import ACTIVATIONS, EXACT, choose_mode, choose_variant
+    from scalebits_compiler.runtime.cpu.features import cpu_features
+    from scalebits_compiler.runtime.cpu.isa import ACTIVATIONS, EXACT, choose_mode, choose_variant
 
     named = [{"name": v["name"], "arch": v["arch"], "modes": list(v["modes"])} for v in variants]
     try:
@@ -95,7 +95,7 @@ def _kernels(variants: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _execution(artifact: Artifact) -> dict[str, Any]:
     """How a session on this machine runs a step, and on how many threads."""
     from scalebits_compiler.errors import ArtifactError
-    from scalebits_compiler.runtime.cpu_features import default_threads
+    from scalebits_compiler.runtime.cpu.features import default_threads
     from scalebits_compiler.runtime.session import load
 
     if artifact.manifest.plan is None:
@@ -138,9 +138,9 @@ def as_text(found: dict[str, Any]) -> str:
 
 def _classes(artifact: Artifact) -> dict[str, Any]:
     """The permutation classes of the artifact's module; none where a plugin's op is in it."""
+    from scalebits_compiler.analysis.order_classes import describe
     from scalebits_compiler.errors import ParseError
     from scalebits_compiler.ir.parser import read_module
-    from scalebits_compiler.passes.order_classes import describe
     from scalebits_compiler.runtime.manifest import MODULE_FILE
 
     try:

@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _silence_output()
         return 1
     except OSError as error:
-        # A full disk, a lost mount: whatever was being written is not there, see codegen/output.py.
+        # A full disk, a lost mount: nothing half-written stays, see artifact/output.py.
         print(f"error: {error}", file=sys.stderr)
         _silence_output()
         return 1

@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from scalebits_compiler.artifact.output import check_dump_folder
 from scalebits_compiler.cli.diagnostics import SEPARATOR, check_piece, split_input
-from scalebits_compiler.codegen.output import check_dump_folder
+from scalebits_compiler.driver.device import check_device, computing_on, place_for
 from scalebits_compiler.errors import ParseError, ScalebitsError, UsageError
 from scalebits_compiler.ir.module import Module
 from scalebits_compiler.ir.printer import print_module
 from scalebits_compiler.ir.save import resource_keys, save_module
-from scalebits_compiler.numerics.placement import Placement
+from scalebits_compiler.numerics.device import Placement
 from scalebits_compiler.passes.base import Evaluator, Pass, PassContext
 from scalebits_compiler.passes.observers import (
     DumpIR,
@@ -28,7 +29,6 @@ from scalebits_compiler.passes.observers import (
 )
 from scalebits_compiler.passes.pipeline import Observer, parse_passes, run_pipeline
 from scalebits_compiler.passes.reproducer import MODULE, REPRODUCER, Reproducer, read_pipeline
-from scalebits_compiler.placement import check_device, computing_on, place_for
 from scalebits_compiler.plugins import Registry, load_plugins
 
 if TYPE_CHECKING:
@@ -207,7 +207,7 @@ def _names(listed: str | None) -> frozenset[str] | None:
 
 def _evaluator(module: Module, registry: Registry, place: Placement) -> Evaluator:
     """The driver, and with it torch, comes in only when a pass evaluates."""
-    from scalebits_compiler.driver import evaluator
+    from scalebits_compiler.driver.compile import evaluator
 
     registry.install_rules()
     return evaluator(module, place)

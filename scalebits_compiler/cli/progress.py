@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
-from scalebits_compiler.passes.base import Progress
+from scalebits_compiler.progress import Progress
 
 T = TypeVar("T")
 
@@ -14,7 +14,7 @@ T = TypeVar("T")
 def progress_for(quiet: bool = False) -> Progress:
     """A Progress for this process' stderr."""
     if quiet:
-        from scalebits_compiler.passes.base import no_progress
+        from scalebits_compiler.progress import no_progress
 
         return no_progress
     return _bars if sys.stderr.isatty() else _lines

@@ -29,7 +29,7 @@ def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write the artifact and say what it is."""
     from scalebits_compiler.plugins import load_plugins
-    from scalebits_compiler.retarget import retarget
+    from scalebits_compiler.tools.retarget import retarget
 
     manifest = retarget(
         args.artifact,

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from scalebits_compiler.runtime.variants import ACTIVATIONS, EXACT
+from scalebits_compiler.runtime.cpu.isa import ACTIVATIONS, EXACT
 from scalebits_compiler.tasks import CAUSAL, ENCODER
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
 def run(args: argparse.Namespace) -> int:
     """Generate and print; a single prompt is printed as it is written. An encoder embeds."""
     from scalebits_compiler.plugins import load_plugins
-    from scalebits_compiler.sessions import open_session
+    from scalebits_compiler.sessions.open import open_session
 
     session = open_session(
         args.artifact, args.target, args.activations, args.threads, load_plugins(args.plugin)

@@ -28,7 +28,7 @@ def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the checks that passed; an error, exit code 1, at the first that does not."""
     from scalebits_compiler.plugins import load_plugins
-    from scalebits_compiler.verification import verify_artifact
+    from scalebits_compiler.tools.verify import verify_artifact
 
     ops = load_plugins(args.plugin).ops
     checks = verify_artifact(args.artifact, ops, progress_for(args.quiet))

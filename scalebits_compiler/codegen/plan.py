@@ -8,15 +8,14 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from scalebits_compiler.codegen.positionwise import follow
-from scalebits_compiler.codegen.positionwise_aten import numbers_positions
-from scalebits_compiler.codegen.reference.rules import gather_index, stored_order
+from scalebits_compiler.analysis.sequence_axis import follow, numbers_positions
 from scalebits_compiler.errors import TargetError
 from scalebits_compiler.ir.attrs import Value
 from scalebits_compiler.ir.host import Host
 from scalebits_compiler.ir.module import Function, Module
 from scalebits_compiler.ir.op import Op, op_fields
 from scalebits_compiler.ir.ops import Aten, Linear, Permute, QLinear
+from scalebits_compiler.ir.stored_order import gather_index, stored_order
 from scalebits_compiler.ir.types import TensorType, Type
 from scalebits_compiler.runtime.plan import (
     STEP_RULES,

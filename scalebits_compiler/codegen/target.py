@@ -66,7 +66,7 @@ _HOME = "scalebits_compiler.codegen"
 TARGETS: dict[str, str | type[Any]] = {
     "cpu": f"{_HOME}.tvm.target:CpuTarget",
     "cuda": f"{_HOME}.triton.target:CudaTarget",
-    "reference": f"{_HOME}.reference.target:ReferenceTarget",
+    "reference": f"{_HOME}.reference:ReferenceTarget",
 }
 
 

@@ -1,6 +1,6 @@
 """The ops, in the field's standard terms. Activations are `[batch, sequence, channels]`.
 
-The slow torch rule of each op in `codegen/reference` is its definition.
+The slow torch rule of each op in `interpreter/rules.py` is its definition.
 """
 
 # ruff: noqa: D102  (`infer` is documented in Op; the docstring of the class says what it computes)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from scalebits_compiler.errors import PassError
-from scalebits_compiler.numerics.placement import Placement
+from scalebits_compiler.numerics.device import Placement
+from scalebits_compiler.progress import Progress, no_progress
 
 if TYPE_CHECKING:
     import torch
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
     WeightRule = Callable[[Linear, Sequence[torch.Tensor], torch.Tensor], torch.Tensor]
     # part -> the matrices to go on with, by symbol (those left out stay)
     PartRule = Callable[["Part"], Mapping[str, torch.Tensor]]
-
-T = TypeVar("T")
 
 
 class Part(Protocol):
@@ -66,19 +65,6 @@ class Evaluator(Protocol):
         earlier parts, and returns the matrices to go on with.
         """
         ...
-
-
-class Progress(Protocol):
-    """Shows how far a long loop is, with an estimate."""
-
-    def __call__(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
-        """The items, one by one; `total` where their number is not known from them."""
-        ...
-
-
-def no_progress(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
-    """Show nothing."""
-    return iter(items)
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,15 @@ PassTable = Mapping[str, str | type[Pass]]
 
 _HOME = "scalebits_compiler.passes"
 PASSES: dict[str, str | type[Pass]] = {
-    "canonicalize": f"{_HOME}.canonicalize:Canonicalize",
-    "annotate-sensitivity": f"{_HOME}.annotate_sensitivity:AnnotateSensitivity",
-    "reorder-channels": f"{_HOME}.reorder_channels:ReorderChannels",
-    "fold-permutes": f"{_HOME}.fold_permutes:FoldPermutes",
-    "gather-inputs": f"{_HOME}.gather_inputs:GatherInputs",
-    "assign-bits": f"{_HOME}.assign_bits:AssignBits",
-    "round-weights": f"{_HOME}.round_weights:RoundWeights",
-    "tune-scales": f"{_HOME}.tune_scales:TuneScales",
-    "pack-blocks": f"{_HOME}.pack_blocks:PackBlocks",
+    "canonicalize": f"{_HOME}.canonicalize.canonicalize:Canonicalize",
+    "annotate-sensitivity": f"{_HOME}.sensitivity.annotate_sensitivity:AnnotateSensitivity",
+    "reorder-channels": f"{_HOME}.reorder.reorder_channels:ReorderChannels",
+    "fold-permutes": f"{_HOME}.reorder.fold_permutes:FoldPermutes",
+    "gather-inputs": f"{_HOME}.reorder.gather_inputs:GatherInputs",
+    "assign-bits": f"{_HOME}.search.assign_bits:AssignBits",
+    "round-weights": f"{_HOME}.rounding.round_weights:RoundWeights",
+    "tune-scales": f"{_HOME}.rounding.tune_scales:TuneScales",
+    "pack-blocks": f"{_HOME}.rounding.pack_blocks:PackBlocks",
 }
 
 _REORDERED = "canonicalize,annotate-sensitivity,reorder-channels,fold-permutes"

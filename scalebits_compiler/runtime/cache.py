@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scalebits_compiler.errors import UsageError
-from scalebits_compiler.runtime.program import (
+from scalebits_compiler.runtime.cpu.program import (
     CAPACITY,
     KEY_BLOCK,
     PADS,

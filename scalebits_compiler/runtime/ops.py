@@ -1,7 +1,7 @@
 """The ops of a plan in numpy float32: one function for each of `manifest.STEP_RULES`.
 
 Activations are [batch, sequence, channels] or [batch, heads, sequence, d]. What the ops mean is
-defined by the torch rules in `codegen/reference`.
+defined by the torch rules in `interpreter/rules.py`.
 """
 
 from __future__ import annotations

@@ -14,21 +14,21 @@ from numpy.typing import ArrayLike, NDArray
 from scalebits_compiler.errors import ArtifactError, UsageError
 from scalebits_compiler.runtime.artifact import Artifact
 from scalebits_compiler.runtime.cache import KVCache, NativeCache, Replay
-from scalebits_compiler.runtime.cpu_features import default_threads
+from scalebits_compiler.runtime.cpu.features import default_threads
+from scalebits_compiler.runtime.cpu.isa import ACTIVATIONS, EXACT
 from scalebits_compiler.runtime.manifest import COMPILE_AGAIN
 from scalebits_compiler.runtime.meter import HostMeter, Meter
 from scalebits_compiler.runtime.ops import CallRunner, Frame, RunCall
 from scalebits_compiler.runtime.plan import PRODUCTS, Plan, Step, told_by_kind
-from scalebits_compiler.runtime.variants import ACTIVATIONS, EXACT
 from scalebits_compiler.runtime.weights import Weights
 from scalebits_compiler.tasks import CAUSAL, ENCODER, SEQ2SEQ
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+    from scalebits_compiler.runtime.cpu.library import KernelLibrary
+    from scalebits_compiler.runtime.cpu.native import NativeModel
     from scalebits_compiler.runtime.generate import Generation, Prompts
-    from scalebits_compiler.runtime.kernels import KernelLibrary
-    from scalebits_compiler.runtime.native import NativeModel
 
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
@@ -93,7 +93,7 @@ def open_kernels(
             help="run it with --target reference, or with the runtime of the plugin that built it",
         )
     try:
-        from scalebits_compiler.runtime.kernels import KernelLibrary
+        from scalebits_compiler.runtime.cpu.library import KernelLibrary
     except ImportError as error:
         raise ArtifactError(
             f"{artifact.path} has compiled kernels, and {error.name} is not installed to load them",
@@ -354,8 +354,8 @@ def _native(plan: Plan, weights: Weights, call: RunCall) -> tuple[NativeModel | 
     told = _told_calls(plan)
     if weights.library is None or (plan.calls and plan.replays):
         return None, _how("step by step", told)
-    from scalebits_compiler.runtime.native import NativeModel
-    from scalebits_compiler.runtime.native_ops import NotNative
+    from scalebits_compiler.runtime.cpu.native import NativeModel
+    from scalebits_compiler.runtime.cpu.native_ops import NotNative
 
     try:
         return NativeModel(plan, weights, weights.library, call), _how("native", told)

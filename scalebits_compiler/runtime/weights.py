@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scalebits_compiler.runtime.artifact import Artifact, PackedMatrix, StoredTensor
 
 if TYPE_CHECKING:
-    from scalebits_compiler.runtime.kernels import KernelLibrary, PackedLinear
+    from scalebits_compiler.runtime.cpu.library import KernelLibrary, PackedLinear
 
 F32 = NDArray[np.float32]
 
@@ -126,6 +126,6 @@ class Weights:
         layout, arena, bits = self._artifact.matrix(symbol)
         if self.library is None:
             return DequantizedLinear(layout.dequantize(arena, bits))
-        from scalebits_compiler.runtime.kernels import PackedLinear
+        from scalebits_compiler.runtime.cpu.library import PackedLinear
 
         return PackedLinear(self.library, layout, arena, bits)

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from scalebits_compiler.ir.parser import read_module
-from scalebits_compiler.reference_session import load_reference
-from scalebits_compiler.verification import verify_artifact
+from scalebits_compiler.sessions.reference import load_reference
+from scalebits_compiler.tools.verify import verify_artifact
 
 REFERENCE = ("--target", "reference", "--json")
 

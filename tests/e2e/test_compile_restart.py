@@ -19,7 +19,7 @@ from scalebits_compiler.ir.module import Module
 from scalebits_compiler.ir.parser import read_module
 from scalebits_compiler.ir.save import save_module
 from scalebits_compiler.passes.base import PassContext
-from scalebits_compiler.passes.pack_blocks import PackBlocks
+from scalebits_compiler.passes.rounding.pack_blocks import PackBlocks
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -208,7 +208,7 @@ def test_interrupted_compile_says_so(
 _DIES = """
 import os, signal, sys
 from pathlib import Path
-import scalebits_compiler.codegen.output as output
+import scalebits_compiler.artifact.output as output
 from scalebits_compiler.cli.main import main
 
 def dying(name):

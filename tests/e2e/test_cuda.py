@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from scalebits_compiler.cli.bench import as_text
+from scalebits_compiler.driver.device import check_device
 from scalebits_compiler.errors import UsageError
-from scalebits_compiler.placement import check_device
-from scalebits_compiler.reference_session import load_reference
 from scalebits_compiler.runtime.artifact import Artifact
 from scalebits_compiler.runtime.cuda.session import interpreted, missing_gpu
 from scalebits_compiler.runtime.session import load
+from scalebits_compiler.sessions.reference import load_reference
 
 pytest.importorskip("triton", reason="the cuda target's kernels need Triton")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
@@ -90,7 +90,7 @@ BENCH = ("--prompt-tokens", "2", "--new-tokens", "1", "--repeat", "2")
 def test_bench_measures_the_device(pair, cli, monkeypatch, triton_interpreter):
     """All but the GPU: the session and the meter of its memory run on the CPU."""
     opened = interpreted(Artifact.open(pair.cuda), 1)
-    monkeypatch.setattr("scalebits_compiler.benchmark.load_with_torch", lambda *_: opened)
+    monkeypatch.setattr("scalebits_compiler.tools.bench.load_with_torch", lambda *_: opened)
     monkeypatch.setattr("scalebits_compiler.runtime.meter.MOVED_BYTES", 1 << 20)
     monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda device: 7_000_000)
     ran = cli("bench", pair.cuda, *BENCH, "--json")

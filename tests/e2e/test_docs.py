@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from scalebits_compiler.cli.main import main, parser
-from scalebits_compiler.driver import TextOptions
+from scalebits_compiler.driver.compile import TextOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(

@@ -15,9 +15,9 @@ import torch
 from scalebits_compiler.errors import UsageError
 from scalebits_compiler.frontend.hf import load_model
 from scalebits_compiler.pretrained import call
-from scalebits_compiler.reference_session import load_reference
 from scalebits_compiler.runtime.embed import pooled
-from scalebits_compiler.sessions import open_session
+from scalebits_compiler.sessions.open import open_session
+from scalebits_compiler.sessions.reference import load_reference
 
 SENTENCES = (
     "A cat sat on the mat and looked out of the window.",

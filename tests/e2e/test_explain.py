@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from scalebits_compiler.ir.parser import read_module
-from scalebits_compiler.passes.assign_bits import AssignBits, searched_costs
+from scalebits_compiler.passes.search.assign_bits import AssignBits, searched_costs
 
 LAYER = "layers.1.mlp.down_proj"
 

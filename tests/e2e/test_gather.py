@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from scalebits_compiler.codegen.reference.executor import Executor
 from scalebits_compiler.codegen.triton.aot import Binary
+from scalebits_compiler.interpreter.executor import Executor
 from scalebits_compiler.ir.parser import read_module
-from scalebits_compiler.reference_session import load_reference
 from scalebits_compiler.runtime.artifact import Artifact
-from scalebits_compiler.runtime.cpu_features import cpu_features
+from scalebits_compiler.runtime.cpu.features import cpu_features
 from scalebits_compiler.runtime.cuda.session import interpreted
 from scalebits_compiler.runtime.session import load
+from scalebits_compiler.sessions.reference import load_reference
 
 SHAPE = ("--block", "16x32", "--group", "32")
 PLAIN = """

@@ -15,8 +15,8 @@ import torch
 from scalebits_compiler.errors import FrontendError
 from scalebits_compiler.ir.host import Host
 from scalebits_compiler.ir.parser import read_module
-from scalebits_compiler.reference_session import load_reference
-from scalebits_compiler.sessions import open_session
+from scalebits_compiler.sessions.open import open_session
+from scalebits_compiler.sessions.reference import load_reference
 from scalebits_compiler.tasks import SEQ2SEQ
 
 WHY = "Could not guard on data-dependent expression u0 > 3"

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from scalebits_compiler import sessions
 from scalebits_compiler.errors import ArtifactError, UsageError
 from scalebits_compiler.runtime.session import load
-from scalebits_compiler.sessions import open_session
+from scalebits_compiler.sessions import open as sessions
+from scalebits_compiler.sessions.open import open_session
 
 SIZES = {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8}
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from scalebits_compiler.artifact.writer import write_artifact
 from scalebits_compiler.codegen.plan import make_plan, unplanned
-from scalebits_compiler.codegen.writer import write_artifact
 from scalebits_compiler.ir.parser import parse_module
 from scalebits_compiler.ir.resources import ResourceStore
 from scalebits_compiler.ir.verifier import verify

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from scalebits_compiler.codegen.output import check_output, output_folder
+from scalebits_compiler.artifact.output import check_output, output_folder
 from scalebits_compiler.errors import ArtifactError, TargetError, UsageError
 from scalebits_compiler.ir.parser import read_module
 from scalebits_compiler.ir.verifier import verify as verify_module
@@ -172,7 +172,7 @@ def test_killed_compile_leaves_no_half_artifact(tmp_path):
     out = tmp_path / "out"
     code = (
         "import sys, time; from pathlib import Path\n"
-        "from scalebits_compiler.codegen.output import output_folder\n"
+        "from scalebits_compiler.artifact.output import output_folder\n"
         "with output_folder(Path(sys.argv[1]), False) as folder:\n"
         "    (folder / 'half').write_text('x'); print('ready', flush=True); time.sleep(60)\n"
     )

@@ -15,11 +15,11 @@ from scalebits_compiler.errors import PassError
 
 @pytest.fixture(scope="module")
 def module(tiny_llama: Callable[..., Path]) -> Any:
-    from scalebits_compiler.codegen.reference.executor import Executor
     from scalebits_compiler.frontend.hf import load_model, trace
     from scalebits_compiler.frontend.lower_fx import lower
+    from scalebits_compiler.interpreter.executor import Executor
     from scalebits_compiler.passes.base import PassContext
-    from scalebits_compiler.passes.canonicalize import Canonicalize
+    from scalebits_compiler.passes.canonicalize.canonicalize import Canonicalize
 
     source = load_model(tiny_llama(num_hidden_layers=1))
     lowered = lower(trace(source.model), source)
@@ -33,20 +33,20 @@ class TestAssignBits:
     def ctx(self) -> Any:
         import torch
 
-        from scalebits_compiler.codegen.reference.executor import Executor
+        from scalebits_compiler.interpreter.executor import Executor
         from scalebits_compiler.passes.base import PassContext, TextSplit
 
         ids = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (6, 24)))
         return PassContext(evaluate=Executor, text=TextSplit(ids[:3], ids[3:]))
 
     def effective(self, module: Any) -> float:
-        from scalebits_compiler.summary import summarize
+        from scalebits_compiler.artifact.sizes import summarize
 
         return summarize(module)["effective_bits"]
 
     @pytest.mark.parametrize("bits", [1.8, 2.5, 3.0, 4.7, 8.9])
     def test_stays_within_the_budget(self, module: Any, ctx: Any, bits: float) -> None:
-        from scalebits_compiler.passes.assign_bits import AssignBits
+        from scalebits_compiler.passes.search.assign_bits import AssignBits
 
         done = AssignBits(avg_bits=bits, rounds=3).run(module, ctx)
         assert self.effective(done) <= bits
@@ -58,7 +58,7 @@ class TestAssignBits:
             assert 1 <= grid.min() <= grid.max() <= 8
 
     def test_limits(self, module: Any, ctx: Any) -> None:
-        from scalebits_compiler.passes.assign_bits import AssignBits
+        from scalebits_compiler.passes.search.assign_bits import AssignBits
 
         done = AssignBits(avg_bits=4.0, min_bits=2, max_bits=4, rounds=3).run(module, ctx)
         grids = [done.bits(weight) for weight in done.quantized()]
@@ -66,13 +66,13 @@ class TestAssignBits:
 
     @pytest.mark.parametrize("limits", [(0, 8), (1, 9), (5, 3)])
     def test_bad_limits(self, module: Any, ctx: Any, limits: tuple[int, int]) -> None:
-        from scalebits_compiler.passes.assign_bits import AssignBits
+        from scalebits_compiler.passes.search.assign_bits import AssignBits
 
         with pytest.raises(PassError, match=f"widths {limits[0]}..{limits[1]}"):
             AssignBits(min_bits=limits[0], max_bits=limits[1]).run(module, ctx)
 
     def test_smallest_feasible_budget_is_named_and_works(self, module: Any, ctx: Any) -> None:
-        from scalebits_compiler.passes.assign_bits import AssignBits
+        from scalebits_compiler.passes.search.assign_bits import AssignBits
 
         for low in (1, 3):
             with pytest.raises(PassError, match="smallest feasible is") as caught:
@@ -87,7 +87,7 @@ class TestAssignBits:
         """A budget that two bits fit exactly, where the mixed start is worse on held text."""
         import torch
 
-        from scalebits_compiler.passes.assign_bits import AssignBits, searched_costs
+        from scalebits_compiler.passes.search.assign_bits import AssignBits, searched_costs
 
         ids = torch.from_numpy(np.random.default_rng(5).integers(0, 256, (6, 24)))
         ctx = replace(ctx, text=replace(ctx.text, calibration=ids[:3], acceptance=ids[3:]))
@@ -109,8 +109,8 @@ class TestAssignBits:
         self, module: Any, ctx: Any, monkeypatch: Any, uniform_wins: bool
     ) -> None:
         """As steep as a held loss of four times the curves says; all, where uniform widths win."""
-        from scalebits_compiler.passes.assign_bits import AssignBits, searched_costs
-        from scalebits_compiler.passes.starts import (
+        from scalebits_compiler.passes.search.assign_bits import AssignBits, searched_costs
+        from scalebits_compiler.passes.search.initial_allocations import (
             best_uniform,
             greedy_raise,
             hulls,
@@ -147,8 +147,8 @@ class TestAssignBits:
         """
         import torch
 
-        from scalebits_compiler.passes import statistics
-        from scalebits_compiler.passes.assign_bits import AssignBits
+        from scalebits_compiler.passes.search.assign_bits import AssignBits
+        from scalebits_compiler.passes.sensitivity import scores as statistics
 
         done = AssignBits(avg_bits=3.0, rounds=rounds).run(module, ctx)
         seen = ctx.text.calibration[:windows]
@@ -166,7 +166,7 @@ class TestAssignBits:
             assert ctx.report["assign-bits"]["scorings"] == pytest.approx(1 / 3)
 
     def test_a_neighbours_widths_are_a_start(self, module: Any, ctx: Any) -> None:
-        from scalebits_compiler.passes.assign_bits import AssignBits
+        from scalebits_compiler.passes.search.assign_bits import AssignBits
 
         wide = AssignBits(avg_bits=4.0, rounds=2).run(module, ctx)
         fitted = ctx.cache["assign-bits"]
@@ -177,7 +177,7 @@ class TestAssignBits:
         assert self.effective(done) <= 3.0
 
     def test_warm_needs_widths(self, module: Any, ctx: Any) -> None:
-        from scalebits_compiler.passes.assign_bits import AssignBits
+        from scalebits_compiler.passes.search.assign_bits import AssignBits
 
         with pytest.raises(PassError, match="no widths and move scores to start from"):
             AssignBits(warm=True).run(module, ctx)
@@ -187,9 +187,9 @@ class TestAssignBits:
         """Measured again, independently, on the acceptance windows."""
         import torch
 
-        from scalebits_compiler.codegen.reference.executor import Executor
-        from scalebits_compiler.passes.assign_bits import AssignBits
-        from scalebits_compiler.passes.round_weights import RoundWeights
+        from scalebits_compiler.interpreter.executor import Executor
+        from scalebits_compiler.passes.rounding.round_weights import RoundWeights
+        from scalebits_compiler.passes.search.assign_bits import AssignBits
 
         done = AssignBits(avg_bits=3.5, rounds=3, loss=loss).run(module, ctx)
         report = ctx.report["assign-bits"]
@@ -209,7 +209,7 @@ class TestAssignBits:
 
     @pytest.mark.parametrize("loss", ["mse", "states"])
     def test_a_loss_that_does_not_fit(self, module: Any, ctx: Any, loss: str) -> None:
-        from scalebits_compiler.passes.assign_bits import AssignBits
+        from scalebits_compiler.passes.search.assign_bits import AssignBits
 
         with pytest.raises(PassError, match=f"'{loss}' does not fit") as caught:
             AssignBits(loss=loss).run(module, ctx)
@@ -221,8 +221,8 @@ class TestAssignBits:
         self, module: Any, ctx: Any, monkeypatch: Any, bits: float
     ) -> None:
         """Starts that are equal too, and those of an earlier budget."""
-        from scalebits_compiler.passes import statistics
-        from scalebits_compiler.passes.assign_bits import AssignBits
+        from scalebits_compiler.passes.search.assign_bits import AssignBits
+        from scalebits_compiler.passes.sensitivity import scores as statistics
 
         AssignBits(avg_bits=3.0, rounds=0).run(module, ctx)
         calls, held_loss = [], statistics.held_loss
@@ -241,7 +241,7 @@ class TestAssignBits:
             assert len(calls) <= len(set(report["starts"].values()))
 
     def test_same_bits_again(self, module: Any, ctx: Any) -> None:
-        from scalebits_compiler.passes.assign_bits import AssignBits
+        from scalebits_compiler.passes.search.assign_bits import AssignBits
 
         one, other = (
             AssignBits(avg_bits=3.1, rounds=4).run(module, replace(ctx, cache={})) for _ in range(2)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from scalebits_compiler.codegen.reference.rules import aten_callable
 from scalebits_compiler.errors import TargetError
+from scalebits_compiler.interpreter.rules import aten_callable
 
 
 @pytest.mark.parametrize(

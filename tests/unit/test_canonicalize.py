@@ -7,16 +7,16 @@ from typing import Any
 import pytest
 import torch
 
-from scalebits_compiler.codegen.reference.executor import Executor
 from scalebits_compiler.errors import PassError
 from scalebits_compiler.frontend.hf import load_model, trace
 from scalebits_compiler.frontend.lower_fx import lower
+from scalebits_compiler.interpreter.executor import Executor
 from scalebits_compiler.ir.parser import parse_module
 from scalebits_compiler.ir.printer import print_module
 from scalebits_compiler.ir.verifier import verify
 from scalebits_compiler.passes.base import PassContext
-from scalebits_compiler.passes.blocks import default_block
-from scalebits_compiler.passes.canonicalize import Canonicalize
+from scalebits_compiler.passes.canonicalize.block_shape import default_block
+from scalebits_compiler.passes.canonicalize.canonicalize import Canonicalize
 
 LLAMA3 = {
     "rope_type": "llama3",

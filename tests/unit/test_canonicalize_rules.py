@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from scalebits_compiler.codegen.reference.executor import Executor
+from scalebits_compiler.interpreter.executor import Executor
 from scalebits_compiler.ir.ops import Aten
 from scalebits_compiler.ir.parser import parse_module
 from scalebits_compiler.ir.resources import ResourceStore
 from scalebits_compiler.ir.verifier import verify
 from scalebits_compiler.passes.base import PassContext
-from scalebits_compiler.passes.canonicalize import Canonicalize
+from scalebits_compiler.passes.canonicalize.canonicalize import Canonicalize
 
 SIZES = """
 %b = aten {target = "aten.sym_size.int", args = [%ids, 0]} : index[]

@@ -8,7 +8,7 @@ import pytest
 
 from scalebits_compiler.codegen.triton.target import CudaTarget
 from scalebits_compiler.errors import TargetError
-from scalebits_compiler.runtime.cpu_features import cpu_features, prefetch_distance
+from scalebits_compiler.runtime.cpu.features import cpu_features, prefetch_distance
 
 pytest.importorskip("tvm", reason="the kernel compiler needs apache-tvm")
 import tvm

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from scalebits_compiler.errors import ArtifactError, TargetError
 from scalebits_compiler.numerics.layout import BlockLayout
-from scalebits_compiler.runtime import kernels, team
-from scalebits_compiler.runtime.cpu_features import cpu_features
-from scalebits_compiler.runtime.kernels import KernelLibrary, PackedLinear
+from scalebits_compiler.runtime.cpu import library as kernels
+from scalebits_compiler.runtime.cpu import thread_gating as team
+from scalebits_compiler.runtime.cpu.features import cpu_features
+from scalebits_compiler.runtime.cpu.library import KernelLibrary, PackedLinear
 
 pytest.importorskip("tvm", reason="the kernel compiler needs apache-tvm")
 from scalebits_compiler.codegen.tvm import spec
@@ -352,7 +353,7 @@ import sys
 sys.modules.update(dict.fromkeys(["tvm", "torch", "transformers", "lark"]))
 import json, numpy as np
 from scalebits_compiler.numerics.layout import BlockLayout
-from scalebits_compiler.runtime.kernels import KernelLibrary, PackedLinear
+from scalebits_compiler.runtime.cpu.library import KernelLibrary, PackedLinear
 from pathlib import Path
 folder = Path(sys.argv[1])
 data = np.load(folder / "case.npz")

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from scalebits_compiler.codegen.reference.executor import Executor
-from scalebits_compiler.codegen.repack import repack
+from scalebits_compiler.artifact.repack import repack
 from scalebits_compiler.codegen.triton.aot import Binary
 from scalebits_compiler.codegen.triton.target import CudaTarget
 from scalebits_compiler.frontend.hf import load_model, trace
 from scalebits_compiler.frontend.lower_fx import lower
+from scalebits_compiler.interpreter.executor import Executor
 from scalebits_compiler.passes.base import PassContext
 from scalebits_compiler.passes.pipeline import parse_passes, run_pipeline
 from scalebits_compiler.passes.table import PASSES

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from scalebits_compiler.codegen.repack import repack
+from scalebits_compiler.artifact.repack import repack
 from scalebits_compiler.codegen.triton.aot import Binary
 from scalebits_compiler.codegen.triton.target import CudaTarget
 from scalebits_compiler.errors import UsageError
-from scalebits_compiler.reference_session import load_reference
 from scalebits_compiler.runtime.artifact import Artifact
 from scalebits_compiler.runtime.cuda.session import interpreted
+from scalebits_compiler.sessions.reference import load_reference
 
 # Relative to the spread of the logits. Activations are rounded to 11 bits (fp16) or 8 (bf16) at
 # every op of two layers.

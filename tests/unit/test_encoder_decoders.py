@@ -15,18 +15,18 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, processors
 
-from scalebits_compiler.codegen.reference.executor import Executor
 from scalebits_compiler.errors import UsageError, VerifyError
 from scalebits_compiler.frontend.hf import load_model, trace
 from scalebits_compiler.frontend.lower_fx import lower
+from scalebits_compiler.interpreter.executor import Executor
 from scalebits_compiler.ir.attrs import Symbol
 from scalebits_compiler.ir.module import Module
 from scalebits_compiler.ir.ops import Attention, Positions
 from scalebits_compiler.ir.verifier import verify
 from scalebits_compiler.passes.base import PassContext
-from scalebits_compiler.passes.canonicalize import Canonicalize
+from scalebits_compiler.passes.canonicalize.canonicalize import Canonicalize
 from scalebits_compiler.passes.pipeline import parse_passes, run_pipeline
-from scalebits_compiler.reference_session import EncoderDecoderSession, load_reference
+from scalebits_compiler.sessions.reference import EncoderDecoderSession, load_reference
 
 STOP, NEW = 1, 16
 T5 = {

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from scalebits_compiler.codegen.reference.executor import Executor
 from scalebits_compiler.errors import VerifyError
 from scalebits_compiler.frontend.hf import load_model, trace
 from scalebits_compiler.frontend.lower_fx import lower
+from scalebits_compiler.interpreter.executor import Executor
 from scalebits_compiler.ir.module import Module
 from scalebits_compiler.ir.parser import parse_module
 from scalebits_compiler.ir.verifier import verify

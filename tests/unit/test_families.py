@@ -16,28 +16,28 @@ import numpy as np
 import pytest
 import torch
 
-from scalebits_compiler.analysis import analyse
-from scalebits_compiler.codegen.reference.executor import Executor
+from scalebits_compiler.analysis.order_classes import OrderClass, describe, find_orders
+from scalebits_compiler.artifact.sizes import summarize
 from scalebits_compiler.errors import VerifyError
 from scalebits_compiler.frontend.hf import load_model, trace
 from scalebits_compiler.frontend.lower_fx import lower
+from scalebits_compiler.interpreter.executor import Executor
 from scalebits_compiler.ir.module import Module
 from scalebits_compiler.ir.ops import Aten, Permute
 from scalebits_compiler.ir.verifier import verify
 from scalebits_compiler.numerics.layout import BlockLayout
 from scalebits_compiler.passes.base import PassContext, TextSplit
-from scalebits_compiler.passes.canonicalize import Canonicalize
-from scalebits_compiler.passes.fold_permutes import fold
-from scalebits_compiler.passes.order_classes import OrderClass, describe, find_orders
+from scalebits_compiler.passes.canonicalize.canonicalize import Canonicalize
 from scalebits_compiler.passes.pipeline import parse_passes, run_pipeline
-from scalebits_compiler.passes.reorder_channels import with_orders
+from scalebits_compiler.passes.reorder.fold_permutes import fold
+from scalebits_compiler.passes.reorder.reorder_channels import with_orders
 from scalebits_compiler.pretrained import call
-from scalebits_compiler.reference_session import load_reference
-from scalebits_compiler.runtime.cpu_features import cpu_features
+from scalebits_compiler.runtime.cpu.features import cpu_features
 from scalebits_compiler.runtime.manifest import Kernels
 from scalebits_compiler.runtime.session import load
-from scalebits_compiler.sessions import open_session
-from scalebits_compiler.summary import summarize
+from scalebits_compiler.sessions.open import open_session
+from scalebits_compiler.sessions.reference import load_reference
+from scalebits_compiler.tools.inspect import analyse
 
 # Gemma's windows are shorter than the test's text; OPT's table of positions starts at 2.
 FAMILIES: dict[str, dict[str, Any]] = {

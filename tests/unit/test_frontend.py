@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from scalebits_compiler.codegen.reference.executor import Executor
 from scalebits_compiler.errors import FrontendError
 from scalebits_compiler.frontend.hf import load_model, trace
 from scalebits_compiler.frontend.lower_fx import lower, short_name
+from scalebits_compiler.interpreter.executor import Executor
 from scalebits_compiler.ir.parser import parse_module
 from scalebits_compiler.ir.printer import print_module
 from scalebits_compiler.ir.verifier import verify

@@ -12,23 +12,23 @@ import numpy as np
 import pytest
 import torch
 
+from scalebits_compiler.analysis.order_classes import describe
+from scalebits_compiler.artifact.sizes import summarize
 from scalebits_compiler.codegen.plan import make_plan, order_tensors
-from scalebits_compiler.codegen.reference.executor import Executor
 from scalebits_compiler.errors import PassError, TargetError
 from scalebits_compiler.frontend.hf import load_model, trace
 from scalebits_compiler.frontend.lower_fx import lower
+from scalebits_compiler.interpreter.executor import Executor
 from scalebits_compiler.ir.attrs import Resource
 from scalebits_compiler.ir.module import Module
 from scalebits_compiler.ir.ops import Linear, QLinear
 from scalebits_compiler.ir.parser import parse_module
 from scalebits_compiler.ir.verifier import verify
-from scalebits_compiler.passes.assign_bits import AssignBits
 from scalebits_compiler.passes.base import PassContext, TextSplit
-from scalebits_compiler.passes.fold_permutes import LogitCheck
-from scalebits_compiler.passes.gather_inputs import GatherInputs
-from scalebits_compiler.passes.order_classes import describe
 from scalebits_compiler.passes.pipeline import parse_passes, run_pipeline
-from scalebits_compiler.summary import summarize
+from scalebits_compiler.passes.reorder.fold_permutes import LogitCheck
+from scalebits_compiler.passes.reorder.gather_inputs import GatherInputs
+from scalebits_compiler.passes.search.assign_bits import AssignBits
 
 IDS = torch.from_numpy(np.random.default_rng(3).integers(0, 256, (2, 17)))
 ALL = GatherInputs(worth=0.0)

@@ -9,8 +9,8 @@ from functools import partial
 
 import pytest
 
-from scalebits_compiler.runtime import helpers
-from scalebits_compiler.runtime.helpers import Helpers
+from scalebits_compiler.runtime.cpu import thread_pool as helpers
+from scalebits_compiler.runtime.cpu.thread_pool import Helpers
 
 
 def test_calls_are_made_at_once_again_and_again():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from scalebits_compiler.passes.objectives import VARIANCE, scored_tokens, summed_loss
+from scalebits_compiler.passes.sensitivity.objectives import VARIANCE, scored_tokens, summed_loss
 
 IDS = torch.arange(6).reshape(2, 3)
 

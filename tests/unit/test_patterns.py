@@ -7,7 +7,7 @@ import pytest
 from scalebits_compiler.errors import PassError, UsageError
 from scalebits_compiler.ir.module import Weight
 from scalebits_compiler.ir.types import TensorType
-from scalebits_compiler.passes.patterns import Pin, matching, parse_pin
+from scalebits_compiler.passes.selectors import Pin, matching, parse_pin
 
 NAMES = [
     f"layers.{layer}.{name}"

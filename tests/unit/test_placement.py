@@ -18,17 +18,17 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 
-from scalebits_compiler.codegen.reference.executor import Executor
+from scalebits_compiler.driver.device import bytes_held, computing_on, place_for
 from scalebits_compiler.errors import PassError
 from scalebits_compiler.frontend.hf import load_model, trace
 from scalebits_compiler.frontend.lower_fx import lower
+from scalebits_compiler.interpreter.executor import Executor
 from scalebits_compiler.ir.module import Module
 from scalebits_compiler.ir.printer import print_module
-from scalebits_compiler.numerics.placement import Placement
+from scalebits_compiler.numerics.device import Placement
 from scalebits_compiler.passes.base import PassContext, TextSplit
 from scalebits_compiler.passes.pipeline import parse_passes, run_pipeline
 from scalebits_compiler.passes.table import PASSES
-from scalebits_compiler.placement import bytes_held, computing_on, place_for
 
 THERE = "lazy"
 SCORING = "canonicalize{block = [16, 32], group = 32},annotate-sensitivity"
@@ -209,7 +209,7 @@ def test_the_stand_in_refuses_what_a_gpu_refuses(stand_in):
 
 def test_only_a_model_beyond_the_memory_is_streamed(traced, monkeypatch):
     module = traced(1)
-    monkeypatch.setattr("scalebits_compiler.placement._free_bytes", lambda device: limit)
+    monkeypatch.setattr("scalebits_compiler.driver.device._free_bytes", lambda device: limit)
     limit = bytes_held(module)
     assert place_for("cpu", module) == Placement("cpu", streamed=False)
     limit -= 1

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from scalebits_compiler.codegen.reference.target import ReferenceTarget
+from scalebits_compiler.codegen.reference import ReferenceTarget
 from scalebits_compiler.errors import UsageError
 from scalebits_compiler.ir.parser import parse_module, read_module
 from scalebits_compiler.ir.resources import ResourceStore
@@ -188,8 +188,8 @@ def test_magnitude_scores_of_an_installed_plugin(installed: dict[str, str], tmp_
 def test_an_op_of_a_plugin_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from scalebits_compiler.codegen.reference import rules
-    from scalebits_compiler.codegen.reference.executor import Executor
+    from scalebits_compiler.interpreter import rules
+    from scalebits_compiler.interpreter.executor import Executor
 
     monkeypatch.syspath_prepend(str(DEMO))
     from scalebits_demo import PLUGIN  # type: ignore[import-not-found]

@@ -10,7 +10,7 @@ from scalebits_compiler.codegen.plan import make_plan
 from scalebits_compiler.ir.parser import parse_module
 from scalebits_compiler.plugins import Registry
 from scalebits_compiler.runtime.plan import TorchCall
-from scalebits_compiler.torch_calls import TorchCalls
+from scalebits_compiler.sessions.torch_calls import TorchCalls
 
 
 def text_of(*lines):

@@ -5,12 +5,12 @@ import os
 import numpy as np
 import pytest
 
-from scalebits_compiler.runtime import cpu_features
-from scalebits_compiler.runtime.cpu_features import default_threads
-from scalebits_compiler.runtime.native_ops import together
+from scalebits_compiler.runtime.cpu import features as cpu_features
+from scalebits_compiler.runtime.cpu.features import default_threads
+from scalebits_compiler.runtime.cpu.native_ops import together
+from scalebits_compiler.runtime.cpu.program import ALONE, ALONE_NUMBERS, SYNC, Program
+from scalebits_compiler.runtime.cpu.thread_gating import FIRST_PAUSE, LONGEST_PAUSE, Team
 from scalebits_compiler.runtime.plan import Step
-from scalebits_compiler.runtime.program import ALONE, ALONE_NUMBERS, SYNC, Program
-from scalebits_compiler.runtime.team import FIRST_PAUSE, LONGEST_PAUSE, Team
 
 
 def steps(*sizes):
@@ -87,7 +87,7 @@ def test_a_thread_that_waits_is_counted(tmp_path):
     from scalebits_compiler.codegen.tvm.build import compile_kernels
     from scalebits_compiler.codegen.tvm.spec import select_specs
     from scalebits_compiler.numerics.layout import BlockLayout
-    from scalebits_compiler.runtime.kernels import KernelLibrary
+    from scalebits_compiler.runtime.cpu.library import KernelLibrary
 
     grid = (BlockLayout(16, 32, 16, 32, 32), np.array([[3]], np.uint8))
     specs, dispatch = select_specs([grid])

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from scalebits_compiler.passes.search import Costs
+from scalebits_compiler.passes.search.swaps import Costs
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "quality.py"
 

@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from scalebits_compiler.codegen.reference.executor import Executor
-from scalebits_compiler.codegen.reference.rules import RULES, attention_mask, stored_order
-from scalebits_compiler.codegen.reference.weights import dense, layout_of
 from scalebits_compiler.errors import TargetError
+from scalebits_compiler.interpreter.executor import Executor
+from scalebits_compiler.interpreter.rules import RULES, attention_mask
+from scalebits_compiler.interpreter.weights import dense, layout_of
 from scalebits_compiler.ir.attrs import Value
 from scalebits_compiler.ir.ops import OPS, Attention
 from scalebits_compiler.ir.parser import parse_module
 from scalebits_compiler.ir.resources import ResourceStore
+from scalebits_compiler.ir.stored_order import stored_order
 from scalebits_compiler.ir.types import TensorType
 
 IDS = torch.tensor([[1, 2, 3, 4, 5], [5, 5, 0, 2, 7]])
@@ -224,7 +225,7 @@ def test_stream_sees_inputs_made_with_the_weights_it_gave(two):
 
 
 def test_values_are_freed_at_their_last_use(two, monkeypatch):
-    from scalebits_compiler.codegen.reference import executor
+    from scalebits_compiler.interpreter import executor
 
     alive = []
     step = executor._Frame.step

@@ -15,21 +15,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scalebits_compiler.codegen.reference.executor import Executor
+from scalebits_compiler.analysis.order_classes import describe, find_orders
 from scalebits_compiler.errors import PassError, VerifyError
 from scalebits_compiler.frontend.hf import load_model, trace
 from scalebits_compiler.frontend.lower_fx import lower
+from scalebits_compiler.interpreter.executor import Executor
 from scalebits_compiler.ir.attrs import Resource
 from scalebits_compiler.ir.module import Module
 from scalebits_compiler.ir.ops import Add, Aten, Permute, Silu
 from scalebits_compiler.ir.parser import parse_module
 from scalebits_compiler.ir.verifier import verify
-from scalebits_compiler.passes.annotate_sensitivity import AnnotateSensitivity
 from scalebits_compiler.passes.base import PassContext, TextSplit
-from scalebits_compiler.passes.canonicalize import Canonicalize
-from scalebits_compiler.passes.fold_permutes import FoldPermutes
-from scalebits_compiler.passes.order_classes import describe, find_orders
-from scalebits_compiler.passes.reorder_channels import ReorderChannels
+from scalebits_compiler.passes.canonicalize.canonicalize import Canonicalize
+from scalebits_compiler.passes.reorder.fold_permutes import FoldPermutes
+from scalebits_compiler.passes.reorder.reorder_channels import ReorderChannels
+from scalebits_compiler.passes.sensitivity.annotate_sensitivity import AnnotateSensitivity
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"kind": "llama"},

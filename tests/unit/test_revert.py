@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from scalebits_compiler.codegen.reference.executor import Executor
-from scalebits_compiler.codegen.reference.rules import RULES, Scope
+from scalebits_compiler.analysis.order_classes import find_orders
 from scalebits_compiler.frontend.hf import load_model, trace
 from scalebits_compiler.frontend.lower_fx import lower
+from scalebits_compiler.interpreter.executor import Executor
+from scalebits_compiler.interpreter.rules import RULES, Scope
 from scalebits_compiler.ir.attrs import Value
 from scalebits_compiler.ir.module import Module
 from scalebits_compiler.ir.op import Op, Typing
@@ -22,10 +23,9 @@ from scalebits_compiler.ir.ops import Linear
 from scalebits_compiler.ir.types import Type
 from scalebits_compiler.ir.verifier import verify
 from scalebits_compiler.passes.base import PassContext, TextSplit
-from scalebits_compiler.passes.canonicalize import Canonicalize
-from scalebits_compiler.passes.fold_permutes import TOLERANCE, FoldPermutes
-from scalebits_compiler.passes.order_classes import find_orders
-from scalebits_compiler.passes.reorder_channels import with_orders
+from scalebits_compiler.passes.canonicalize.canonicalize import Canonicalize
+from scalebits_compiler.passes.reorder.fold_permutes import TOLERANCE, FoldPermutes
+from scalebits_compiler.passes.reorder.reorder_channels import with_orders
 
 IDS = torch.from_numpy(np.random.default_rng(3).integers(0, 256, (2, 17)))
 

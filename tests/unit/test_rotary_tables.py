@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from scalebits_compiler.passes.rotary_tables import TableForm, frequency_of, scaling_of
+from scalebits_compiler.passes.canonicalize.rotary_tables import TableForm, frequency_of, scaling_of
 
 
 def tables(frequency, positions, form):

@@ -11,23 +11,23 @@ import numpy as np
 import pytest
 import torch
 
-from scalebits_compiler.codegen.reference.executor import Executor
-from scalebits_compiler.codegen.reference.weights import dense
-from scalebits_compiler.driver import CompileOptions, pipeline_for, remaining
+from scalebits_compiler.artifact.sizes import summarize
+from scalebits_compiler.driver.compile import CompileOptions, pipeline_for, remaining
 from scalebits_compiler.errors import PassError
 from scalebits_compiler.frontend.hf import load_model, trace
 from scalebits_compiler.frontend.lower_fx import lower
+from scalebits_compiler.interpreter.executor import Executor
+from scalebits_compiler.interpreter.weights import dense
 from scalebits_compiler.ir.module import Module
 from scalebits_compiler.ir.ops import Linear, QLinear
 from scalebits_compiler.ir.verifier import verify
 from scalebits_compiler.numerics.layout import BlockLayout
 from scalebits_compiler.numerics.quantize import grouped, middle
 from scalebits_compiler.passes.base import PassContext, TextSplit
-from scalebits_compiler.passes.canonicalize import Canonicalize
-from scalebits_compiler.passes.pack_blocks import PackBlocks
-from scalebits_compiler.passes.round_weights import RoundWeights, group_bits
+from scalebits_compiler.passes.canonicalize.canonicalize import Canonicalize
+from scalebits_compiler.passes.rounding.pack_blocks import PackBlocks
+from scalebits_compiler.passes.rounding.round_weights import RoundWeights, group_bits
 from scalebits_compiler.passes.table import PASSES
-from scalebits_compiler.summary import summarize
 
 IDS = torch.from_numpy(np.random.default_rng(2).integers(0, 256, (16, 32)))
 

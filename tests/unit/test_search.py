@@ -12,7 +12,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scalebits_compiler.passes.search import (
+from scalebits_compiler.passes.search.initial_allocations import (
+    Costs,
+    Floats,
+    Ints,
+    best_uniform,
+    greedy_raise,
+    surrogate,
+)
+from scalebits_compiler.passes.search.swaps import (
     Moves,
     SearchSettings,
     SearchState,
@@ -21,14 +29,6 @@ from scalebits_compiler.passes.search import (
     predicted_change,
     propose,
     swap_search,
-)
-from scalebits_compiler.passes.starts import (
-    Costs,
-    Floats,
-    Ints,
-    best_uniform,
-    greedy_raise,
-    surrogate,
 )
 
 seeds = st.integers(0, 2**32)
@@ -228,7 +228,7 @@ class TestGoingOn:
 
     def test_work_is_bounded(self) -> None:
         """Whatever the held loss says: halving ends, and a default search stays below 40."""
-        from scalebits_compiler.passes.assign_bits import AssignBits
+        from scalebits_compiler.passes.search.assign_bits import AssignBits
 
         fake, losses = Fake.make(3, blocks=2000), iter(np.linspace(1, 0, 10_000))
         calls: list[int] = []

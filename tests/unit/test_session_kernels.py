@@ -5,13 +5,13 @@ import hashlib
 import numpy as np
 import pytest
 
-from scalebits_compiler.codegen.reference.executor import Executor
 from scalebits_compiler.errors import ArtifactError
+from scalebits_compiler.interpreter.executor import Executor
 from scalebits_compiler.ir.parser import read_module
 from scalebits_compiler.numerics.layout import BlockLayout
-from scalebits_compiler.runtime.cpu_features import cpu_features
+from scalebits_compiler.runtime.cpu.features import cpu_features
+from scalebits_compiler.runtime.cpu.program import CODE
 from scalebits_compiler.runtime.manifest import Kernels
-from scalebits_compiler.runtime.program import CODE
 from scalebits_compiler.runtime.session import load
 
 torch = pytest.importorskip("torch")

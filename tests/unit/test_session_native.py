@@ -14,13 +14,15 @@ from scalebits_compiler.ir.resources import ResourceStore
 from scalebits_compiler.ir.types import TensorType
 from scalebits_compiler.ir.verifier import verify
 from scalebits_compiler.numerics.layout import BlockLayout
-from scalebits_compiler.reference_session import load_reference
-from scalebits_compiler.runtime import kernels, native, team
-from scalebits_compiler.runtime.cpu_features import cpu_features
+from scalebits_compiler.runtime.cpu import library as kernels
+from scalebits_compiler.runtime.cpu import native
+from scalebits_compiler.runtime.cpu import thread_gating as team
+from scalebits_compiler.runtime.cpu.features import cpu_features
+from scalebits_compiler.runtime.cpu.native_ops import NotNative
 from scalebits_compiler.runtime.manifest import Kernels
-from scalebits_compiler.runtime.native_ops import NotNative
 from scalebits_compiler.runtime.session import load
-from scalebits_compiler.sessions import open_session
+from scalebits_compiler.sessions.open import open_session
+from scalebits_compiler.sessions.reference import load_reference
 
 pytest.importorskip("tvm", reason="the kernel compiler needs apache-tvm")
 from scalebits_compiler.codegen.tvm.build import compile_kernels

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scalebits_compiler.passes.starts import (
+from scalebits_compiler.passes.search.initial_allocations import (
     Costs,
     Floats,
     Ints,

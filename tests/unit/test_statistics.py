@@ -11,16 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from scalebits_compiler.codegen.reference.executor import Executor
 from scalebits_compiler.frontend.calibration import load_tokenizer, read_windows
 from scalebits_compiler.frontend.hf import load_model, trace
 from scalebits_compiler.frontend.lower_fx import lower
+from scalebits_compiler.interpreter.executor import Executor
 from scalebits_compiler.ir.module import Module
 from scalebits_compiler.ir.ops import Linear
-from scalebits_compiler.passes import statistics as stats
 from scalebits_compiler.passes.base import PassContext
-from scalebits_compiler.passes.canonicalize import Canonicalize
-from scalebits_compiler.passes.objectives import summed_loss
+from scalebits_compiler.passes.canonicalize.canonicalize import Canonicalize
+from scalebits_compiler.passes.sensitivity import scores as stats
+from scalebits_compiler.passes.sensitivity.objectives import summed_loss
 
 IDS = torch.from_numpy(np.random.default_rng(9).integers(0, 256, (3, 11)))
 

@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 import torch
 
-from scalebits_compiler.codegen.reference.executor import Executor
-from scalebits_compiler.codegen.reference.weights import dense
 from scalebits_compiler.errors import PassError
 from scalebits_compiler.frontend.hf import load_model, trace
 from scalebits_compiler.frontend.lower_fx import lower
+from scalebits_compiler.interpreter.executor import Executor
+from scalebits_compiler.interpreter.weights import dense
 from scalebits_compiler.ir.module import Module
 from scalebits_compiler.ir.verifier import verify
-from scalebits_compiler.passes import original as predicted
 from scalebits_compiler.passes.base import PassContext, TextSplit
-from scalebits_compiler.passes.canonicalize import Canonicalize
-from scalebits_compiler.passes.round_weights import RoundWeights
-from scalebits_compiler.passes.tune_scales import TuneScales
-from scalebits_compiler.passes.tuned_matrix import using
+from scalebits_compiler.passes.canonicalize.canonicalize import Canonicalize
+from scalebits_compiler.passes.rounding import teacher as predicted
+from scalebits_compiler.passes.rounding.round_weights import RoundWeights
+from scalebits_compiler.passes.rounding.tune_scales import TuneScales
+from scalebits_compiler.passes.rounding.tuned_matrix import using
 
 RNG = np.random.default_rng(3)
 TEXT = TextSplit(*(torch.from_numpy(RNG.integers(0, 256, (16, 24))) for _ in range(2)))

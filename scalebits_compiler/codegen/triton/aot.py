@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from scalebits_compiler.codegen import cache
+from scalebits_compiler.codegen import kernel_cache as cache
 from scalebits_compiler.codegen.triton import worker
 from scalebits_compiler.codegen.triton.emit import emit_module, parameters
 from scalebits_compiler.codegen.triton.spec import KernelSpec

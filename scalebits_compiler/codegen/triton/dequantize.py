@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from scalebits_compiler.codegen.triton import matmul, walk, words
+from scalebits_compiler.codegen.triton import loops as walk
+from scalebits_compiler.codegen.triton import matmul
+from scalebits_compiler.codegen.triton import unpack as words
 from scalebits_compiler.codegen.triton.spec import KernelSpec
 from scalebits_compiler.numerics.layout import MAX_BITS, SUBS
 

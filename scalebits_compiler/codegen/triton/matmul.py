@@ -16,7 +16,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from scalebits_compiler.codegen.triton import walk, words
+from scalebits_compiler.codegen.triton import loops as walk
+from scalebits_compiler.codegen.triton import unpack as words
 from scalebits_compiler.codegen.triton.spec import SLICE, KernelSpec
 from scalebits_compiler.numerics.layout import MAX_BITS, SCALE_SHIFT, SUBS
 

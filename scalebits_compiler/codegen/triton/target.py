@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from scalebits_compiler.codegen.cache import check_cache
+from scalebits_compiler.codegen.kernel_cache import check_cache
 from scalebits_compiler.codegen.plan import make_plan
 from scalebits_compiler.codegen.target import Built, Target
 from scalebits_compiler.errors import TargetError, UsageError

@@ -16,6 +16,14 @@ from dataclasses import dataclass
 from operator import add
 from typing import Any
 
+from scalebits_compiler.codegen.tvm.calling_convention import (
+    MANY,
+    Arguments,
+    Expr,
+    T,
+    buffer_at,
+    kernel,
+)
 from scalebits_compiler.codegen.tvm.emit import (
     Slots,
     ceildiv,
@@ -28,10 +36,9 @@ from scalebits_compiler.codegen.tvm.emit import (
     vstore,
 )
 from scalebits_compiler.codegen.tvm.spec import OpSpec
-from scalebits_compiler.codegen.tvm.step import MANY, Arguments, Expr, T, buffer_at, kernel
 from scalebits_compiler.codegen.tvm.vectors import each_vector, exp, reduce_lanes, tanh
 from scalebits_compiler.numerics.layout import LANES
-from scalebits_compiler.runtime.program import (
+from scalebits_compiler.runtime.cpu.program import (
     CAPACITY,
     KEY_BLOCK,
     PADS,

@@ -16,7 +16,6 @@ from scalebits_compiler.codegen.tvm.attention import (
     build_store_values,
 )
 from scalebits_compiler.codegen.tvm.dense import build_dense
-from scalebits_compiler.codegen.tvm.entry import build_run
 from scalebits_compiler.codegen.tvm.gemm import build_gemm
 from scalebits_compiler.codegen.tvm.gemv import build_gemv
 from scalebits_compiler.codegen.tvm.objects import object_of
@@ -30,6 +29,7 @@ from scalebits_compiler.codegen.tvm.rows import (
     build_rms_norm,
     build_rope,
 )
+from scalebits_compiler.codegen.tvm.run_loop import build_run
 from scalebits_compiler.codegen.tvm.spec import (
     KernelSpec,
     OpSpec,
@@ -55,7 +55,7 @@ BUILDERS: dict[str, Callable[[Any], Any]] = {
     "attention": build_attention,
     **dict.fromkeys(ELEMENTWISE, build_elementwise),
 }
-"""Kind of kernel -> the function that writes it. `runtime/program.py` has their arguments."""
+"""Kind of kernel -> the function that writes it. `runtime/cpu/program.py` has their arguments."""
 LINKERS: dict[str, tuple[str, ...]] = {
     "ld": (),
     "ld.lld": (),

@@ -9,12 +9,12 @@ from __future__ import annotations
 from operator import add
 from typing import Any
 
+from scalebits_compiler.codegen.tvm.calling_convention import MANY, Arguments, Expr, T, kernel
 from scalebits_compiler.codegen.tvm.emit import Slots, fma, i64, loop, splat
 from scalebits_compiler.codegen.tvm.rows import STORED
 from scalebits_compiler.codegen.tvm.spec import OpSpec
-from scalebits_compiler.codegen.tvm.step import MANY, Arguments, Expr, T, kernel
 from scalebits_compiler.codegen.tvm.vectors import Lanes, each_vector, reduce_lanes
-from scalebits_compiler.runtime.program import DENSE_ROWS
+from scalebits_compiler.runtime.cpu.program import DENSE_ROWS
 
 _MOST_TOKENS = 4
 

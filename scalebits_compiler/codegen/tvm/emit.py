@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from scalebits_compiler.codegen.tvm.calling_convention import MANY, Arguments, Expr, T
 from scalebits_compiler.codegen.tvm.spec import KernelSpec
-from scalebits_compiler.codegen.tvm.step import MANY, Arguments, Expr, T
 from scalebits_compiler.numerics.layout import (
     FOOTER_BYTES,
     LANES,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from scalebits_compiler.codegen.tvm.calling_convention import kernel
 from scalebits_compiler.codegen.tvm.emit import (
     Expr,
     Footer,
@@ -34,7 +35,6 @@ from scalebits_compiler.codegen.tvm.emit import (
     vstore,
 )
 from scalebits_compiler.codegen.tvm.spec import CHUNK_TOKENS, JOINED_GROUP, TILE_TOKENS, KernelSpec
-from scalebits_compiler.codegen.tvm.step import kernel
 from scalebits_compiler.numerics.layout import LANES, MAX_BITS, PIECES, STEP, SUBS, VECTOR_BYTES
 
 

@@ -7,6 +7,7 @@ from functools import reduce
 from operator import add
 from typing import Any
 
+from scalebits_compiler.codegen.tvm.calling_convention import kernel
 from scalebits_compiler.codegen.tvm.emit import (
     Expr,
     Input,
@@ -27,7 +28,6 @@ from scalebits_compiler.codegen.tvm.emit import (
     store_rows,
 )
 from scalebits_compiler.codegen.tvm.spec import KernelSpec
-from scalebits_compiler.codegen.tvm.step import kernel
 from scalebits_compiler.numerics.layout import LANES, PIECES, STEP, SUBS, VECTOR_BYTES
 
 

@@ -18,7 +18,7 @@ from tvm.ir.transform import Pass, PassContext, Sequential, module_pass
 from tvm.s_tir.pipeline import finalize_device_passes, finalize_host_passes
 from tvm.target.codegen import llvm_get_system_triple, llvm_version_major
 
-from scalebits_compiler.codegen import cache
+from scalebits_compiler.codegen import kernel_cache as cache
 from scalebits_compiler.codegen.tvm.spec import Variant, host_variants, run_symbol
 from scalebits_compiler.errors import TargetError
 

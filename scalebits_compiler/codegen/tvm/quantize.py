@@ -10,6 +10,7 @@ from collections.abc import Callable
 from operator import add
 from typing import Any
 
+from scalebits_compiler.codegen.tvm.calling_convention import MANY, kernel
 from scalebits_compiler.codegen.tvm.emit import (
     Expr,
     Input,
@@ -21,7 +22,6 @@ from scalebits_compiler.codegen.tvm.emit import (
     vstore,
 )
 from scalebits_compiler.codegen.tvm.spec import KernelSpec
-from scalebits_compiler.codegen.tvm.step import MANY, kernel
 from scalebits_compiler.codegen.tvm.vectors import Lanes, each_vector, reduce_lanes
 from scalebits_compiler.numerics.layout import LANES
 

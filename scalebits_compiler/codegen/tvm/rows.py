@@ -6,9 +6,9 @@ from collections.abc import Callable
 from operator import add, mul
 from typing import Any
 
+from scalebits_compiler.codegen.tvm.calling_convention import MANY, Expr, T, kernel
 from scalebits_compiler.codegen.tvm.emit import Slots, fma, i64, loop, splat
 from scalebits_compiler.codegen.tvm.spec import OpSpec
-from scalebits_compiler.codegen.tvm.step import MANY, Expr, T, kernel
 from scalebits_compiler.codegen.tvm.vectors import (
     Lanes,
     each_vector,
@@ -19,7 +19,7 @@ from scalebits_compiler.codegen.tvm.vectors import (
     silu,
     tanh,
 )
-from scalebits_compiler.runtime.program import ELEMENTS
+from scalebits_compiler.runtime.cpu.program import ELEMENTS
 
 STORED = {"float32": "float32", "bfloat16": "uint16", "float16": "uint16"}
 """Type of a dense weight -> the type of its buffer: TVM needs no conversion of its own."""

@@ -7,13 +7,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from scalebits_compiler.codegen.cache import check_cache
+from scalebits_compiler.codegen.kernel_cache import check_cache
 from scalebits_compiler.codegen.plan import make_plan, unplanned
 from scalebits_compiler.codegen.target import Built, Target
 from scalebits_compiler.errors import TargetError
 from scalebits_compiler.numerics.layout import BlockLayout
+from scalebits_compiler.runtime.cpu.program import DENSE_TYPES
 from scalebits_compiler.runtime.manifest import Kernels
-from scalebits_compiler.runtime.program import DENSE_TYPES
 
 if TYPE_CHECKING:
     from scalebits_compiler.ir.module import Module

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from scalebits_compiler.codegen.tvm.calling_convention import Expr, T
 from scalebits_compiler.codegen.tvm.emit import Slots, fma, i64, splat, to_f32, vload, vstore
-from scalebits_compiler.codegen.tvm.step import Expr, T
 from scalebits_compiler.numerics.layout import LANES
 
 Combine = Callable[[Expr, Expr], Expr]

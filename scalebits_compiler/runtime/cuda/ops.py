@@ -3,7 +3,7 @@
 Activations are fp16 or bf16, [batch, sequence, channels] or [batch, heads, sequence, d]; norms,
 angles, routing weights and the sums inside products are float32. Only the ops of `UNCAPTURED` read
 a value back from the device, the number of tokens of an expert; a run of the others can be captured
-as a graph. What the ops mean is defined in `codegen/reference`.
+as a graph. What the ops mean is defined in `interpreter/rules.py`.
 """
 
 from __future__ import annotations

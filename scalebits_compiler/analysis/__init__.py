@@ -1,0 +1,1 @@
+"""Analyses of IR modules that several stages use."""

@@ -1,0 +1,1 @@
+"""Writes artifacts: the folder, its tensors, its sizes."""

@@ -1,1 +1,0 @@
-"""The reference target: one slow torch rule per op. It is the definition of the ops."""

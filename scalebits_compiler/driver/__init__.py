@@ -1,0 +1,1 @@
+"""From a model to artifacts: options, stages, budgets, checkpoints."""

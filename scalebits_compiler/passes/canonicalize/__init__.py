@@ -1,0 +1,1 @@
+"""ATen calls to the ops of the IR."""

@@ -1,0 +1,1 @@
+"""Channel permutations: which exist, which pay, and how they are folded away."""

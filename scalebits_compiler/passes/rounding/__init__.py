@@ -1,0 +1,1 @@
+"""Final codes and scales: error feedback, tuning, packing."""

@@ -1,0 +1,1 @@
+"""Bit-widths of blocks under a budget."""

@@ -1,0 +1,211 @@
+"""The budgeted search for block widths: the best initial allocation, then batched swaps.
+
+All blocks of all matrices are one flat list here. `initial_allocations` gives the first candidates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from scalebits_compiler.passes.search.initial_allocations import Costs, Floats, Ints
+
+
+@dataclass(frozen=True)
+class Moves:
+    """Predicted change of the loss per block, float64 [blocks]; inf where impossible.
+
+    error_up, error_down: the standard errors of these predictions.
+    """
+
+    up: Floats
+    down: Floats
+    error_up: Floats
+    error_down: Floats
+
+    def cautious(self, z: float) -> Moves:
+        """The same, each promise worse by z standard errors."""
+        return replace(self, up=self.up + z * self.error_up, down=self.down + z * self.error_down)
+
+
+def propose(bits: Ints, moves: Moves, costs: Costs, count: int) -> Ints:
+    """Up to `count` blocks one bit up, paid by slack and by other blocks one bit down.
+
+    Gives the new widths; the same ones if nothing helps.
+    """
+    raises = np.argsort(moves.up / costs.per_bit, kind="stable")[:count]
+    raises = raises[moves.up[raises] < 0]
+    lowers = np.argsort(moves.down / costs.per_bit, kind="stable")
+    lowers = lowers[~np.isin(lowers, raises)][: 2 * count]
+    changed = bits.copy()
+    slack = costs.budget - costs.total(bits)
+    cursor = 0
+    for block in raises:
+        needed = int(costs.per_bit[block]) - slack
+        gain, taken = float(moves.up[block]), cursor
+        while needed > 0 and taken < len(lowers) and np.isfinite(moves.down[lowers[taken]]):
+            needed -= int(costs.per_bit[lowers[taken]])
+            gain += float(moves.down[lowers[taken]])
+            taken += 1
+        if needed > 0 or gain >= 0:
+            break
+        changed[block] += 1
+        changed[lowers[cursor:taken]] -= 1
+        slack, cursor = -needed, taken
+    return changed
+
+
+def predicted_change(bits: Ints, changed: Ints, moves: Moves) -> float:
+    """What the scores promise for moves of one bit."""
+    return float(moves.up[changed > bits].sum() + moves.down[changed < bits].sum())
+
+
+@dataclass(frozen=True)
+class Step:
+    """One accepted step of the search: predicted and measured change of the held loss (nats)."""
+
+    round: int
+    moved: int
+    predicted: float
+    measured: float
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """How long and how boldly to search; shares are of the number of blocks.
+
+    z: by how many standard errors a move must beat the others.
+    """
+
+    rounds: int
+    z: float = 0.0
+    first_share: float = 0.12
+    last_share: float = 0.004
+    tolerance: float = 1e-5
+
+
+@dataclass
+class SearchState:
+    """Where a search stands after a round: enough to go on as if it had not been stopped.
+
+    loss: held loss of `bits` (nats). count: blocks of the next batch (0: the most). scored, held:
+    gradient passes and evaluations of the held loss so far. starts: held loss of each start.
+    """
+
+    bits: Ints
+    loss: float
+    starts: dict[str, float]
+    round: int = 0
+    count: int = 0
+    scored: float = 0
+    held: int = 0
+    done: bool = False
+    steps: list[Step] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        """The state in plain values; floats survive JSON exactly."""
+        plain = asdict(self)
+        return {**plain, "bits": "".join(map(str, self.bits.tolist()))}
+
+    @staticmethod
+    def from_json(plain: dict[str, Any]) -> SearchState:
+        """The inverse of `as_json`; KeyError, TypeError or ValueError for anything else."""
+        bits = np.array([int(width) for width in plain["bits"]], dtype=np.int64)
+        steps = [Step(**step) for step in plain["steps"]]
+        return SearchState(**{**plain, "bits": bits, "steps": steps})
+
+
+def best_start(
+    starts: dict[str, Ints],
+    steeper: Iterable[Ints],
+    guards: dict[str, Ints],
+    held_loss: Callable[[Ints], float],
+) -> SearchState:
+    """The start with the least held loss, the first of equals.
+
+    While it is no lower than that of the guards, `steeper` starts are tried in turn. A guard is
+    none itself: from uniform widths the search ends in worse places than from the hull.
+    """
+    losses = {name: held_loss(bits) for name, bits in {**guards, **starts}.items()}
+    least = min((losses[name] for name in guards), default=math.inf)
+    name = min(starts, key=lambda name: losses[name])
+    best = starts[name]
+    for count, bits in enumerate(steeper, 2):
+        if losses[name] < least:
+            break
+        tried = f"steeper hull {count}"
+        losses[tried] = held_loss(bits)
+        if losses[tried] < losses[name]:
+            name, best = tried, bits
+    return SearchState(best.copy(), losses[name], losses, held=len(losses))
+
+
+def guarded(state: SearchState, guards: dict[str, Ints]) -> bool:
+    """Whether a guard has a lower held loss than what the search found; it is in the state then."""
+    name = min(guards, key=lambda name: state.starts[name])
+    if state.loss <= state.starts[name]:
+        return False
+    state.bits, state.loss = guards[name].copy(), state.starts[name]
+    return True
+
+
+def swap_search(
+    state: SearchState,
+    costs: Costs,
+    score: Callable[[Ints], Moves],
+    held_loss: Callable[[Ints], float],
+    settings: SearchSettings,
+    save: Callable[[SearchState], None],
+) -> Moves | None:
+    """Rounds of {score all moves here, swap a batch, keep it if the held loss falls, else halve}.
+
+    `held_loss` looks at text that no gradient of `score` has seen; it falls at every accepted
+    step. Advances `state` and saves it after every round. Gives the scores at the final widths,
+    None if these were not scored.
+    """
+    moves = None
+    while not state.done and state.round < settings.rounds:
+        moves = score(state.bits)
+        state.scored += 1
+        if _round(state, costs, moves, held_loss, settings):
+            moves = None
+        else:
+            state.done = True
+        state.round += 1
+        save(state)
+    return moves
+
+
+def _round(
+    state: SearchState,
+    costs: Costs,
+    moves: Moves,
+    held_loss: Callable[[Ints], float],
+    settings: SearchSettings,
+) -> bool:
+    """Whether a batch was found that lowers the held loss; it is in the state then."""
+    most = max(1, int(settings.first_share * len(state.bits)))
+    least = max(1, int(settings.last_share * len(state.bits)))
+    state.count = state.count or most
+    halved = False
+    while True:
+        tried = propose(state.bits, moves.cautious(settings.z), costs, state.count)
+        if np.array_equal(tried, state.bits):
+            return False
+        loss = held_loss(tried)
+        state.held += 1
+        if loss < state.loss - settings.tolerance:
+            break
+        if state.count <= least:
+            return False
+        state.count, halved = max(least, state.count // 2), True
+    predicted = predicted_change(state.bits, tried, moves)
+    moved = int((tried != state.bits).sum())
+    state.steps.append(Step(state.round, moved, predicted, loss - state.loss))
+    state.bits, state.loss = tried, loss
+    state.count = state.count if halved else min(2 * state.count, most)
+    return True

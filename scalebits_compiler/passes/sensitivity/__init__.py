@@ -1,0 +1,1 @@
+"""Gradients and curvature at quantized weights, and the losses they are of."""

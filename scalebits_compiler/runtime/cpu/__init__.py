@@ -1,0 +1,1 @@
+"""The native CPU runtime: kernel libraries, programs, threads."""

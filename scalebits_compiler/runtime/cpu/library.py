@@ -1,0 +1,297 @@
+"""Compiled CPU kernels: loading, running programs, the packed linear layer (layer L1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tvm_ffi
+from numpy.typing import NDArray
+
+from scalebits_compiler.errors import ArtifactError, TargetError
+from scalebits_compiler.numerics.layout import FORMAT_VERSION, BlockLayout
+from scalebits_compiler.runtime.cpu.features import cpu_features, prefetch_distance
+from scalebits_compiler.runtime.cpu.isa import EXACT, choose_mode, choose_variant
+from scalebits_compiler.runtime.cpu.program import (
+    COUNTER_STRIDE,
+    TOOK,
+    WAITED,
+    Argument,
+    Program,
+    Rows,
+)
+from scalebits_compiler.runtime.cpu.thread_gating import Team
+from scalebits_compiler.runtime.cpu.thread_pool import Helpers
+
+THREAD_WORK = 1 << 23
+"""Multiply-adds below which a thread is not worth its ~25 us of hand-over."""
+LAST_LOOKS = 50
+"""Looks at whether the helpers have ended (about 75 us) before their wait is that of a lock."""
+
+F32 = NDArray[np.float32]
+_PLANES = {"int16": (2, "int8"), "int8": (1, "int8"), "float32": (1, "float32")}
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedInput:
+    """Activations x[tokens, cols] as the matrix kernels read them; see `KernelLibrary.quantize`.
+
+    values: [groups, padded tokens, planes, group], int8, in mode float32 float32. scales:
+    f32[groups, padded tokens, 2], the step and the sum of x of each group.
+    """
+
+    tokens: int
+    cols: int
+    group: int
+    mode: str
+    values: NDArray[np.int8] | F32
+    scales: F32
+
+
+class KernelLibrary:
+    """The kernels of an artifact that this processor can run; made by `open`.
+
+    variant: name of the chosen variant. mode: its arithmetic, as `variants` explains it.
+    threads: how many threads large programs are split over at most. gemv_tokens: up
+    to so many tokens use the gemv kernel; beyond, gemm works on multiples of tile_tokens,
+    chunk_tokens at a time.
+    """
+
+    def __init__(self, run: Any, variant: dict[str, Any], mode: str) -> None:
+        self.variant: str = variant["name"]
+        self.mode = mode
+        self.gemv_tokens: int = variant["gemv_tokens"]
+        self.tile_tokens: int = variant["tile_tokens"]
+        self.chunk_tokens: int = variant["chunk_tokens"]
+        self.threads = 1
+        self.ahead = prefetch_distance()
+        self._team, self._helpers = Team(), Helpers()
+        self.threads_meet: bool = variant["threads"]
+        self._run = run
+        self._scratch: dict[tuple[str, int, int], NDArray[np.uint8]] = {}
+        self._kernels: dict[tuple[Any, ...], tuple[int, frozenset[int]]] = {
+            (kernel["kind"], kernel["group"], kernel["panel"], kernel["block_cols"]): (
+                number,
+                frozenset(kernel["bits"]),
+            )
+            for number, kernel in enumerate(variant["kernels"])
+            if kernel.get("mode") == mode
+        }
+        self._ops: dict[tuple[str, str], int] = {
+            (kernel["kind"], kernel["dtype"]): number
+            for number, kernel in enumerate(variant["kernels"])
+            if "mode" not in kernel
+        }
+
+    @classmethod
+    def open(
+        cls,
+        path: Path,
+        dispatch: dict[str, Any],
+        features: frozenset[str] | None = None,
+        activations: str = EXACT,
+    ) -> KernelLibrary:
+        """Load the shared object `path`; choose the first variant of `dispatch` that runs here.
+
+        `features` are processor flags (default: those of this one). Raises `ArtifactError` if no
+        variant runs here, or the file or table is damaged; `TargetError` if the chosen variant
+        does not have the `activations`.
+        """
+        if dispatch.get("version") != FORMAT_VERSION:
+            raise ArtifactError(
+                f"kernel table of version {dispatch.get('version')}, expected {FORMAT_VERSION}",
+                help="compile the model again with this version of scalebits_compiler",
+            )
+        flags = cpu_features() if features is None else features
+        if "variants" not in dispatch:
+            raise ArtifactError("the kernel table lacks 'variants'", help="compile the model again")
+        variant = choose_variant(dispatch["variants"], flags)
+        mode = choose_mode(variant, activations)
+        if not path.is_file():
+            raise ArtifactError(f"kernel file {path} is missing", help="compile the model again")
+        try:
+            run = tvm_ffi.load_module(str(path)).get_function(variant["run"])
+        except (RuntimeError, OSError, AttributeError) as error:
+            raise ArtifactError(
+                f"kernel file {path} cannot be loaded: {error}", help="compile the model again"
+            ) from None
+        return cls(run, variant, mode)
+
+    def number(
+        self,
+        kind: str,
+        group: int,
+        panel: int = 0,
+        block_cols: int = 0,
+        bits: frozenset[int] = frozenset(),
+    ) -> int:
+        """The number in programs of the kernel that knows the widths `bits`, or `ArtifactError`."""
+        number, known = self._kernels.get((kind, group, panel, block_cols), (-1, frozenset()))
+        if number < 0 or not bits <= known:
+            raise ArtifactError(
+                f"the artifact has no {self.variant} {kind} kernel for group {group},"
+                f" panel {panel}, block columns {block_cols} and widths {sorted(bits)}",
+                help="compile the model again; its kernels and its weights do not belong together",
+            )
+        return number
+
+    def scratch(self, name: str, size: int) -> NDArray[np.uint8]:
+        """`size` bytes for each thread, shared by all steps that ask for the same."""
+        key = (name, size, self.threads)
+        if key not in self._scratch:
+            self._scratch[key] = np.empty(size * self.threads, np.uint8)
+        return self._scratch[key]
+
+    def op_number(self, kind: str, dtype: str) -> int:
+        """The number in programs of the kernel of an op, or `ArtifactError`."""
+        if (kind, dtype) not in self._ops:
+            raise ArtifactError(
+                f"the artifact has no {self.variant} kernel for {kind} {dtype}".rstrip(),
+                help="compile the model again; its kernels and its plan do not belong together",
+            )
+        return self._ops[kind, dtype]
+
+    def add_quantize(
+        self,
+        program: Program,
+        x: Rows,
+        group: int,
+        index: NDArray[np.uint16] | None = None,
+        new: Callable[..., NDArray[Any]] = np.zeros,
+    ) -> QuantizedInput:
+        """Add the step that quantises rows of a f32 matrix to a program.
+
+        index: [K], which column of x comes at each place, None if they stay. new(shape, dtype)
+        makes the arrays of the result.
+        """
+        tokens, cols = x.total, x.data.shape[1]
+        groups, tile = -(-cols // group), self.tile_tokens
+        padded = tokens if tokens <= self.gemv_tokens else -(-tokens // tile) * tile
+        planes, dtype = _PLANES[self.mode]
+        # Padding tokens are computed and thrown away; zeros keep slow denormals out of them.
+        values = new((groups, padded, planes, group), dtype)
+        scales = new((groups, padded, 2), "float32")
+        arguments: dict[str, Argument] = {
+            "x": x.start, "x_stride": x.stride, "cols": cols, "groups": groups,
+            "values": values, "scales": scales, "tokens": padded,
+        }  # fmt: skip
+        kind = "quantize"
+        if index is not None:
+            kind, arguments["index"] = "gather_quantize", index
+        program.add(self.number(kind, group), kind, tokens * groups, arguments)
+        return QuantizedInput(tokens, cols, group, self.mode, values, scales)
+
+    def quantize(
+        self, x: F32, group: int, index: NDArray[np.uint16] | None = None
+    ) -> QuantizedInput:
+        """Quantise x f32[tokens, K] once for all matrices that read it in groups of `group`.
+
+        index as in `add_quantize`.
+        """
+        if x.ndim != 2 or x.dtype != np.float32 or not x.size:
+            raise TargetError(
+                f"activations must be float32[tokens, K], found {x.dtype}{list(x.shape)}"
+            )
+        program = Program()
+        rows = Rows(np.ascontiguousarray(x), 0, 1, len(x))
+        result = self.add_quantize(program, rows, group, index)
+        self.run(program)
+        return result
+
+    def run(
+        self, program: Program, first: int = 0, last: int | None = None, threads: int | None = None
+    ) -> None:
+        """Execute the steps first..last of a program, on threads if its work is worth it.
+
+        threads: this many instead.
+        """
+        table = program.table
+        last = len(table) if last is None else last
+        if threads is None:
+            threads = self._team.size(self.threads) if program.work >= THREAD_WORK else 1
+        counts = np.zeros((threads, COUNTER_STRIDE), np.int64)
+        table, counters = (tvm_ffi.from_dlpack(array) for array in (table, counts))
+        calls = [
+            partial(self._run, table, first, last, thread, threads, counters)
+            for thread in range(threads)
+        ]
+        if threads == 1:
+            calls[0]()
+            return
+        jobs = self._helpers.start(calls[1:])
+        calls[0]()
+        # Most often all end at once, and looking is faster than being woken up.
+        if not any(counts[:, TOOK].all() for _ in range(LAST_LOOKS)):
+            for job in jobs:
+                job.wait()
+        self._team.tell(float(counts[:, WAITED].sum() / counts[:, TOOK].sum()))
+
+
+class PackedLinear:
+    """y = x W^T for one packed matrix W[N, K]."""
+
+    def __init__(
+        self,
+        library: KernelLibrary,
+        layout: BlockLayout,
+        arena: NDArray[np.uint8],
+        bits: NDArray[np.uint8],
+    ) -> None:
+        """`arena` u8[nbytes] is used in place and may be read-only; `bits` is the u8 grid.
+
+        Raises `ArtifactError` if the arena's size is wrong or the library lacks the kernels.
+        """
+        if arena.dtype != np.uint8 or arena.shape != (layout.nbytes(bits),):
+            raise ArtifactError(
+                f"packed matrix {layout.rows} x {layout.cols}: expected"
+                f" {layout.nbytes(bits)} bytes, found {arena.dtype}{list(arena.shape)}",
+                help="the file is damaged; compile the model again",
+            )
+        self.library = library
+        self.layout = layout
+        widths = frozenset(np.unique(bits).tolist())
+        shape = (layout.group, layout.panel, layout.block_cols, widths)
+        self._numbers = {kind: library.number(kind, *shape) for kind in ("gemv", "gemm")}
+        tables = layout.metadata(bits)
+        self._tables: Mapping[str, Argument] = {
+            "arena": np.ascontiguousarray(arena), "offsets": tables.offsets,
+            "starts": tables.starts, "columns": tables.columns,
+            "blocks": tables.columns.shape[1], "cols": layout.cols,
+        }  # fmt: skip
+
+    def __call__(self, x: F32 | QuantizedInput) -> F32:
+        """f32[tokens, N] for x f32[tokens, K], given as such or quantised by this library."""
+        layout, library = self.layout, self.library
+        if isinstance(x, np.ndarray):
+            x = library.quantize(x, layout.group)
+        if (x.cols, x.group, x.mode) != (layout.cols, layout.group, library.mode):
+            raise TargetError(
+                f"activations of {x.cols} columns, groups of {x.group}, mode {x.mode} do not fit"
+                f" a matrix of {layout.cols} columns, groups of {layout.group}, mode {library.mode}"
+            )
+        y = np.empty((x.tokens, layout.rows), np.float32)
+        program = Program()
+        self.add_product(program, x, y)
+        library.run(program)
+        return y
+
+    def add_product(self, program: Program, x: QuantizedInput, y: F32) -> None:
+        """Add the step y[tokens, N] = x W^T to a program. Both kernels give the same bits."""
+        layout, library = self.layout, self.library
+        arguments: dict[str, Argument] = {
+            **self._tables, "values": x.values, "scales": x.scales, "tokens": x.values.shape[1],
+            "y": y, "y_tokens": x.tokens, "y_rows": layout.rows, "ahead": library.ahead,
+        }  # fmt: skip
+        kind = "gemv" if x.tokens <= library.gemv_tokens else "gemm"
+        if kind == "gemm":
+            code_bytes = 4 if x.mode == "float32" else 1
+            size = layout.panel * layout.group * code_bytes
+            arguments["codes"] = library.scratch("codes", size)
+            total = library.chunk_tokens * layout.panel * 4
+            arguments["total"] = library.scratch("total", total)
+        work = layout.rows * layout.cols * x.tokens
+        program.add(self._numbers[kind], kind, layout.panels, arguments, work)

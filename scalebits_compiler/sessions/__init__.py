@@ -1,0 +1,1 @@
+"""Opens an artifact in the runtime that fits it, with torch where the runtime lacks an op."""

@@ -1,0 +1,204 @@
+"""An artifact run by the torch definition of each op, with or without its kernels (layer L3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from scalebits_compiler.codegen.plan import unplanned
+from scalebits_compiler.errors import UsageError
+from scalebits_compiler.interpreter.executor import Continuation, Executor
+from scalebits_compiler.ir.host import Host
+from scalebits_compiler.ir.module import Module
+from scalebits_compiler.ir.op import Op
+from scalebits_compiler.ir.ops import Aten
+from scalebits_compiler.ir.parser import read_module
+from scalebits_compiler.ir.roles import embedding_tables, untraced
+from scalebits_compiler.ir.verifier import verify
+from scalebits_compiler.plugins import Registry, load_plugins
+from scalebits_compiler.runtime.artifact import Artifact
+from scalebits_compiler.runtime.cache import Replay
+from scalebits_compiler.runtime.manifest import MODULE_FILE
+from scalebits_compiler.runtime.session import Session, open_kernels
+from scalebits_compiler.runtime.weights import Weights
+from scalebits_compiler.tasks import SEQ2SEQ
+
+if TYPE_CHECKING:
+    from scalebits_compiler.runtime.cpu.library import KernelLibrary
+
+F32 = NDArray[np.float32]
+I64 = NDArray[np.int64]
+
+
+class ReferenceSession(Session):
+    """Session with every op by its definition in interpreter/rules.py; slow by intent.
+
+    With a kernel library, packed matrices are multiplied by its kernels: for an artifact without a
+    plan.
+    """
+
+    def __init__(
+        self, artifact: Artifact, registry: Registry, library: KernelLibrary | None = None
+    ) -> None:
+        module, source = read_module(artifact.path / MODULE_FILE, registry.ops)
+        verify(module, source)
+        registry.install_rules()
+        self.artifact = artifact
+        self.variant = "reference" if library is None else library.variant
+        if library is not None:
+            self.execution = f"by torch: {why_torch(module)}"
+        weights, module = Weights(artifact, library), encoder_first(module)
+        self.executor = Executor(module, packed=None if library is None else _kernels(weights))
+        self.vocabulary = vocabulary(module, artifact.config)
+        self.limit = artifact.limit
+
+    @property
+    def skips_padding(self) -> bool:
+        """Whether all ops are ours, which know of padding."""
+        return not any(isinstance(op, (Aten, Host)) for op in self.executor.module.function.ops)
+
+    def forward(self, ids: ArrayLike, pad: ArrayLike | None = None) -> F32:
+        """Logits f32[batch, sequence, vocabulary] of token ids i64[batch, sequence]."""
+        tokens = self._tokens(ids)
+        return self._logits(tokens, self._pad(pad, tokens))
+
+    def prefill(  # type: ignore[override]
+        self, ids: ArrayLike, pad: ArrayLike | None = None, capacity: int = 0
+    ) -> tuple[F32, Replay]:
+        """Logits f32[batch, vocabulary] after the last id of each row, and what to go on with."""
+        tokens = self._tokens(ids)
+        replay = Replay(tokens, self._pad(pad, tokens))
+        return self._logits(tokens, replay.pad)[:, -1], replay
+
+    def decode(self, ids: ArrayLike, cache: Replay) -> F32:  # type: ignore[override]
+        """Logits f32[batch, vocabulary] after one more token i64[batch]."""
+        tokens = self._tokens(np.asarray(ids)[:, None], cache.length)
+        cache.ids = np.concatenate([cache.ids, tokens], 1)
+        return self._logits(cache.ids, cache.pad)[:, -1]
+
+    def _logits(self, tokens: I64, pad: I64 | None) -> F32:
+        counts = None if pad is None else torch.from_numpy(pad)
+        with torch.no_grad():
+            return self.executor.run(torch.from_numpy(tokens), pad=counts).numpy()
+
+
+@dataclass
+class Writing(Replay):
+    """What an encoder-decoder has read, and in `ids` what it has written, start token first."""
+
+    text: Continuation
+
+
+class EncoderDecoderSession(ReferenceSession):
+    """Session that reads a prompt once, and then writes a text of its own.
+
+    `forward` gives the logits of the text itself behind the start token, as calibration sees them.
+    """
+
+    @property
+    def skips_padding(self) -> bool:
+        """Never: all that was read is attended to."""
+        return False
+
+    def prefill(  # type: ignore[override]
+        self, ids: ArrayLike, pad: ArrayLike | None = None, capacity: int = 0
+    ) -> tuple[F32, Writing]:
+        """Logits f32[batch, vocabulary] of the first token to write, and what to go on with."""
+        tokens = self._tokens(ids)
+        if self._pad(pad, tokens) is not None:
+            raise UsageError(
+                f"{self.artifact.path} is an encoder-decoder, which cannot skip padding",
+                help="run prompts of different length one by one",
+            )
+        first = np.tile(np.array(self._first_tokens()), (len(tokens), 1))
+        writing = Writing(first, None, self.executor.continuation(torch.from_numpy(tokens)))
+        return self._written(writing), writing
+
+    def decode(self, ids: ArrayLike, cache: Writing) -> F32:  # type: ignore[override]
+        """Logits f32[batch, vocabulary] after one more token i64[batch]."""
+        written = self.executor.module.function.type.shape[-1]
+        tokens = self._tokens(np.asarray(ids)[:, None], cache.length, written)
+        cache.ids = np.concatenate([cache.ids, tokens], 1)
+        return self._written(cache)
+
+    def _written(self, writing: Writing) -> F32:
+        return writing.text.run(torch.from_numpy(writing.ids))[:, -1].numpy()
+
+    def _first_tokens(self) -> list[int]:
+        """The start token, and the language or the like that the model wants after it."""
+        start = self.executor.module.start_token
+        assert start is not None
+        forced = self.artifact.generation("forced_bos_token_id")
+        return [start] if forced is None else [start, int(forced)]
+
+
+def encoder_first(module: Module) -> Module:
+    """The ops that do not depend on a second argument, if there is one, before those that do."""
+    late = {argument.value for argument in module.function.args[1:]}
+    first: list[Op] = []
+    rest: list[Op] = []
+    for op in module.function.ops:
+        if late.isdisjoint(op.operands()):
+            first.append(op)
+        else:
+            late.add(op.result)
+            rest.append(op)
+    return replace(module, function=replace(module.function, ops=(*first, *rest)))
+
+
+def vocabulary(module: Module, config: Mapping[str, Any]) -> int:
+    """How many token ids the model knows: the rows of its table, or by its config."""
+    tables = embedding_tables(module)
+    if tables:
+        return module.weight(tables[0]).type.static_shape()[0]
+    # Of a translator it may be told for each of its two languages.
+    return next(int(config[name]) for name in ("vocab_size", "src_vocab_size") if name in config)
+
+
+def why_torch(module: Module) -> str:
+    """Why there is no plan."""
+    reason = untraced(module)
+    if reason is not None:
+        return f"{reason}, so its own code in transformers runs it"
+    return unplanned(module.function)
+
+
+def _kernels(weights: Weights) -> Callable[[str, torch.Tensor], torch.Tensor]:
+    def product(symbol: str, x: torch.Tensor) -> torch.Tensor:
+        flat = np.ascontiguousarray(x.reshape(-1, x.shape[-1]).numpy())
+        if not len(flat):
+            return x.new_zeros(*x.shape[:-1], weights.height(symbol))
+        return torch.from_numpy(weights.packed(symbol)(flat)).reshape(*x.shape[:-1], -1)
+
+    return product
+
+
+def load_reference(path: str | Path, registry: Registry | None = None) -> ReferenceSession:
+    """Open an artifact for the reference target; ArtifactError if it is damaged.
+
+    registry: the ops that the module may have (None: ours and those of installed plugins).
+    """
+    return _open(Artifact.open(path), registry)
+
+
+def load_with_kernels(
+    path: str | Path, activations: str, threads: int | None, registry: Registry | None = None
+) -> ReferenceSession:
+    """Open an artifact without a plan: torch runs its ops, kernels multiply its packed matrices."""
+    artifact = Artifact.open(path)
+    library = open_kernels(artifact, activations, threads)
+    return _open(artifact, registry, library)
+
+
+def _open(
+    artifact: Artifact, registry: Registry | None, library: KernelLibrary | None = None
+) -> ReferenceSession:
+    two = artifact.manifest.summary.get("task") == SEQ2SEQ
+    kind = EncoderDecoderSession if two else ReferenceSession
+    return kind(artifact, registry or load_plugins(), library)

@@ -1,0 +1,70 @@
+"""Rebuilds an artifact for another target: same codes, other byte order and kernels (layer L3)."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from scalebits_compiler.artifact.output import check_output
+from scalebits_compiler.artifact.repack import repack
+from scalebits_compiler.artifact.writer import WRITTEN_HERE, write_artifact
+from scalebits_compiler.codegen.target import TARGETS, find_target
+from scalebits_compiler.errors import UsageError
+from scalebits_compiler.ir.parser import read_module
+from scalebits_compiler.ir.verifier import verify
+from scalebits_compiler.plugins import Registry, load_plugins
+from scalebits_compiler.runtime.artifact import Artifact
+from scalebits_compiler.runtime.artifact import verify as verify_files
+from scalebits_compiler.runtime.manifest import MODULE_FILE, Manifest
+
+KERNELS = "kernels/"  # what lies there belongs to the old target
+
+
+def retarget(
+    path: Path,
+    out: Path,
+    target: str,
+    options: Mapping[str, str] | None = None,
+    *,
+    force: bool = False,
+    registry: Registry | None = None,
+) -> Manifest:
+    """Write the artifact in `path` anew, to `out`, for a target; nothing is searched or rounded.
+
+    Going to another target and back gives the first artifact byte for byte. Raises `UsageError` for
+    an output that cannot be written, `ArtifactError` for a damaged artifact, `TargetError` where
+    the target cannot run its module.
+    """
+    registry = load_plugins() if registry is None else registry
+    wanted = find_target(target, {**TARGETS, **registry.targets}, options)
+    wanted.check()
+    if path.resolve().is_relative_to(out.resolve()):
+        raise UsageError(
+            f"the output {out} holds the artifact {path}", help="give a folder of its own with -o"
+        )
+    check_output(out, force)
+    manifest = verify_files(path)
+    artifact = Artifact.open(path)
+    module, source = read_module(path / MODULE_FILE, registry.ops)
+    verify(module, source)
+    wanted.check_module(module)
+    wanted.check_gathers(bool(module.index_bits()))
+    kept = [name for name in manifest.files if not name.startswith(KERNELS)]
+    files = {name: path / name for name in kept if name not in WRITTEN_HERE}
+    with tempfile.TemporaryDirectory(prefix="scalebits-") as folder:
+        module = repack(module, wanted.order)
+        built = wanted.build(module, Path(folder))
+        return write_artifact(
+            out,
+            module,
+            target={"kind": wanted.name, **asdict(wanted)},
+            plan=built.plan,
+            kernels=built.kernels,
+            files={**files, **built.files},
+            config=artifact.config,
+            summary=manifest.summary,
+            provenance=manifest.provenance,
+            force=force,
+        )
