@@ -74,14 +74,9 @@ def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def _add_choices(parser: argparse.ArgumentParser) -> None:
-    """Passes that are left out or in, of which one option excludes the other."""
-    gather = parser.add_mutually_exclusive_group()
-    told = "let matrices read their input in an order of their own, fused into its quantization"
-    gather.add_argument("--gather", choices=["fused"], help=told)
-    told = "no order is made at run time (default)"
-    gather.add_argument(
-        "--no-runtime-gather", dest="gather", action="store_const", const=None, help=told
-    )
+    """Options that add or leave out a pass."""
+    told = "allow per-matrix input permutations, applied inside the activation-quantization kernel"
+    parser.add_argument("--gather", choices=["fused"], help=told)
     tuning = parser.add_mutually_exclusive_group()
     told = "passes of the tuning over its text (default 2); 4 take twice as long, and lose less"
     tuning.add_argument("--tuning-epochs", type=int, metavar="N", help=told)

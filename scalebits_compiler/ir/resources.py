@@ -132,11 +132,3 @@ class ResourceStore(Mapping[str, object]):
     def missing_from(self, other: ResourceStore, keys: Iterable[str]) -> list[str]:
         """Those of the keys whose tensor `other` does not hold: another object, or another file."""
         return [key for key in keys if not _same(self._entries[key], other._entries.get(key))]
-
-    def changed_since(self, other: ResourceStore) -> dict[str, torch.Tensor]:
-        """The tensors that are not the very same object in `other`."""
-        return {
-            key: self.torch(key)
-            for key, entry in self._entries.items()
-            if other._entries.get(key) is not entry
-        }

@@ -118,9 +118,7 @@ def test_an_order_that_saves_nothing_is_not_made(
     [
         (("--gather", "fused", "--target", "plain", "--plugin", "PLAIN"), PLAIN_REFUSES),
         (("--from", "GATHERED"), "allow it with --gather fused"),
-        (("--from", "GATHERED", "--no-runtime-gather"), "allow it with --gather fused"),
         (("--from", "WIDTHS", "--gather", "fused"), "--gather comes too late"),
-        (("--gather", "fused", "--no-runtime-gather"), "not allowed with argument"),
     ],
 )
 def test_what_is_refused(

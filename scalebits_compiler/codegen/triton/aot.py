@@ -88,7 +88,6 @@ def job_of(spec: KernelSpec, archs: Sequence[str], folder: Path) -> dict[str, An
         "warps": spec.warps,
         "stages": spec.stages,
         "folder": str(folder),
-        "maxnreg": getattr(spec, "mr", 0),
     }
 
 
