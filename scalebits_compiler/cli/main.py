@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except ModuleNotFoundError as error:
-        # Running an artifact needs four packages only, and may be all that is installed.
+        # Running an artifact needs three packages only, and may be all that is installed.
         if (error.name or "").partition(".")[0] == "scalebits_compiler":
             raise
         print(f"error: this command needs {error.name}, which is not installed", file=sys.stderr)

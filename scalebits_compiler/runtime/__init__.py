@@ -1,1 +1,1 @@
-"""Runs artifacts (layer L1): needs numpy, apache-tvm-ffi, safetensors and tokenizers."""
+"""Runs artifacts (layer L1): needs numpy, safetensors and tokenizers."""

@@ -71,7 +71,7 @@ def local(count: int, dtype: str) -> Expr:
     """An array on the stack; constant offsets become registers.
 
     It must be of scope "global", inside a loop and under 1 KB: TVM 0.27 takes anything else from
-    its own allocator, which is a null pointer where only tvm_ffi is loaded.
+    its own allocator, which is not there without TVM.
     """
     return T.alloc_buffer((count,), dtype, scope="global")
 

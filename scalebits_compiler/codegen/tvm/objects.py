@@ -19,7 +19,7 @@ from tvm.s_tir.pipeline import finalize_device_passes, finalize_host_passes
 from tvm.target.codegen import llvm_get_system_triple, llvm_version_major
 
 from scalebits_compiler.codegen import kernel_cache as cache
-from scalebits_compiler.codegen.tvm.spec import Variant, host_variants, run_symbol
+from scalebits_compiler.codegen.tvm.spec import Variant, host_variants
 from scalebits_compiler.errors import TargetError
 
 LOWERING: tuple[Callable[[], Pass], ...] = (
@@ -37,8 +37,6 @@ LOWERING: tuple[Callable[[], Pass], ...] = (
 """The passes of TVM's own pipeline that our functions need, in its order. The others leave them as
 they are, or in a form that gives the same machine code, and take as long as these.
 """
-_LAST = (tirx.transform.MakePackedAPI,)
-"""For `run`, which is called from outside of the library."""
 
 
 def object_of(variant: str, function: Any, script: str) -> bytes:
@@ -67,17 +65,16 @@ def lowered(variant: str, function: Any) -> Any:
     """
     target = tvm.target.Target(_known(variant).target())
     symbol = str(function.attrs["global_symbol"])
-    pipeline = _RUN if symbol == run_symbol(variant) else _KERNEL
     module = tvm.IRModule({GlobalVar(symbol): function})
-    return tvm.compile(module, target=target, tir_pipeline=pipeline).mod
+    return tvm.compile(module, target=target, tir_pipeline=_PIPELINE).mod
 
 
 @functools.cache
 def _compiler(variant: str) -> str:
     """What objects depend on besides their function."""
-    passes = [make().info.name for make in (*LOWERING, *_LAST)]
+    passes = [make().info.name for make in LOWERING]
     machine = [asdict(_known(variant)), llvm_get_system_triple(), llvm_version_major()]
-    return json.dumps([passes, machine, version("apache-tvm"), version("apache-tvm-ffi")])
+    return json.dumps([passes, machine, version("apache-tvm")])
 
 
 def _known(variant: str) -> Variant:
@@ -90,16 +87,12 @@ def _known(variant: str) -> Variant:
     return variants[variant]
 
 
-def _register(name: str, passes: tuple[Callable[[], Pass], ...]) -> str:
-    """Make passes known to TVM as a pipeline; gives its name."""
-
-    @module_pass(opt_level=0)
-    def lower(module: tvm.IRModule, _: PassContext) -> tvm.IRModule:
-        return Sequential([make() for make in passes])(module)
-
-    tirx.register_tir_pipeline(name, lambda: (lower, finalize_host_passes, finalize_device_passes))
-    return name
+@module_pass(opt_level=0)
+def _lower(module: tvm.IRModule, _: PassContext) -> tvm.IRModule:
+    return Sequential([make() for make in LOWERING])(module)
 
 
-_KERNEL = _register("scalebits_kernel", LOWERING)
-_RUN = _register("scalebits_run", (*LOWERING, *_LAST))
+_PIPELINE = "scalebits"
+tirx.register_tir_pipeline(
+    _PIPELINE, lambda: (_lower, finalize_host_passes, finalize_device_passes)
+)

@@ -1,4 +1,6 @@
-"""`run`: the one public function of a variant. It executes a program on one of several threads.
+"""`run`: the one public function of a variant, with the calling convention of C.
+
+It executes a program on one of several threads.
 
 Called at once on every thread, with its number. The threads meet at a barrier where a row asks for
 it: each counts its arrivals in a cache line of its own and waits for the counters of the others.
@@ -10,9 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from tvm.script.ir_builder import IRBuilder
-from tvm.tirx import Var
 
-from scalebits_compiler.codegen.tvm.calling_convention import Expr, T
+from scalebits_compiler.codegen.tvm.calling_convention import MANY, Expr, T
 from scalebits_compiler.codegen.tvm.emit import Scalar, i64, loop
 from scalebits_compiler.runtime.cpu.program import (
     ALONE,
@@ -33,20 +34,22 @@ SPINS = 2000
 def build_run(symbol: str, kernels: Sequence[str], threads_meet: bool) -> Any:
     """The function `symbol`; kernel number i of a program is the one called kernels[i].
 
-    Arguments: the program int64[steps, WIDTH], the steps first..last to execute, the number of this
-    thread, how many there are, int64[threads, COUNTER_STRIDE] zeros to meet at. Without
-    `threads_meet` there may be one thread only.
+    Arguments, all of 64 bits: the address of the program int64[steps, WIDTH], the steps first..last
+    to execute, the number of this thread, how many there are, the address of
+    int64[threads, COUNTER_STRIDE] zeros to meet at. Without `threads_meet` there may be one thread
+    only.
     """
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name(symbol)
         # Not noalias: that would let LLVM keep the counters of other threads in registers.
         T.func_attr({"global_symbol": symbol})
-        steps, slots = Var("steps", "int64"), Var("slots", "int64")
-        program = T.arg("program", T.buffer((steps, i64(WIDTH)), "int64", align=8))
+        table = T.arg("program", T.handle("int64"))
         first, last, thread, threads = (
             T.arg(name, T.int64()) for name in ("first", "last", "thread", "threads")
         )
-        counters = T.arg("counters", T.buffer((slots, i64(COUNTER_STRIDE)), "int64", align=8))
+        slots = T.arg("counters", T.handle("int64"))
+        program = T.decl_buffer((MANY, i64(WIDTH)), "int64", data=table, align=8)
+        counters = T.decl_buffer((MANY, i64(COUNTER_STRIDE)), "int64", data=slots, align=8)
         barrier = _Barrier(counters, thread, threads)
         start = _cycles() if threads_meet else i64(0)
         with loop(first, last) as step:

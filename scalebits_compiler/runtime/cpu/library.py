@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -9,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tvm_ffi
 from numpy.typing import NDArray
 
 from scalebits_compiler.errors import ArtifactError, TargetError
@@ -114,11 +114,12 @@ class KernelLibrary:
         if not path.is_file():
             raise ArtifactError(f"kernel file {path} is missing", help="compile the model again")
         try:
-            run = tvm_ffi.load_module(str(path)).get_function(variant["run"])
-        except (RuntimeError, OSError, AttributeError) as error:
+            run = ctypes.CDLL(str(path))[variant["run"]]
+        except (OSError, AttributeError) as error:
             raise ArtifactError(
                 f"kernel file {path} cannot be loaded: {error}", help="compile the model again"
             ) from None
+        run.argtypes, run.restype = (ctypes.c_int64,) * 6, None
         return cls(run, variant, mode)
 
     def number(
@@ -214,9 +215,8 @@ class KernelLibrary:
         if threads is None:
             threads = self._team.size(self.threads) if program.work >= THREAD_WORK else 1
         counts = np.zeros((threads, COUNTER_STRIDE), np.int64)
-        table, counters = (tvm_ffi.from_dlpack(array) for array in (table, counts))
         calls = [
-            partial(self._run, table, first, last, thread, threads, counters)
+            partial(self._run, table.ctypes.data, first, last, thread, threads, counts.ctypes.data)
             for thread in range(threads)
         ]
         if threads == 1:
