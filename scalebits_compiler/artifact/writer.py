@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scalebits_compiler.artifact.output import check_output, output_folder
-from scalebits_compiler.artifact.tensors import Entry, write_tensors
 from scalebits_compiler.codegen.plan import order_tensors
 from scalebits_compiler.errors import TargetError
 from scalebits_compiler.ir.attrs import Grid, Resource
 from scalebits_compiler.ir.module import Module, Weight
 from scalebits_compiler.ir.printer import print_module
+from scalebits_compiler.ir.resources import tensor_entry
+from scalebits_compiler.numerics import safetensors
 from scalebits_compiler.runtime.manifest import (
     MANIFEST,
     MODEL_FILE,
@@ -40,8 +41,18 @@ __all__ = ["WRITTEN_HERE", "check_output", "write_artifact"]
 
 PLAN_FILE = "plan.safetensors"
 WRITTEN_HERE = (MANIFEST, MODEL_FILE, PLAN_FILE, MODULE_FILE, "config.json")
+# The tensors begin on a cache line.
+ALIGNMENT = 64
 _ROUNDED = ("codes", "scales")
 _SCORES = ("row_scores", "column_scores", "move_scores")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor to write; `load` gives it (called twice). Low `rank` comes first in the file."""
+
+    load: Callable[[], torch.Tensor]
+    rank: int
 
 
 class TooLarge(TargetError):
@@ -146,19 +157,31 @@ def _write_module(folder: Path, module: Module) -> dict[str, WeightRecord]:
     clash = sorted(set(model) & set(beside))
     if clash:
         raise TargetError(f"the tensor name {clash[0]} is used twice in the module")
-    described = write_tensors(folder / MODEL_FILE, model)
+    described = _write_tensors(folder / MODEL_FILE, model)
     tensors = (MODEL_FILE,)
     if beside:
-        write_tensors(folder / PLAN_FILE, beside)
+        _write_tensors(folder / PLAN_FILE, beside)
         tensors = (MODEL_FILE, PLAN_FILE)
     stored = {weight.symbol: weight for weight in weights}
     text = print_module(replace(module, weights=stored, tensors=tensors))
     (folder / MODULE_FILE).write_text(text)
     records = {symbol: _record(weight, described) for symbol, weight in stored.items()}
     for key in order_tensors(module):
-        dtype, shape = described[key]
-        records[key] = WeightRecord("dense", dtype, tuple(shape))
+        records[key] = WeightRecord("dense", described[key].dtype, described[key].shape)
     return records
+
+
+def _write_tensors(path: Path, entries: Mapping[str, Entry]) -> dict[str, safetensors.Entry]:
+    """Write tensors in rising (rank, falling element size, key); gives their types and shapes."""
+    described = {key: tensor_entry(key, entry.load) for key, entry in entries.items()}
+
+    def place(key: str) -> tuple[int, int, str]:
+        return entries[key].rank, -safetensors.byte_size(described[key].dtype, ()), key
+
+    ordered = [(key, described[key]) for key in sorted(entries, key=place)]
+    with path.open("wb") as file:
+        safetensors.write_tensors(file, ordered, ALIGNMENT, {"format": "pt"})
+    return described
 
 
 def _store_weight(
@@ -185,10 +208,10 @@ def _store_weight(
     )
 
 
-def _record(weight: Weight, described: Mapping[str, tuple[str, list[int]]]) -> WeightRecord:
+def _record(weight: Weight, described: Mapping[str, safetensors.Entry]) -> WeightRecord:
     if not weight.type.is_packed:
-        dtype, shape = described[weight.symbol]
-        return WeightRecord("dense", dtype, tuple(shape))
+        entry = described[weight.symbol]
+        return WeightRecord("dense", entry.dtype, entry.shape)
     shape, dtype = weight.type.static_shape(), weight.type.dtype
     return WeightRecord("packed", dtype, shape, weight.block, weight.group)
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from scalebits_compiler.errors import FrontendError
+from scalebits_compiler.numerics.safetensors import read_header
 from scalebits_compiler.pretrained import (
     call,
     empty,
@@ -35,7 +36,6 @@ _TOKENIZER_FILES = (
 # What a model is run on to see how it works: no padding, which is a small number in most models.
 PROBE = 2 + torch.arange(14).reshape(2, 7)
 DOWNLOAD_AGAIN = "the folder is damaged or incomplete; download or save the model again"
-_DTYPES = {"F64": "f64", "F32": "f32", "F16": "f16", "BF16": "bf16", "I64": "i64", "BOOL": "bool"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -249,17 +249,13 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _stored_dtypes(files: list[Path]) -> dict[str, str]:
-    from safetensors import SafetensorError, safe_open
-
     found: dict[str, str] = {}
     for file in files:
         try:
-            with safe_open(file, framework="np") as handle:
-                for key in handle.keys():
-                    stored = str(handle.get_slice(key).get_dtype())
-                    found[key] = _DTYPES.get(stored, stored.lower())
-        except (OSError, SafetensorError) as error:
-            raise FrontendError(f"{file} cannot be read: {error}") from error
+            header = read_header(file)
+        except (OSError, ValueError) as error:
+            raise FrontendError(f"{file} cannot be read: {error}", help=DOWNLOAD_AGAIN) from error
+        found |= {key: info.dtype.lower() for key, info in header.items()}
     return found
 
 

@@ -16,23 +16,14 @@ from scalebits_compiler.ir.attrs import AttrValue, Resource, Symbol, Value
 from scalebits_compiler.ir.module import Argument, Function, Module, Weight
 from scalebits_compiler.ir.op import Op
 from scalebits_compiler.ir.ops import Aten
-from scalebits_compiler.ir.resources import ResourceStore
+from scalebits_compiler.ir.resources import ResourceStore, torch_dtype
 from scalebits_compiler.ir.types import TensorType, TupleType, Type
+from scalebits_compiler.ir.verifier import DTYPES as IR_DTYPES
+from scalebits_compiler.numerics.safetensors import ELEMENT_TYPES
 from scalebits_compiler.pretrained import linear_layers, start_token
 from scalebits_compiler.tasks import SEQ2SEQ
 
-DTYPES = {
-    torch.float64: "f64",
-    torch.float32: "f32",
-    torch.float16: "f16",
-    torch.bfloat16: "bf16",
-    torch.int64: "i64",
-    torch.int32: "i32",
-    torch.int16: "i16",
-    torch.int8: "i8",
-    torch.uint8: "u8",
-    torch.bool: "bool",
-}
+DTYPES = {torch_dtype(name): name.lower() for name in ELEMENT_TYPES if name.lower() in IR_DTYPES}
 _INDEX = TensorType("index", ())
 # Where the tensor lives and how it is laid out is no part of what is computed.
 _DROPPED_KWARGS = ("device", "pin_memory", "layout")

@@ -23,6 +23,8 @@ from scalebits_compiler.tasks import CAUSAL, TASKS
 
 # Of a value that is wrong, so much stands in the message.
 MOST_SHOWN = 60
+# What file systems allow.
+MOST_NAME_BYTES = 255
 _WORDS: dict[str, bool | None] = {"true": True, "false": False, "none": None}
 
 
@@ -230,6 +232,13 @@ def build_module(raw: RawModule, source: Source, ops: Mapping[str, type[Op]]) ->
     unread = _header_strings(header, "unread", raw.name)
     history = _header_strings(header, "history", raw.name)
     tensors = _header_strings(header, "tensors", raw.name)
+    for name in tensors:
+        if not _is_plain(name):
+            raise Located(
+                f"tensors of the module: {json.dumps(name[:MOST_SHOWN])} is no plain name of a file"
+                " beside the text",
+                raw.name,
+            )
     texts = {name: header.pop(name, None) for name in TEXTS}
     for name, value in texts.items():
         if value is not None and not isinstance(value, Resource):
@@ -272,6 +281,12 @@ def _header_strings(header: dict[str, Any], name: str, token: Token) -> tuple[st
         return coerce(header.pop(name, ()), tuple[str, ...])
     except ValueError as error:
         raise Located(f"{name} of the module: {error}", token) from None
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a name is that of a file beside the text, and no way to other folders."""
+    plain = name.isprintable() and "/" not in name and name not in ("", ".", "..")
+    return plain and len(name.encode()) <= MOST_NAME_BYTES
 
 
 @functools.cache

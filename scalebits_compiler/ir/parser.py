@@ -15,7 +15,7 @@ from scalebits_compiler.ir.build import Located, Values, build_module
 from scalebits_compiler.ir.module import Module
 from scalebits_compiler.ir.op import Op
 from scalebits_compiler.ir.ops import OPS
-from scalebits_compiler.ir.resources import ResourceStore
+from scalebits_compiler.ir.resources import ResourceStore, tensor_files
 from scalebits_compiler.ir.source import Source
 
 __all__ = ["Source", "parse_module", "parse_pipeline", "read_module", "with_tensors"]
@@ -119,12 +119,7 @@ def read_module(path: Path, ops: Mapping[str, type[Op]] = OPS) -> tuple[Module, 
 
 def with_tensors(module: Module, folder: Path) -> Module:
     """The module with the tensors of the files its header names, those that exist in `folder`."""
-    files = [folder / name for name in module.tensors]
-    try:
-        there = [file for file in files if file.exists()]
-    except OSError as error:  # such as a name that is too long
-        raise ParseError(f"cannot read the tensors of @{module.name}: {error}") from None
-    return replace(module, resources=ResourceStore.from_files(there))
+    return replace(module, resources=ResourceStore.from_files(tensor_files(module.tensors, folder)))
 
 
 def parse_pipeline(text: str) -> list[tuple[str, dict[str, Any]]]:

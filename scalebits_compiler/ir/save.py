@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -14,7 +14,8 @@ from scalebits_compiler.errors import IRError
 from scalebits_compiler.ir.attrs import Resource
 from scalebits_compiler.ir.module import TEXTS, Module
 from scalebits_compiler.ir.printer import print_module
-from scalebits_compiler.ir.resources import ResourceStore
+from scalebits_compiler.ir.resources import ResourceStore, tensor_entry, tensor_files
+from scalebits_compiler.numerics import safetensors
 
 
 @contextmanager
@@ -44,25 +45,10 @@ def resource_keys(module: Module) -> list[str]:
 
 
 def write_tensors(path: Path, store: ResourceStore, keys: Iterable[str]) -> None:
-    """A safetensors file, tensor by tensor: no more than one is in memory beside the store."""
-    import torch
-
-    wanted = sorted(keys)
-    header: dict[str, object] = {}
-    offset = 0
-    for key in wanted:
-        size = store.byte_size(key)
-        span = [offset, offset + size]
-        header[key] = {"dtype": store.dtype(key), "shape": store.shape(key), "data_offsets": span}
-        offset += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    """A safetensors file of some tensors, in the order of their keys."""
+    entries = [(key, tensor_entry(key, partial(store.torch, key))) for key in sorted(keys)]
     with replacing(path) as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
-        for key in wanted:
-            tensor = store.torch(key).detach().cpu().contiguous().reshape(-1)
-            file.write(tensor.view(torch.uint8).numpy().data)
+        safetensors.write_tensors(file, entries, alignment=8)
 
 
 def write_text(path: Path, module: Module, tensors: tuple[str, ...]) -> None:
@@ -76,17 +62,16 @@ def save_module(module: Module, path: Path) -> None:
 
     A text without its tensors stays one. IRError if a file cannot be written.
     """
-    kept = tuple(name for name in module.tensors if (path.parent / name).exists())
-    there = ResourceStore.from_files(path.parent / name for name in kept)
-    own = path.with_suffix(".safetensors").name
+    there = tensor_files(module.tensors, path.parent)
+    own = path.with_suffix(".safetensors")
     present = [key for key in resource_keys(module) if key in module.resources]
-    new = module.resources.missing_from(there, present)
-    if new and own in kept:  # the file is about to be replaced, so it is written whole
-        kept = tuple(name for name in kept if name != own)
-        there = ResourceStore.from_files(path.parent / name for name in kept)
-        new = module.resources.missing_from(there, present)
+    new = module.resources.missing_from(ResourceStore.from_files(there), present)
+    if new and own in there:  # the file is about to be replaced, so it is written whole
+        there.remove(own)
+        new = module.resources.missing_from(ResourceStore.from_files(there), present)
+    kept = tuple(file.name for file in there)
     if new:
-        write_tensors(path.with_suffix(".safetensors"), module.resources, new)
-        kept = (*kept, own)
+        write_tensors(own, module.resources, new)
+        kept = (*kept, own.name)
     missing = tuple(name for name in module.tensors if name not in kept and not present)
     write_text(path, module, (*missing, *kept))

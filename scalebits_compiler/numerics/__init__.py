@@ -1,1 +1,1 @@
-"""Pure tensor functions (layer L0): they know no IR."""
+"""Pure tensor functions, and the format of tensor files (layer L0): they know no IR."""

@@ -14,7 +14,7 @@ from scalebits_compiler.errors import ScalebitsError, UsageError, VerifyError
 from scalebits_compiler.ir.attrs import Resource
 from scalebits_compiler.ir.module import TEXTS, Module, Weight
 from scalebits_compiler.ir.ops import Embedding
-from scalebits_compiler.ir.resources import ResourceStore
+from scalebits_compiler.ir.resources import ResourceStore, torch_dtype
 from scalebits_compiler.ir.save import replacing, save_module
 from scalebits_compiler.passes.base import Pass
 from scalebits_compiler.passes.pipeline import Observer, print_passes
@@ -103,7 +103,7 @@ def _tokens(module: Module, key: str) -> torch.Tensor:
         if isinstance(op, Embedding)
     ]
     ids = _generator(key).integers(0, min(sizes, default=2), module.resources.shape(key))
-    return torch.from_numpy(ids).to(_dtype(module.resources.dtype(key)))
+    return torch.from_numpy(ids).to(torch_dtype(module.resources.dtype(key)))
 
 
 def _rules(weight: Weight) -> list[tuple[str, str]]:
@@ -128,13 +128,13 @@ def _permutation(store: ResourceStore, key: str) -> torch.Tensor:
     import torch
 
     order = _generator(key).permutation(store.shape(key)[0])
-    return torch.from_numpy(order).to(_dtype(store.dtype(key)))
+    return torch.from_numpy(order).to(torch_dtype(store.dtype(key)))
 
 
 def _tensor(store: ResourceStore, key: str, rule: str, weight: Weight) -> torch.Tensor:
     import torch
 
-    shape, dtype, random = store.shape(key), _dtype(store.dtype(key)), _generator(key)
+    shape, dtype, random = store.shape(key), torch_dtype(store.dtype(key)), _generator(key)
     if rule == "zeros":
         return torch.zeros(shape, dtype=dtype)
     if rule == "bits":  # as many blocks of every width as the text says, in rising order
@@ -147,15 +147,3 @@ def _tensor(store: ResourceStore, key: str, rule: str, weight: Weight) -> torch.
         # Eighths: a stored scale has three bits of mantissa.
         return torch.from_numpy(random.integers(4, 13, shape) / 8).to(dtype)
     return torch.from_numpy(random.normal(0.0, shape[-1] ** -0.5, shape)).to(dtype)
-
-
-def _dtype(spelling: str) -> torch.dtype:
-    """`BF16` -> torch.bfloat16."""
-    import torch
-
-    long = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-    long |= {"U8": "uint8", "BOOL": "bool"}
-    long |= {f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)}
-    if spelling not in long:
-        raise ScalebitsError(f"no tensor of type {spelling} can be made up")
-    return getattr(torch, long[spelling])

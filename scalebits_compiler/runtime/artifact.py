@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scalebits_compiler.errors import ArtifactError, TargetError
+from scalebits_compiler.numerics import safetensors
 from scalebits_compiler.numerics.layout import BlockLayout
+from scalebits_compiler.numerics.safetensors import StoredTensor
 from scalebits_compiler.numerics.tiles import LAYOUTS
 from scalebits_compiler.runtime.manifest import (
     COMPILE_AGAIN,
@@ -32,34 +33,6 @@ _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 BINARY = ".cubin"
 # Larger files are checked by size only when an artifact is opened, and in full by `verify`.
 LARGEST_HASHED_AT_OPEN = 256 << 20
-
-_DTYPES = {
-    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I64": np.int64,
-    "I32": np.int32, "I16": np.int16, "I8": np.int8, "U16": np.uint16, "U8": np.uint8,
-    "BOOL": np.bool_,
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor mapped from its file. bfloat16, which numpy lacks, is held as its 16 raw bits."""
-
-    data: NDArray[Any]
-    dtype: str
-
-    def rows(self, index: NDArray[np.integer]) -> NDArray[np.float32]:
-        """float32 of the rows picked by `index` along the first axis."""
-        return _float32(self.data[index], self.dtype)
-
-    def float32(self) -> NDArray[np.float32]:
-        """The whole tensor as float32, C-contiguous."""
-        return np.ascontiguousarray(_float32(self.data, self.dtype))
-
-
-def _float32(data: NDArray[Any], dtype: str) -> NDArray[np.float32]:
-    if dtype == "BF16":
-        return (data.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return data.astype(np.float32, copy=False)
 
 
 class PackedMatrix(NamedTuple):
@@ -233,29 +206,21 @@ def _check_file(folder: Path, name: str, record: FileRecord, hashed: bool) -> No
 
 
 def map_tensors(path: Path) -> dict[str, StoredTensor]:
-    """All tensors of a safetensors file, mapped read-only. Raises `ArtifactError` if damaged."""
+    """All tensors of a safetensors file, mapped read-only.
+
+    Raises `ArtifactError` for a damaged file, and for tensors that kernels could not read in place:
+    they must begin at multiples of the size of their elements.
+    """
     try:
-        data = np.memmap(path, np.uint8, mode="r")
-        length = int(data[:8].view("<u8")[0])
-        header = json.loads(data[8 : 8 + length].tobytes())
-        body = np.asarray(data)[8 + length :]
-        return {
-            key: _mapped(body, **entry) for key, entry in header.items() if key != "__metadata__"
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        found = safetensors.map_tensors(path)
+    except (OSError, ValueError) as error:
         raise ArtifactError(
             f"{path}: not a readable safetensors file: {error}", help=COMPILE_AGAIN
         ) from None
-
-
-def _mapped(
-    body: NDArray[np.uint8], dtype: str, shape: list[int], data_offsets: list[int]
-) -> StoredTensor:
-    kind = np.dtype(_DTYPES[dtype])
-    start, end = data_offsets
-    if not 0 <= start <= end <= len(body) or end - start != math.prod(shape) * kind.itemsize:
-        raise ValueError(f"a tensor of {dtype}{shape} cannot lie at {start}..{end}")
-    return StoredTensor(body[start:end].view(kind).reshape(shape), dtype)
+    for key, stored in found.items():
+        if not stored.data.flags.aligned:
+            raise ArtifactError(f"{path}: the tensor {key!r} is not aligned", help=COMPILE_AGAIN)
+    return found
 
 
 def position_limit(config: Mapping[str, Any]) -> int | None:

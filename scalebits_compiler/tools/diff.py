@@ -20,7 +20,8 @@ from scalebits_compiler.ir.ops import OPS
 from scalebits_compiler.ir.parser import read_module
 from scalebits_compiler.ir.printer import print_op, renumbered
 from scalebits_compiler.ir.verifier import verify
-from scalebits_compiler.runtime.artifact import StoredTensor, map_tensors, read_manifest
+from scalebits_compiler.numerics.safetensors import StoredTensor
+from scalebits_compiler.runtime.artifact import read_manifest
 from scalebits_compiler.runtime.manifest import MANIFEST, MODULE_FILE, Manifest
 
 _LAYER = re.compile(r"^(.*?\.\d+)(?:\.|$)")
@@ -103,10 +104,8 @@ def open_side(path: Path, ops: Mapping[str, type[Op]] = OPS) -> Side:
             manifest = read_manifest(path)
     module, source = read_module(text, ops)
     verify(module, source)
-    tensors: dict[str, StoredTensor] = {}
-    for name in module.tensors:
-        if (text.parent / name).is_file():
-            tensors |= map_tensors(text.parent / name)
+    stored = {key: module.resources.stored(key) for key in module.resources}
+    tensors = {key: tensor for key, tensor in stored.items() if tensor is not None}
     return Side(path, module, tensors, manifest)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +77,34 @@ def test_tensors_that_do_not(tmp_path: Path, changes: dict[str, Any], message: s
     assert message in caught.value.message
 
 
-def test_files_that_cannot_be_looked_for(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../m.safetensors", "sub/m", "/dev/zero", "a\\u0000b", "m" * 5000]
+)
+def test_a_text_names_files_beside_it(tmp_path: Path, name: str) -> None:
     path = tmp_path / "m.sbir"
-    path.write_text(TEXT.replace("m.safetensors", "m" * 5000))
-    with pytest.raises(ParseError, match="cannot read the tensors of @m"):
+    path.write_text(TEXT.replace("m.safetensors", name))
+    with pytest.raises(ParseError, match="no plain name of a file beside the text") as caught:
         read_module(path)
+    assert "m.sbir:1:8" in caught.value.message
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder", "link", "device"])
+def test_a_text_is_led_to_no_other_files(tmp_path: Path, kind: str) -> None:
+    check(tmp_path)
+    path = tmp_path / "m.safetensors"
+    path.rename(tmp_path / "elsewhere")
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero" if kind == "device" else tmp_path / "elsewhere")
+    with pytest.raises(IRError, match=r"m\.safetensors: it is no regular file"):
+        read_module(tmp_path / "m.sbir")
+
+
+def test_files_that_hold_no_tensors(tmp_path: Path) -> None:
+    path = tmp_path / "m.sbir"
     path.write_text(TEXT)
     (tmp_path / "m.safetensors").write_bytes(b"no tensors")
     with pytest.raises(IRError, match=r"cannot read the tensors in .*m\.safetensors"):

@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tasks": set(),
     "pretrained": {*LOW},
     "numerics": {"errors"},
-    "ir": {*LOW},
+    "ir": {*LOW, "numerics"},
     "analysis": {*IR},
     "interpreter": {*IR, "pretrained"},
     "frontend": {*IR, "pretrained"},

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from scalebits_compiler.numerics.safetensors import ELEMENT_TYPES
+
 Array: TypeAlias = NDArray[Any]
 
 
@@ -90,7 +92,7 @@ SHARED = frozenset({"gemv", "gemm", "dense", "attention"})
 ALONE_NUMBERS = 8192
 """A step of another kind on at most so many numbers takes one thread 0.3 to 3 us. Sharing it would
 save less than the two meetings of the threads that it costs, 0.5 us each (measured on Zen 4)."""
-DENSE_TYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+DENSE_TYPES = {name: ELEMENT_TYPES[name].torch for name in ("F32", "BF16", "F16")}
 """The types of dense matrices that kernels read, as safetensors and as the kernels name them."""
 ELEMENTS = 1024
 """Numbers that one item of an elementwise kernel covers."""
