@@ -33,8 +33,9 @@ fmt: $(VENV)/.dev ## format the code and mend what can be mended
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
 
-docs: $(VENV)/.dev ## write the generated parts of docs/
+docs: $(VENV)/.dev ## write the generated parts of docs/ and build the site in out/site
 	@$(BIN)/python docs/generate.py
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 install: $(VENV)/.dev ## create .venv with everything in it
 

@@ -3,7 +3,7 @@
     python benchmarks/granularity.py --models models/wikitext2-llama-1m --rows 1 32 0
 
 For blocks of so many rows x one group of columns (0: whole matrices), in the folded order: the
-least predicted loss (section 3 of docs/algorithm.md: curves at full precision, the Lagrangian
+least predicted loss (section 3 of docs/how-it-works.md: curves at full precision, the Lagrangian
 bound) at a mean width, divided by that of uniform widths. Scales and tables are left out, so that
 small blocks cost nothing here: no assignment does better by these curves.
 """

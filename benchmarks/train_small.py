@@ -1,4 +1,4 @@
-"""Train the dense small models that docs/quality.md judges on, beside the one that is bundled.
+"""Train the small dense models of benchmarks/results/quality.md, except the bundled one.
 
     python benchmarks/train_small.py --model qwen3-0.9m --out models/dense-qwen3-0.9m \\
         --text train.txt --device cuda

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import re
 import sys
@@ -9,6 +10,7 @@ from dataclasses import MISSING
 from pathlib import Path
 from typing import get_type_hints
 
+from scalebits_compiler.cli.main import parser as command_line
 from scalebits_compiler.cli.passes import describe
 from scalebits_compiler.ir import parser
 from scalebits_compiler.ir.coerce import type_text
@@ -91,7 +93,19 @@ def steps() -> str:
     return "\n| op | inputs | weights | attrs |\n|---|---|---|---|\n" + "\n".join(rows) + "\n\n"
 
 
+def cli() -> str:
+    """The help text of every command, at a fixed width."""
+    parsers = command_line()
+    commands = next(a for a in parsers._actions if isinstance(a, argparse._SubParsersAction))
+    parts = []
+    for name, command in commands.choices.items():
+        command.formatter_class = lambda prog: argparse.HelpFormatter(prog, width=110)
+        parts.append(f"## `{name}`\n\n{_fenced(command.format_help())}")
+    return "\n" + "\n".join(parts) + "\n"
+
+
 PARTS = {
+    "cli": cli,
     "example": lambda: _fenced((DOCS / "example.sbir").read_text()),
     "facts": lambda: f"  {', '.join(f'`{fact}`' for fact in FACTS)}.\n",
     "weight": weight,
@@ -116,7 +130,7 @@ def filled(text: str) -> str:
 def main(argv: list[str]) -> int:
     """Write the pages; with `--check`, 1 if one is out of date."""
     stale = 0
-    for path in sorted(DOCS.glob("*.md")):
+    for path in sorted(DOCS.rglob("*.md")):
         text = path.read_text()
         made = filled(text)
         if made == text:

@@ -26,8 +26,8 @@ PASSES: dict[str, str | type[Pass]] = {
 }
 
 _REORDERED = "canonicalize,annotate-sensitivity,reorder-channels,fold-permutes"
-# Named pipelines are data: a name in a pipeline stands for this text. Swaps that lower the loss of
-# the rounded model raise that of the tuned one (docs/quality.md), so before tuning there are none.
+# Named pipelines are data: a name in a pipeline stands for this text. Swaps lower the loss of the
+# rounded model and raise that of the tuned one (benchmarks/results/quality.md): none before tuning.
 PIPELINES: dict[str, str] = {
     "default": f"{_REORDERED},assign-bits{{rounds = 0}},round-weights,tune-scales,pack-blocks",
     "untuned": f"{_REORDERED},assign-bits,round-weights,pack-blocks",

@@ -45,7 +45,7 @@ def run(command: str) -> str:
     return out.getvalue()
 
 
-@pytest.mark.parametrize("page", ["ir.md", "passes.md"])
+@pytest.mark.parametrize("page", ["ir.md", "passes.md", "tutorials/pass.md"])
 def test_what_a_page_shows_is_what_happens(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,4 @@
-"""The script that trains the dense small models of docs/quality.md, for a step."""
+"""The script that trains the dense small models of benchmarks/results/quality.md, for a step."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from scalebits_compiler.ir.module import Module
 
 LOSSES = ("ce", "kl", "tokens", "states")
-LOSS_HELP = "ce, kl, tokens or states (docs/algorithm.md); by the task of the model if not given"
+LOSS_HELP = "ce, kl, tokens or states (docs/how-it-works.md); by the task of the model if not given"
 _OF_TASK = {CAUSAL: "ce", MASKED: "tokens", SEQ2SEQ: "tokens", ENCODER: "states"}
 
 
