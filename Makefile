@@ -11,13 +11,16 @@ MODEL := models/wikitext2-llama-1m
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types fmt docs install clean
+.PHONY: help demo results test lint types fmt docs install clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.cpu ## compile the bundled model, generate text, and print the table of the README
+demo: $(VENV)/.cpu ## compile the bundled model, generate text, and compare it with uniform 3 bits
 	@$(BIN)/python examples/demo.py --model $(MODEL) --out $(OUT)/demo
+
+results: $(VENV)/.cpu ## print the table of the README (minutes)
+	@$(BIN)/python examples/demo.py --full --model $(MODEL) --out $(OUT)/results
 
 test: $(VENV)/.dev ## run all tests
 	@$(BIN)/python -m pytest -n auto --dist loadfile

@@ -1,8 +1,10 @@
-"""`make demo`: compile the bundled model, generate text from it, and compare it with its peers.
+"""`make demo`: compile the bundled model, generate text, compare it with a uniform bit-width.
 
 Every step is a `scalebitsc` command, printed before it runs, so that each can be repeated by hand.
-The uniform rows are round-to-nearest in the same format (blocks, groups with searched ranges, byte
-layout), written as artifacts and run by the same runtime, so their bytes and quality are real too.
+The demo takes little text, so that it is quick; `--full` (`make results`) takes the default amount
+and prints the table of the README. The uniform rows are round-to-nearest in the same format
+(blocks, groups with searched ranges, byte layout), written as artifacts and run by the same
+runtime, so their bytes and quality are real too.
 """
 
 from __future__ import annotations
@@ -29,9 +31,23 @@ ROOT = Path(__file__).resolve().parents[1]
 PLUGIN = ROOT / "examples" / "uniform_bits.py"
 PROMPT = "The album was released"
 SAMPLING = ("--temperature", 0.7, "--top-k", 20, "--seed", 1)
-UNIFORM = (4, 3, 2)
 FIRST = 3.0
-BUDGETS = (3.1, 2.3)
+QUICK = ("--calib-windows", 16, "--accept-windows", 16, "--tuning-epochs", 1)
+"""Options of the demo's compile: less text and tuning than the default."""
+
+
+@dataclass(frozen=True)
+class Extent:
+    """What is compared. budgets: besides FIRST. windows: number of held-out windows."""
+
+    compile_options: tuple[object, ...]
+    budgets: tuple[float, ...]
+    uniform: tuple[int, ...]
+    windows: int
+
+
+DEMO = Extent(QUICK, budgets=(), uniform=(3,), windows=24)
+FULL = Extent((), budgets=(3.1, 2.3), uniform=(4, 3, 2), windows=96)
 
 
 @dataclass(frozen=True)
@@ -55,12 +71,10 @@ def run(*words: object) -> None:
         raise SystemExit(code)
 
 
-def compile_all(options: argparse.Namespace) -> Iterator[tuple[str, Path]]:
+def compile_all(options: argparse.Namespace, extent: Extent) -> Iterator[tuple[str, Path]]:
     """Compile everything that the table compares; gives (row name, artifact)."""
     out, model = options.out, options.model
-    text = ["--calib", options.calib, "--accept", options.accept]
-    for name, count in (("calib", options.calib_windows), ("accept", options.accept_windows)):
-        text += [] if count is None else [f"--{name}-windows", count]
+    text = ["--calib", options.calib, "--accept", options.accept, *extent.compile_options]
     artifact = out / f"ours-{FIRST:g}"
     flags = ["--target", "cpu", "--force"]
     dump = ["--dump-ir", out / "ir"]
@@ -69,11 +83,11 @@ def compile_all(options: argparse.Namespace) -> Iterator[tuple[str, Path]]:
     yield f"ours, --avg-bits {FIRST:g}", artifact
     # The search alone is run again: sensitivities and channel orders do not depend on the budget.
     ready = ["--from", out / "ir" / "04-fold-permutes.sbir"]
-    for budget in BUDGETS:
+    for budget in extent.budgets:
         artifact = out / f"ours-{budget:g}"
         run("compile", model, *flags, "--avg-bits", budget, *ready, "-o", artifact)
         yield f"ours, --avg-bits {budget:g}", artifact
-    for bits in UNIFORM:
+    for bits in extent.uniform:
         packed, artifact = out / "ir" / f"uniform-{bits}.sbir", out / f"uniform-{bits}"
         passes = f'uniform-bits{{bits = {bits}}},round-weights{{method = "rtn"}},pack-blocks'
         start = out / "ir" / "01-canonicalize.sbir"
@@ -84,27 +98,26 @@ def compile_all(options: argparse.Namespace) -> Iterator[tuple[str, Path]]:
         yield f"uniform {bits} bits, nearest", artifact
 
 
-def loss_of(path: Path, options: argparse.Namespace) -> float:
+def loss_of(path: Path, text: Path, windows: int) -> float:
     """Mean cross entropy on the held-out text, in nats per token."""
-    found = evaluate(path, options.text, windows=options.windows, progress=progress_for())
-    return log(found["perplexity"])
+    quality = evaluate(path, text, windows=windows, progress=progress_for())
+    return log(quality["perplexity"])
 
 
-def original_row(options: argparse.Namespace, weights: int) -> Row:
-    """The row of the model as it came: bfloat16 matrices."""
-    files = [path for path in options.model.iterdir() if path.suffix != ".md"]
+def original_row(model: Path, weights: int, loss: float) -> Row:
+    """The row of the original model: bfloat16 matrices."""
+    files = [path for path in model.iterdir() if path.suffix != ".md"]
     total = sum(path.stat().st_size for path in files)
-    loss = loss_of(options.model, options)
     return Row("full precision (bf16)", (16, 16), 2 * weights, total, loss)
 
 
-def artifact_row(name: str, path: Path, options: argparse.Namespace) -> Row:
+def artifact_row(name: str, path: Path, loss: float) -> Row:
     """The row of an artifact."""
     manifest = Artifact.open(path).manifest
     summary = manifest.summary
     bits = (summary["code_bits"], summary["effective_bits"])
     size = summary["matrix_bytes"]
-    return Row(name, bits, size, manifest.file_bytes, loss_of(path, options))
+    return Row(name, bits, size, manifest.file_bytes, loss)
 
 
 def table_of(rows: list[Row]) -> Table:
@@ -151,26 +164,27 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--model", type=Path, default=ROOT / "models" / "wikitext2-llama-1m")
     add("--text", type=Path, default=ROOT / "data" / "wikitext2" / "test.txt", help="held-out text")
     add("--out", type=Path, default=ROOT / "out" / "demo")
-    add("--windows", type=int, default=96, help="how many windows of the held-out text are scored")
     add("--calib", type=Path, default=ROOT / "data" / "wikitext2" / "calibration.txt")
     add("--accept", type=Path, default=ROOT / "data" / "wikitext2" / "acceptance.txt")
-    add("--calib-windows", type=int, help="as for scalebitsc compile")
-    add("--accept-windows", type=int, help="as for scalebitsc compile")
+    add("--full", action="store_true", help="the table of the README; takes some minutes")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the demo."""
     options = arguments(argv)
-    began = time.perf_counter()
-    made = list(compile_all(options))
-    print(f"\nScoring {os.path.relpath(options.text)}, {options.windows} windows each", flush=True)
-    weights = Artifact.open(made[0][1]).manifest.summary["weights"]
-    rows = [original_row(options, weights)]
-    rows += [artifact_row(name, path, options) for name, path in made]
+    extent = FULL if options.full else DEMO
+    start = time.perf_counter()
+    artifacts = list(compile_all(options, extent))
+    windows = extent.windows
+    print(f"\nScoring {os.path.relpath(options.text)}, {windows} windows each", flush=True)
+    weights = Artifact.open(artifacts[0][1]).manifest.summary["weights"]
+    rows = [original_row(options.model, weights, loss_of(options.model, options.text, windows))]
+    for name, path in artifacts:
+        rows.append(artifact_row(name, path, loss_of(path, options.text, windows)))
     Console(width=None if sys.stdout.isatty() else 120).print(table_of(rows))
     print(closing(options))
-    print(f"\n{time.perf_counter() - began:.0f} seconds", flush=True)
+    print(f"\n{time.perf_counter() - start:.0f} seconds", flush=True)
 
 
 if __name__ == "__main__":

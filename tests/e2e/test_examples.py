@@ -7,6 +7,7 @@ import importlib.util
 import io
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -71,9 +72,13 @@ def test_read_an_artifact(compiled: Compiled, capsys: pytest.CaptureFixture[str]
     assert float(first[1]) == pytest.approx(float(first[2]), abs=2e-6)
 
 
-def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    few = ["--windows", "2", "--calib-windows", "2", "--accept-windows", "2"]
-    example("demo").main(["--out", str(tmp_path), *few])
+def test_demo(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    demo = example("demo")
+    few = ("--calib-windows", 2, "--accept-windows", 2)
+    monkeypatch.setattr(demo, "FULL", replace(demo.FULL, compile_options=few, windows=2))
+    demo.main(["--full", "--out", str(tmp_path)])
     said = capsys.readouterr().out
     table = {
         cells[0].strip(): [float(cell.replace(",", "")) for cell in cells[1:]]
