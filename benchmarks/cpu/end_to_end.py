@@ -20,6 +20,14 @@ from measure import Cores, pin, ratio, spread
 from numpy.typing import NDArray
 from random_model import Shape, write_random_artifact
 
+from scalebits_compiler.runtime.artifact import Artifact
+from scalebits_compiler.runtime.cpu.features import cpu_features
+from scalebits_compiler.runtime.cpu.isa import (
+    ACTIVATIONS,
+    choose_variant,
+    offered_activations,
+)
+
 BASE = "ours exact"
 PHASES = ("prefill", "decode")
 
@@ -93,8 +101,11 @@ def _models(shape: Shape, args: argparse.Namespace) -> Iterator[tuple[str, Model
         write_random_artifact(shape, artifact)
     if args.threads > 1:
         yield f"{BASE}, one core", OurModel(artifact, "exact", 1, positions)
-    for activations in ("exact", "int8"):
+    offered = _offered(artifact)
+    for activations in offered:
         yield f"ours {activations}", OurModel(artifact, activations, args.threads, positions)
+    for activations in (name for name in ACTIVATIONS if name not in offered):
+        print(f"ours {activations} is left out: the kernels of this processor do not have it")
     lib = bindings()
     if lib is not None:
         source = args.folder / f"{name}.gguf"
@@ -104,6 +115,13 @@ def _models(shape: Shape, args: argparse.Namespace) -> Iterator[tuple[str, Model
             _once(path, partial(quantize, lib, source, file_type=number))
             yield f"llama.cpp {kind}", LlamaModel(lib, path, args.threads, positions)
     yield "transformers bfloat16", TorchModel(shape, args.threads)
+
+
+def _offered(artifact: Path) -> list[str]:
+    """The activations of the artifact's kernels on this processor."""
+    kernels = Artifact.open(artifact).manifest.kernels
+    assert kernels is not None
+    return offered_activations(choose_variant(kernels.dispatch["variants"], cpu_features()))
 
 
 def _once(path: Path, write: Callable[[Path], None]) -> None:

@@ -22,7 +22,6 @@ from scalebits_compiler.runtime.cpu.features import cpu_features
 from scalebits_compiler.runtime.cpu.program import Program, Rows
 
 SHAPES = ("2048x2048", "4096x4096", "4096x11008")
-ACTIVATIONS = ("exact", "int8")
 MIX = "mixed 2,3,4"
 
 
@@ -30,10 +29,11 @@ def main() -> None:
     args = _arguments()
     pin(1)
     features = cpu_features() - set(args.lacks)
-    head = ("matrix, tokens, place", "activations", "fused / none", "numpy / none", "rounding, us")
-    print(f"| {' | '.join(head)} |\n{'|---' * len(head)}|")
     with tempfile.TemporaryDirectory(prefix="scalebits-bench-") as folder:
-        ours = OurKernels(MIXES[MIX], Path(folder) / "kernels", ACTIVATIONS, 1, features)
+        ours = OurKernels(MIXES[MIX], Path(folder) / "kernels", None, 1, features)
+        print(ours.describe())
+        head = ("matrix, tokens, place", "activations", "fused / none", "numpy / none", "rounding")
+        print(f"\n| {' | '.join(head)} |\n{'|---' * len(head)}|")
         for shape in args.shapes:
             for tokens in args.batches:
                 for place in args.places:
@@ -59,7 +59,7 @@ def setting(ours: OurKernels, shape: str, tokens: int, cold: bool, rounds: int) 
     x = rng.normal(size=(tokens, cols)).astype(np.float32)
     index = rng.permutation(cols).astype(np.uint16)
     packed = random_matrix(rows, cols, MIXES[MIX], cold)
-    for mode in ACTIVATIONS:
+    for mode in ours.libraries:
         plain = ours.case("none", packed, mode, x)
         # Elsewhere among the copies, and first: what it leaves in the cache is there for both.
         half = len(plain.calls) // 2
@@ -75,7 +75,7 @@ def setting(ours: OurKernels, shape: str, tokens: int, cold: bool, rounds: int) 
         fused, numpy = (ratio(seconds[name], seconds["none"]) for name in ("fused", "numpy"))
         small = [spread(seconds[f"rounding{kind}"], 1e-6) for kind in ("", " fused")]
         title = f"{shape}, {tokens}, {'cold' if cold else 'hot'}"
-        yield f"| {title} | {mode} | {fused:.3f} | {numpy:.3f} | {small[0]} -> {small[1]} |"
+        yield f"| {title} | {mode} | {fused:.3f} | {numpy:.3f} | {small[0]} -> {small[1]} us |"
 
 
 def _after(call: Callable[[], object], x: NDArray, index: NDArray) -> None:

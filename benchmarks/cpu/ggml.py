@@ -45,6 +45,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ggml_backend_alloc_ctx_tensors_from_buft": (c_void_p, (c_void_p, c_void_p)),
     "ggml_backend_tensor_set": (None, (c_void_p, c_void_p, c_size_t, c_size_t)),
     "ggml_backend_tensor_get": (None, (c_void_p, c_void_p, c_size_t, c_size_t)),
+    "ggml_backend_supports_op": (c_bool, (c_void_p, c_void_p)),
     "ggml_backend_graph_compute": (c_int, (c_void_p, c_void_p)),
     "ggml_log_set": (None, (c_void_p, c_void_p)),
     "ggml_backend_cpu_init": (c_void_p, ()),
@@ -87,13 +88,21 @@ class Ggml:
 
     def case(
         self, name: str, kind: str, weights: NDArray[np.float32], x: NDArray, cold: bool
-    ) -> Case:
-        """y = x W^T; `weights` f32[DISTINCT_ROWS or N, K] are repeated to N rows."""
+    ) -> Case | None:
+        """y = x W^T; `weights` f32[DISTINCT_ROWS or N, K] are repeated to N rows.
+
+        None, with a message, if this ggml does not multiply the kind on this processor.
+        """
         rows = self._quantize(TYPES[kind.split()[0]], weights)
         products = [
             _Product(self, kind, rows, weights.shape[1], x)
             for _ in range(copies(rows.nbytes, cold))
         ]
+        if not products[0].supported():
+            print(f"{name} is left out: this ggml has no kernel of it for this processor and shape")
+            return None
+        for product in products:
+            product.fill()
         products[0].check(weights, x)
         return Case(name, [product.run for product in products])
 
@@ -118,16 +127,28 @@ class _Product:
         repacked = kind.endswith("repacked")
         order = getattr(lib.c, _REPACK if repacked else "ggml_backend_cpu_buffer_type")()
         lib.c.ggml_backend_alloc_ctx_tensors_from_buft(stored, order)
-        lib.c.ggml_backend_tensor_set(weight, rows.ctypes.data, 0, rows.nbytes)
         source = lib.c.ggml_new_tensor_2d(inner, _FLOAT32, cols, len(x))
         self._result = lib.c.ggml_mul_mat(inner, weight, source)
         self._graph = lib.c.ggml_new_graph(inner)
         lib.c.ggml_build_forward_expand(self._graph, self._result)
         lib.c.ggml_backend_alloc_ctx_tensors(inner, self._backend)
-        lib.c.ggml_backend_tensor_set(source, x.ctypes.data, 0, x.nbytes)
+        self._data = ((weight, rows), (source, x))
 
     def _context(self) -> int:
         return self._lib.c.ggml_init(_InitParams(_CONTEXT_BYTES, None, True))
+
+    def supported(self) -> bool:
+        """Whether the backend multiplies weights in this order.
+
+        Which types are repacked depends on the processor: of Q2_K only those with AVX-512. Where a
+        type is not, setting the tensor would call a null pointer.
+        """
+        return self._lib.c.ggml_backend_supports_op(self._backend, self._result)
+
+    def fill(self) -> None:
+        """Set weights and x; only of a product that is supported."""
+        for tensor, values in self._data:
+            self._lib.c.ggml_backend_tensor_set(tensor, values.ctypes.data, 0, values.nbytes)
 
     def run(self) -> None:
         status = self._lib.c.ggml_backend_graph_compute(self._backend, self._graph)

@@ -17,9 +17,9 @@ from measure import Case, copies, interleave, pin, ratio, spread
 from numpy.typing import NDArray
 
 from scalebits_compiler.runtime.cpu.features import cpu_features
+from scalebits_compiler.runtime.cpu.isa import ACTIVATIONS
 
 SHAPES = ("2048x2048", "5632x2048", "4096x4096", "11008x4096")
-ACTIVATIONS = ("exact", "int8")
 ONLY_ONE_TOKEN = ("uniform 5", "uniform 6", "uniform 7")
 """These show the share of the memory bandwidth, which matters for one token only."""
 BASE = "mixed 2,3,4 exact"
@@ -42,10 +42,14 @@ def main() -> None:
             for nth, (name, mix) in enumerate(MIXES.items())
             if name not in ONLY_ONE_TOKEN or (1 in args.batches and not args.few)
         }
+        any_of_ours = next(iter(ours.values()))
+        print(f"ours: {any_of_ours.describe()}")
         for shape in args.shapes:
             for batch in args.batches:
                 for place in args.places:
-                    setting = Setting(shape, batch, place == "cold", args)
+                    setting = Setting(
+                        shape, batch, place == "cold", args.threads, list(any_of_ours.libraries)
+                    )
                     seconds = interleave(list(setting.cases(ours, ggml)), args.rounds, args.threads)
                     records.append(setting.report(seconds))
     print(f"\n### Ratios: medians over {args.rounds} rounds\n\n{summary(records)}")
@@ -61,7 +65,7 @@ def _arguments() -> argparse.Namespace:
     add("--places", nargs="+", choices=("hot", "cold"), default=("hot", "cold"))
     add("--threads", type=int, default=1, metavar="N", help="and as many pinned cores")
     add("--rounds", type=int, default=15, metavar="N", help="default 15")
-    add("--activations", nargs="+", choices=ACTIVATIONS, default=ACTIVATIONS, help="default both")
+    add("--activations", nargs="+", choices=ACTIVATIONS, help="default: all of this processor")
     add("--lacks", nargs="+", default=(), metavar="FLAG", help="do without avx512_vnni, say")
     add("--few", action="store_true", help="without the uniform widths above 4")
     add("--json", type=Path, metavar="FILE", help="also write all numbers to this file")
@@ -71,10 +75,12 @@ def _arguments() -> argparse.Namespace:
 class Setting:
     """One shape and batch, with weights in the cache (hot) or in memory (cold)."""
 
-    def __init__(self, shape: str, batch: int, cold: bool, args: argparse.Namespace) -> None:
+    def __init__(
+        self, shape: str, batch: int, cold: bool, threads: int, activations: list[str]
+    ) -> None:
         self.rows, self.cols = map(int, shape.split("x"))
-        self.batch, self.cold, self.activations = batch, cold, args.activations
-        self.title = f"{shape}, batch {batch}, {'cold' if cold else 'hot'}, {args.threads} core(s)"
+        self.batch, self.cold, self.activations = batch, cold, activations
+        self.title = f"{shape}, batch {batch}, {'cold' if cold else 'hot'}, {threads} core(s)"
         self.nbytes: dict[str, int] = {}
 
     def cases(self, built: dict[str, OurKernels], ggml: Ggml | None) -> Iterator[Case]:
@@ -98,7 +104,8 @@ class Setting:
         if ggml is not None:
             kinds = [*TYPES, *(f"{kind} repacked" for kind in REPACKED)]
             for kind in kinds:
-                yield ggml.case(f"llama.cpp {kind}", kind, weights, x, self.cold)
+                if case := ggml.case(f"llama.cpp {kind}", kind, weights, x, self.cold):
+                    yield case
         if self.cold and self.batch == 1:
             yield self._read()
 

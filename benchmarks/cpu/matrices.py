@@ -14,7 +14,12 @@ from numpy.typing import NDArray
 from scalebits_compiler.codegen.tvm.build import compile_kernels
 from scalebits_compiler.codegen.tvm.spec import select_specs
 from scalebits_compiler.numerics.layout import BlockLayout
-from scalebits_compiler.runtime.cpu.isa import choose_variant
+from scalebits_compiler.runtime.cpu.isa import (
+    ACTIVATIONS,
+    choose_mode,
+    choose_variant,
+    offered_activations,
+)
 from scalebits_compiler.runtime.cpu.library import KernelLibrary, PackedLinear
 from scalebits_compiler.runtime.cpu.program import Program, Rows
 
@@ -63,28 +68,46 @@ def random_matrix(rows: int, cols: int, mix: Mapping[int, int], cold: bool = Fal
 
 
 class OurKernels:
-    """The kernels of one set of widths, in each of the activation modes asked for."""
+    """The kernels of one set of widths, in each of the activation modes.
+
+    libraries: by activations, in the order of ACTIVATIONS.
+    """
 
     def __init__(
         self,
         mix: Mapping[int, int],
         folder: Path,
-        activations: Sequence[str],
+        activations: Sequence[str] | None,
         threads: int,
         features: frozenset[str],
     ) -> None:
-        """features: processor flags; the first variant of kernels that they allow is taken."""
+        """features: processor flags; the first variant of kernels that they allow is taken.
+
+        activations: None for all that this variant has. `TargetError` if one is asked for that it
+        has not.
+        """
         folder.mkdir()
         layout = BlockLayout(BLOCK, BLOCK, BLOCK, BLOCK, GROUP)
         specs, dispatch = select_specs(
             [(layout, np.array([list(mix)], np.uint8))], gathered=[GROUP]
         )
-        here = choose_variant(dispatch["variants"], features)["name"]
+        self.variant = variant = choose_variant(dispatch["variants"], features)
+        names = offered_activations(variant) if activations is None else activations
+        for name in names:
+            choose_mode(variant, name)
+        here = variant["name"]
         compile_kernels({here: specs[here]}, folder / "k.so")
         self.libraries: dict[str, KernelLibrary] = {}
-        for name in activations:
+        for name in names:
             self.libraries[name] = KernelLibrary.open(folder / "k.so", dispatch, features, name)
             self.libraries[name].threads = threads
+
+    def describe(self) -> str:
+        """The variant and its arithmetic, and what it does not have, for the head of a table."""
+        modes = [f"{name} ({library.mode})" for name, library in self.libraries.items()]
+        offered = offered_activations(self.variant)
+        absent = [f"no {name}" for name in ACTIVATIONS if name not in offered]
+        return f"{self.variant['name']} kernels, activations {', '.join((*modes, *absent))}"
 
     def case(
         self,

@@ -80,15 +80,18 @@ def _kernels(variants: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The variants of a dispatch table, and what a session on this machine would use of them."""
     from scalebits_compiler.errors import ArtifactError
     from scalebits_compiler.runtime.cpu.features import cpu_features
-    from scalebits_compiler.runtime.cpu.isa import ACTIVATIONS, EXACT, choose_mode, choose_variant
+    from scalebits_compiler.runtime.cpu.isa import (
+        choose_mode,
+        choose_variant,
+        offered_activations,
+    )
 
     named = [{"name": v["name"], "arch": v["arch"], "modes": list(v["modes"])} for v in variants]
     try:
         chosen = choose_variant(variants, cpu_features())
     except ArtifactError:
         return {"variants": named, "chosen": None, "activations": {}}
-    offered = [name for name in ACTIVATIONS if name == EXACT or name in chosen["modes"]]
-    activations = {name: choose_mode(chosen, name) for name in offered}
+    activations = {name: choose_mode(chosen, name) for name in offered_activations(chosen)}
     return {"variants": named, "chosen": chosen["name"], "activations": activations}
 
 

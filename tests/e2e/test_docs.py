@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from scalebits_compiler.cli.main import main, parser
-from scalebits_compiler.driver.compile import TextOptions
+from scalebits_compiler.driver import compile as driver
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(
@@ -57,7 +58,8 @@ def test_the_commands_of_the_readme_run(clone: Path, capsys: pytest.CaptureFixtu
 def test_the_python_of_the_readme_runs(
     clone: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(TextOptions.__init__, "__defaults__", (None, None, 32, 2, 2))
+    few = driver.CompileOptions(text=driver.TextOptions(seq_len=32, calibration=2, acceptance=2))
+    monkeypatch.setattr(driver, "compile_model", partial(driver.compile_model, options=few))
     (source,) = blocks(ROOT / "README.md", "python")
     exec(compile(source, "README.md", "exec"), {})
     assert len(capsys.readouterr().out.strip()) > 10

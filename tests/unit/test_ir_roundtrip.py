@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import time
+import runpy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from scalebits_compiler.ir.types import DYNAMIC, Dim, Factor, TensorType, TupleT
 from scalebits_compiler.ir.verifier import Rigid, verify
 from scalebits_compiler.tasks import TASKS
 
+ROOT = Path(__file__).resolve().parents[2]
 NAMES = st.from_regex(r"[A-Za-z_][A-Za-z0-9_.]{0,8}", fullmatch=True)
 TEXTS = st.text(max_size=12)
 DIMS = st.one_of(
@@ -149,38 +151,11 @@ def test_pipelines_round_trip(steps: list[tuple[str, dict[str, Any]]]) -> None:
     assert parse_pipeline(text) == steps
 
 
-def deep_text(layers: int) -> str:
-    lines, value, count = ["module @deep {"], "%x", 0
-    for layer in range(layers):
-        lines += [
-            f"  weight @l{layer}.norm : f32[256]",
-            f"  weight @l{layer}.w : f32[256, 256] {{quantize = true, block = [128, 128],"
-            " group = 128, bits = grid([[4, 3], [3, 2]])}",
-        ]
-    lines.append("  func @forward(%x: f32[?, ?, 256]) -> f32[?, ?, 256] {")
-    for layer in range(layers):
-        lines.append(
-            f"    %{count} = rms_norm {value}, @l{layer}.norm {{eps = 1e-05}} : f32[?, ?, 256]"
-        )
-        lines.append(
-            f'    %{count + 1} = linear %{count}, @l{layer}.w : f32[?, ?, 256] loc("l{layer}")'
-        )
-        lines.append(f"    %{count + 2} = silu %{count + 1} : f32[?, ?, 256]")
-        lines.append(f"    %{count + 3} = add {value}, %{count + 2} : f32[?, ?, 256]")
-        value, count = f"%{count + 3}", count + 4
-    return "\n".join([*lines, f"    return {value}", "  }", "}", ""])
-
-
-def test_two_thousand_ops_parse_and_verify_in_a_second() -> None:
-    text = deep_text(500)
-    module, _ = parse_module(deep_text(1))  # builds the parse table once
-    took = []
-    for _ in range(3):  # the least: a busy neighbour makes any one of them longer
-        start = time.process_time()
-        module, source = parse_module(text)
-        verify(module, source)
-        took.append(time.process_time() - start)
-    assert min(took) < 1.0
+def test_two_thousand_ops_print_as_they_are_read() -> None:
+    """How long it takes is measured by benchmarks/compiler_speed.py, which has the text."""
+    text = runpy.run_path(str(ROOT / "benchmarks" / "compiler_speed.py"))["deep_text"](500)
+    module, source = parse_module(text)
+    verify(module, source)
     assert len(module.function.ops) == 2000
     assert print_module(module) == text
 

