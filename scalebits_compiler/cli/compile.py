@@ -45,8 +45,10 @@ def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
     add("--calib", type=Path, metavar="FILE", help="UTF-8 text; without it a bundled one is used")
     add("--accept", type=Path, metavar="FILE", help="accept steps on this text, not on --calib's")
     add("--seq-len", type=int, metavar="N", help="tokens per calibration window")
-    add("--calib-windows", type=int, default=128, metavar="N", help="windows for gradients")
-    add("--accept-windows", type=int, default=64, metavar="N", help="windows that accept a step")
+    told = "windows for gradients (default 128, or as many as the text has)"
+    add("--calib-windows", type=int, metavar="N", help=told)
+    told = "windows that accept a step (default 64, or as many as the text has)"
+    add("--accept-windows", type=int, metavar="N", help=told)
     add("--block", type=_block, metavar="RxC", help="rows x columns of a block, e.g. 128x128")
     add("--group", type=int, metavar="G", help="columns that share a scale, e.g. 128")
     told = "widths that some matrices may have, e.g. '*.down_proj=4..8'; may be repeated"
@@ -136,13 +138,14 @@ def run(args: argparse.Namespace) -> int:
         observers=_observers(args, registry),
         registry=registry,
         on_kernels=lambda built: _dump_kernels(args.dump_ir, built),
+        note=_note,
     )
     options = _options(args)
     if args.dump_ir is not None:
         check_dump_folder(args.dump_ir, args.output)
     folder = state_folder(args.output)
     if args.resume and not folder.is_dir():
-        print(f"note: there is no {folder.name} to go on with, starting anew", file=sys.stderr)
+        _note(f"there is no {folder.name} to go on with, starting anew")
     try:
         if len(args.avg_bits) > 1 or args.search_only:
             what = args.model, args.output, args.avg_bits, options, hooks, args.start
@@ -156,6 +159,10 @@ def run(args: argparse.Namespace) -> int:
         raise
     print(json.dumps(as_json(report), indent=2) if args.json else as_text(report))
     return 0
+
+
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
 
 
 def _options(args: argparse.Namespace) -> CompileOptions:

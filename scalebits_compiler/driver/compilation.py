@@ -17,7 +17,14 @@ from scalebits_compiler.artifact.writer import write_artifact
 from scalebits_compiler.codegen.target import TARGETS, Built, Target, find_target
 from scalebits_compiler.driver.checkpoint import SearchFolder, state_folder
 from scalebits_compiler.driver.device import check_device, computing_on, place_for
-from scalebits_compiler.driver.inputs import TextOptions, input_module, load_source, source_digest
+from scalebits_compiler.driver.inputs import (
+    TextOptions,
+    input_module,
+    load_source,
+    short_text,
+    source_digest,
+    window_counts,
+)
 from scalebits_compiler.driver.preflight import Checked, EarlyChecks
 from scalebits_compiler.errors import PassError, ScalebitsError, UsageError
 from scalebits_compiler.ir.module import Module
@@ -79,13 +86,15 @@ class CompileOptions:
 class Hooks:
     """What a caller may watch and add: progress bars, pipeline observers, plugins.
 
-    on_kernels sees what the target built, before it is written.
+    on_kernels sees what the target built, before it is written. note: called with what the user
+    should know, a line each.
     """
 
     progress: Progress = no_progress
     observers: Sequence[Observer] = ()
     registry: Registry = field(default_factory=Registry)
     on_kernels: Callable[[Built], None] | None = None
+    note: Callable[[str], object] | None = None
 
 
 @dataclass(frozen=True)
@@ -135,6 +144,9 @@ class Compilation:
             module = self.stages.run(
                 "trace", lambda: input_module(self.source, options.text, options.seed)
             )
+            note = short_text(module, options.text)
+            if note is not None and hooks.note is not None:
+                hooks.note(note)
         else:
             module, self.text = read_module(start, hooks.registry.ops)
             passes = remaining(passes, module)
@@ -210,19 +222,13 @@ class Compilation:
 
     def _write(self, module: Module, built: Built, out: Path, most_bytes: int | None) -> Manifest:
         source, target = self.source, self.target
-        assert module.calibration is not None
-        windows = module.resources.shape(module.calibration.key)
         provenance = Provenance(
             pipeline=",".join(module.history),
             seed=self.options.seed,
             tool_version=__version__,
             model=source.name,
             source_sha256=dict(source.hashes),
-            options={
-                "calibration_windows": windows[0],
-                "seq_len": windows[1],
-                "device": self.options.device,
-            },
+            options={**window_counts(module), "device": self.options.device},
         )
         extra = {path.name: path for path in source.tokenizer_files}
         return write_artifact(

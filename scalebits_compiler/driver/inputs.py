@@ -29,15 +29,15 @@ class TextOptions:
 
     accept_file: where the acceptance windows come from (None: the same file, other windows).
     seq_len: tokens per window (None: the model's limit, at most WINDOW); calibration and
-    acceptance: numbers of windows. Tuning sees TUNING_SHARE times the calibration windows, as far
-    as the text goes.
+    acceptance: numbers of windows (None: 128 and 64, or as many as the text has). Tuning sees
+    TUNING_SHARE times the calibration windows, as far as the text goes.
     """
 
     file: Path | None = None
     accept_file: Path | None = None
     seq_len: int | None = None
-    calibration: int = 128
-    acceptance: int = 64
+    calibration: int | None = None
+    acceptance: int | None = None
 
 
 def load_source(model: str | Path) -> SourceModel:
@@ -75,7 +75,6 @@ def input_module(source: SourceModel, text: TextOptions, seed: int) -> Module:
     from scalebits_compiler.frontend.calibration import (
         framed,
         load_tokenizer,
-        read_windows,
         split_text,
     )
 
@@ -85,14 +84,13 @@ def input_module(source: SourceModel, text: TextOptions, seed: int) -> Module:
     if seq_len > limit:
         raise UsageError(f"--seq-len {seq_len} is more than the model's {limit} positions")
     counts = (text.calibration, text.acceptance)
-    more = (TUNING_SHARE - 1) * text.calibration
     with as_file(files("scalebits_compiler") / "data" / BUNDLED_TEXT) as bundled:
         file = text.file or bundled
         if text.accept_file is None:
-            windows = split_text(file, tokenizer, seq_len, *counts, seed, more)
+            windows = split_text(file, tokenizer, seq_len, *counts, seed, TUNING_SHARE)
         else:
-            accepted = read_windows(text.accept_file, tokenizer, seq_len, text.acceptance, seed)
-            seen, _, tuned = split_text(file, tokenizer, seq_len, counts[0], 0, seed, more)
+            _, accepted, _ = split_text(text.accept_file, tokenizer, seq_len, 0, counts[1], seed)
+            seen, _, tuned = split_text(file, tokenizer, seq_len, counts[0], 0, seed, TUNING_SHARE)
             windows = (seen, accepted, tuned)
     if source.task in (ENCODER, MASKED):
         windows = tuple(framed(part, tokenizer) for part in windows)
@@ -110,4 +108,35 @@ def input_module(source: SourceModel, text: TextOptions, seed: int) -> Module:
         source=source_digest(source),
         **{name: Resource(name) for name in texts},
         resources=module.resources.with_(texts),
+    )
+
+
+def window_counts(module: Module) -> dict[str, int]:
+    """The numbers of calibration, acceptance and tuning windows in a module, and their tokens."""
+    parts = {
+        "calibration_windows": module.calibration,
+        "acceptance_windows": module.acceptance,
+        "tuning_windows": module.tuning,
+    }
+    shapes = {
+        name: (0, 0) if part is None else module.resources.shape(part.key)
+        for name, part in parts.items()
+    }
+    counts = {name: shape[0] for name, shape in shapes.items()}
+    return {**counts, "seq_len": shapes["calibration_windows"][1]}
+
+
+def short_text(module: Module, text: TextOptions) -> str | None:
+    """What to say of a text that has fewer windows than the default; None if it has enough."""
+    from scalebits_compiler.frontend.calibration import ACCEPTANCE_WINDOWS, CALIBRATION_WINDOWS
+
+    counts = window_counts(module)
+    seen, held = counts["calibration_windows"], counts["acceptance_windows"]
+    fewer = text.calibration is None and seen < CALIBRATION_WINDOWS
+    if not fewer and not (text.acceptance is None and held < ACCEPTANCE_WINDOWS):
+        return None
+    return (
+        f"the text is short: {seen} windows of {counts['seq_len']} tokens for gradients and {held}"
+        f" that accept a step, not {text.calibration or CALIBRATION_WINDOWS} and"
+        f" {text.acceptance or ACCEPTANCE_WINDOWS}"
     )

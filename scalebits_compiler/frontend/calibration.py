@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 # neither takes one huge buffer nor one core.
 _PIECE = 1 << 16
 
+CALIBRATION_WINDOWS, ACCEPTANCE_WINDOWS = 128, 64
+"""Windows for gradients, and windows that accept a step, where their numbers are not given."""
+
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer.json of a model folder; FrontendError if it is missing or broken.
@@ -50,26 +53,50 @@ def read_windows(
     `count` windows drawn by `seed`, or all of them in the order of the text. FrontendError if the
     file cannot be read, is empty, or has too few tokens.
     """
-    return _draw(Path(text), tokenizer, seq_len, count, seed)
+    windows = _windows(Path(text), tokenizer, seq_len, 1 if count is None else count)
+    return _tensor(windows if count is None else windows[_order(len(windows), seed)[:count]])
 
 
 def split_text(
     text: str | Path,
     tokenizer: Tokenizer,
     seq_len: int,
-    calibration: int,
-    acceptance: int,
+    calibration: int | None,
+    acceptance: int | None,
     seed: int = 0,
-    tuning: int = 0,
+    tuning_share: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Calibration, acceptance and tuning windows, i64[count, seq_len] each, disjoint.
 
-    All are drawn by `seed` from one text file. There are fewer than `tuning` of the last where the
-    text ends. FrontendError as in `read_windows`.
+    All are drawn by `seed` from one text file. A number that is None is the default, or less where
+    the text ends, but at least 1. There are `tuning_share` - 1 times as many tuning windows as
+    calibration windows, as far as the text goes. FrontendError as in `read_windows`.
     """
+    least = sum(1 if count is None else count for count in (calibration, acceptance))
+    windows = _windows(Path(text), tokenizer, seq_len, least)
+    calibration, acceptance = _shares(len(windows), calibration, acceptance)
     needed = calibration + acceptance
-    windows = _draw(Path(text), tokenizer, seq_len, needed, seed, tuning)
-    return windows[:calibration].clone(), windows[calibration:needed].clone(), windows[needed:]
+    tuning = (tuning_share - 1) * calibration
+    drawn = _tensor(windows[_order(len(windows), seed)[: needed + tuning]])
+    return drawn[:calibration].clone(), drawn[calibration:needed].clone(), drawn[needed:]
+
+
+def _shares(available: int, calibration: int | None, acceptance: int | None) -> tuple[int, int]:
+    """Calibration and acceptance windows of a text that has windows for both.
+
+    A text that is too short for the default numbers is divided in their proportion.
+    """
+    if calibration is None and acceptance is None:
+        default = CALIBRATION_WINDOWS + ACCEPTANCE_WINDOWS
+        total = min(available, default)
+        acceptance = max(1, total * ACCEPTANCE_WINDOWS // default)
+        return total - acceptance, acceptance
+    if calibration is None:
+        assert acceptance is not None
+        return min(CALIBRATION_WINDOWS, available - acceptance), acceptance
+    if acceptance is None:
+        return calibration, min(ACCEPTANCE_WINDOWS, available - calibration)
+    return calibration, acceptance
 
 
 def framed(windows: torch.Tensor, tokenizer: Tokenizer) -> torch.Tensor:
@@ -91,27 +118,28 @@ def framed(windows: torch.Tensor, tokenizer: Tokenizer) -> torch.Tensor:
     return changed
 
 
-def _draw(
-    file: Path, tokenizer: Tokenizer, seq_len: int, count: int | None, seed: int, more: int = 0
-) -> torch.Tensor:
-    """`count` windows, and up to `more` as far as the text goes."""
-    if seq_len < 2 or (count is not None and count < 1):
+def _windows(file: Path, tokenizer: Tokenizer, seq_len: int, least: int) -> np.ndarray:
+    """int64[n, seq_len]: a text file cut into windows; FrontendError if n is below `least`."""
+    if seq_len < 2 or least < 1:
         raise FrontendError(
-            f"{'all' if count is None else count} windows of {seq_len} tokens were asked of {file}",
+            f"{least} windows of {seq_len} tokens were asked of {file}",
             help="at least one window of at least two tokens is needed",
         )
     tokens = _tokens(file, tokenizer)
     available = len(tokens) // seq_len
-    needed = 1 if count is None else count
-    if available < needed:
+    if available < least:
         raise FrontendError(
-            f"{file} has {len(tokens)} tokens, {needed} windows of {seq_len} need"
-            f" {needed * seq_len}",
+            f"{file} has {len(tokens)} tokens, {least} windows of {seq_len} need {least * seq_len}",
             help="give a longer text, or ask for fewer or shorter windows",
         )
-    windows = tokens[: available * seq_len].reshape(available, seq_len)
-    if count is not None:
-        windows = windows[np.random.default_rng(seed).permutation(available)[: count + more]]
+    return tokens[: available * seq_len].reshape(available, seq_len)
+
+
+def _order(available: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).permutation(available)
+
+
+def _tensor(windows: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(windows))
 
 

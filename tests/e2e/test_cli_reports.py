@@ -210,6 +210,27 @@ class TestCompileReport:
         for stage in ("load", "trace", "gradients", "rounding", "packing", "write"):
             assert any(line.startswith(stage) for line in ran.err.splitlines())
 
+    def test_a_short_text_is_used_as_far_as_it_goes(
+        self, cli: Any, compiled: Any, text: Path, tmp_path: Path
+    ) -> None:
+        short = tmp_path / "short.txt"
+        short.write_bytes(text.read_bytes()[: 16 * 32])
+        out, few = tmp_path / "out", ("--seq-len", "32", "--target", "reference", "-q")
+        ran = cli("compile", compiled.model, "-o", out, "--calib", short, *few)
+        assert ran.code == 0, ran.err
+        assert ran.err == (
+            "note: the text is short: 11 windows of 32 tokens for gradients and 5 that accept a"
+            " step, not 128 and 64\n"
+        )
+        used = json.loads((out / "manifest.json").read_text())["provenance"]["options"]
+        assert used == {
+            "calibration_windows": 11,
+            "acceptance_windows": 5,
+            "tuning_windows": 0,
+            "seq_len": 32,
+            "device": "cpu",
+        }
+
     def test_kernels_are_dumped(self, compiled: Any) -> None:
         dumped = {path.name for path in (compiled.dump / "kernels").iterdir()}
         written = {path.name for path in (compiled.path / "kernels").iterdir()}

@@ -42,7 +42,7 @@ def test_windows_are_drawn_by_the_seed_alone(tokenizer, text):
 
 
 def test_split_is_disjoint(tokenizer, text):
-    calibration, acceptance, tuning = split_text(text, tokenizer, 10, 50, 30, seed=5, tuning=40)
+    calibration, acceptance, tuning = split_text(text, tokenizer, 10, 50, 30, 5, tuning_share=2)
     assert calibration.shape == (50, 10)
     assert acceptance.shape == (30, 10)
     assert tuning.shape == (20, 10)  # what the text has left
@@ -58,10 +58,41 @@ def test_long_text_is_cut_at_line_ends(tokenizer, tmp_path):
     assert tokenizer.decode(windows.flatten().tolist()) == content[: windows.numel()]
 
 
-def test_too_little_text_says_how_much(tokenizer, text):
+@pytest.mark.parametrize(
+    ("seq_len", "asked", "counts"),
+    [
+        (10, (None, None), (67, 33, 0)),  # 100 windows, of which a third accept
+        (5, (None, None), (128, 64, 8)),
+        (500, (None, None), (1, 1, 0)),
+        (10, (90, None), (90, 10, 0)),
+        (10, (None, 90), (10, 90, 0)),
+        (10, (20, None), (20, 64, 16)),
+        (10, (None, 0), (100, 0, 0)),  # acceptance from another text
+        (10, (0, None), (0, 64, 0)),
+    ],
+)
+def test_default_numbers_go_as_far_as_the_text(tokenizer, text, seq_len, asked, counts):
+    parts = split_text(text, tokenizer, seq_len, *asked, seed=3, tuning_share=4)
+    assert tuple(map(len, parts)) == counts
+    again = split_text(text, tokenizer, seq_len, *asked, seed=3, tuning_share=4)
+    assert all(map(torch.equal, parts, again))
+    seen = {tuple(row) for row in torch.cat(parts).tolist()}
+    assert len(seen) == sum(counts)
+
+
+@pytest.mark.parametrize(
+    ("seq_len", "asked", "words"),
+    [
+        (100, (8, 4), ("12 windows of 100", "1200")),
+        (100, (10, None), ("11 windows of 100", "1100")),
+        (100, (None, 10), ("11 windows of 100", "1100")),
+        (501, (None, None), ("2 windows of 501", "1002")),
+    ],
+)
+def test_too_little_text_says_how_much(tokenizer, text, seq_len, asked, words):
     with pytest.raises(FrontendError) as caught:
-        split_text(text, tokenizer, 100, 8, 4)
-    for part in (str(text), "1000 tokens", "12 windows", "1200"):
+        split_text(text, tokenizer, seq_len, *asked)
+    for part in (str(text), "1000 tokens", *words):
         assert part in str(caught.value)
 
 
