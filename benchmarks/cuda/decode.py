@@ -14,6 +14,7 @@ import torch
 from matrices import Matrix, build_kernels, mixed, random_matrix
 
 from scalebits_compiler.numerics.tiles import TileLayout
+from scalebits_compiler.runtime.cuda.cache import DeviceCache
 from scalebits_compiler.runtime.cuda.kernels import Kernels, TiledLinear
 from scalebits_compiler.runtime.cuda.session import CudaSession
 from scalebits_compiler.runtime.manifest import WeightRecord
@@ -114,6 +115,7 @@ def ours(launcher: str, layers: int) -> float:
     ids = torch.randint(0, VOCABULARY, (1, PROMPT))
     session = our_session(launcher, layers)
     _, cache = session.prefill(ids.numpy(), capacity=PROMPT + NEW)
+    assert isinstance(cache, DeviceCache)
     cache.ids.fill_(1)
 
     def token() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from scalebits_compiler.errors import TargetError
-from scalebits_compiler.interpreter.host import run_host, run_together
+from scalebits_compiler.interpreter.host import run_together
 from scalebits_compiler.interpreter.rules import RULES, linear_input, product_op
 from scalebits_compiler.interpreter.weights import dense
 from scalebits_compiler.ir.attrs import Symbol, Value
@@ -296,8 +295,7 @@ class Executor:
             return weight(product_op(Linear, op, symbols[name]), inputs, read(symbols[name]))
 
         texts = [[frame.value(value) for value in op.operands()] for frame in frames]
-        runs = [partial(run_host, op, given, read) for given in texts]
-        results = run_together(runs, decide)
+        results = run_together(op, texts, read, decide)
         for frame, result in zip(frames, results, strict=True):
             frame.finish(op, result)
 

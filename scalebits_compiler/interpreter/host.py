@@ -6,7 +6,7 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, TypeAlias
 
 import torch
@@ -20,6 +20,10 @@ from scalebits_compiler.pretrained import call, linear_layers, model_class, skel
 Product: TypeAlias = Callable[[str, torch.Tensor], torch.Tensor]
 # (name of the matrix, input [..., n]) -> x Wᵀ [..., m], in the run that goes on in this thread.
 _product: ContextVar[Product] = ContextVar("product")
+
+
+_models_in_use = threading.RLock()
+"""Held while a model of `_model` runs: its tensors are those of the run."""
 
 
 @lru_cache(maxsize=2)
@@ -49,8 +53,20 @@ def run_host(
 ) -> torch.Tensor:
     """The result for the values of its operands, i64[batch, sequence] each; differentiable.
 
-    Tensors that are no products are set in the model, which is kept without its own.
+    Tensors that are no products are set in the model, which is kept without its own. Several
+    threads wait for each other.
     """
+    with _models_in_use:
+        return _run(op, texts, weight, product)
+
+
+def _run(
+    op: Host,
+    texts: Sequence[torch.Tensor],
+    weight: Callable[[Symbol], torch.Tensor],
+    product: Product,
+) -> torch.Tensor:
+    """`run_host` in a thread that has `_models_in_use`, or on behalf of one."""
     model, task = _model(op.config, frozenset(op.products))
     for name, symbol in zip(op.names, op.weights, strict=True):
         if name not in op.products:
@@ -75,31 +91,36 @@ def _set(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
 
 
 def run_together(
-    runs: Sequence[Callable[[Product], torch.Tensor]],
+    op: Host,
+    batches: Sequence[Sequence[torch.Tensor]],
+    weight: Callable[[Symbol], torch.Tensor],
     decide: Callable[[str, list[torch.Tensor]], torch.Tensor],
 ) -> list[torch.Tensor]:
-    """The results of several runs of a host op, which go on in turn from product to product.
+    """The results of `run_host` for several batches, which go on in turn from product to product.
 
     `decide(name, inputs)` gives the matrix for all runs that wait at a product; a run whose control
     flow comes to it later, or never, is asked for then, or not.
     """
-    lanes = [_Lane(run) for run in runs]
-    try:
-        for lane in lanes:
-            lane.advance(None)
-        while waiting := [lane for lane in lanes if lane.asked is not None]:
-            assert waiting[0].asked is not None
-            name = waiting[0].asked[0]
-            here = [
-                (lane, lane.asked[1]) for lane in waiting if lane.asked and lane.asked[0] == name
-            ]
-            matrix = decide(name, [x for _, x in here])
-            for lane, _ in here:
-                lane.advance(matrix)
-    finally:
-        for lane in lanes:
-            lane.stop()
-    return [lane.result for lane in lanes]
+    with _models_in_use:
+        lanes = [_Lane(partial(_run, op, texts, weight)) for texts in batches]
+        try:
+            for lane in lanes:
+                lane.advance(None)
+            while waiting := [lane for lane in lanes if lane.asked is not None]:
+                assert waiting[0].asked is not None
+                name = waiting[0].asked[0]
+                here = [
+                    (lane, lane.asked[1])
+                    for lane in waiting
+                    if lane.asked and lane.asked[0] == name
+                ]
+                matrix = decide(name, [x for _, x in here])
+                for lane, _ in here:
+                    lane.advance(matrix)
+        finally:
+            for lane in lanes:
+                lane.stop()
+        return [lane.result for lane in lanes]
 
 
 class _Stopped(Exception):

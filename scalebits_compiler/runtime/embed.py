@@ -37,6 +37,8 @@ def embed(session: Session, texts: Sequence[str]) -> F32:
         )
     if session.tokenizer is None:
         raise UsageError(f"{session.artifact.path} has no tokenizer.json")
+    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+        raise UsageError("the texts are no list of str", help="give a list: embed([text])")
     found = []
     for text in texts:
         ids = session.tokenizer.encode(text).ids if text else []

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from scalebits_compiler.errors import UsageError
+from scalebits_compiler.runtime.arguments import integers, whole
 from scalebits_compiler.runtime.sampling import Sampling
 from scalebits_compiler.tasks import CAUSAL, SEQ2SEQ
 
@@ -117,8 +118,7 @@ def generate(
     index, piece of text)` is called as text appears. Raises `UsageError` for an empty prompt, or
     more tokens than the model knows positions for.
     """
-    if max_new_tokens < 1:
-        raise UsageError(f"max-new-tokens is {max_new_tokens}, it must be 1 or more")
+    max_new_tokens = whole(max_new_tokens, "max-new-tokens", 1)
     encoded = [_encode(session, prompt) for prompt in _as_list(prompts)]
     _check_room(session, max(map(len, encoded)), max_new_tokens)
     tokenizer, continues = session.tokenizer, session.task == CAUSAL
@@ -178,17 +178,17 @@ def _as_list(prompts: Prompts) -> list[str | Tokens]:
     """One prompt or several as a list of prompts."""
     if isinstance(prompts, str):
         return [prompts]
-    items: list[object] = list(prompts)
+    items = _items(prompts, "the prompts are")
     if not items:
         raise UsageError("there is no prompt", help='give one, e.g. --prompt "Once upon a time"')
-    if isinstance(items[0], (int, np.integer)):
-        return [np.asarray(items)]
-    return items  # type: ignore[return-value]
+    return items if all(map(np.iterable, items)) else [items]
 
 
 def _encode(session: Session, prompt: str | Tokens) -> tuple[int, ...]:
     if not isinstance(prompt, str):
-        tokens = tuple(int(token) for token in prompt)
+        tokens = _items(prompt, "a prompt is")
+        if tokens:
+            tokens = integers(tokens, ("tokens",), "a prompt of token ids").tolist()
     elif session.tokenizer is None:
         raise UsageError(
             f"{session.artifact.path} has no tokenizer.json", help="give the prompt as token ids"
@@ -197,7 +197,17 @@ def _encode(session: Session, prompt: str | Tokens) -> tuple[int, ...]:
         tokens = _tokens(session.tokenizer, prompt)
     if not tokens:
         raise UsageError("the prompt is empty", help="give at least one token of text")
-    return tokens
+    return tuple(tokens)
+
+
+def _items(value: Any, what: str) -> list[Any]:
+    """The elements of what should be a list. Those of bytes are integers, but no token ids."""
+    if not np.iterable(value) or isinstance(value, (bytes, bytearray, Mapping, Set)):
+        raise UsageError(
+            f"{what} of the type {type(value).__name__}",
+            help="give a text or a list of token ids, or a list of these",
+        )
+    return list(value)
 
 
 def _tokens(tokenizer: Tokenizer, prompt: str) -> tuple[int, ...]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from scalebits_compiler.errors import UsageError
+from scalebits_compiler.runtime.arguments import real, whole
 
 
 @dataclass(frozen=True)
@@ -25,15 +25,15 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        temperature = real(self.temperature, "the temperature", "a number, 0 (greedy) or more")
         _demand(
-            math.isfinite(self.temperature) and self.temperature >= 0,
-            f"the temperature is {self.temperature}, it must be 0 (greedy) or more",
+            temperature >= 0, f"the temperature is {temperature}, it must be 0 (greedy) or more"
         )
-        _demand(
-            self.top_k is None or self.top_k >= 1, f"top-k is {self.top_k}, it must be 1 or more"
-        )
-        _demand(0 < self.top_p <= 1, f"top-p is {self.top_p}, it must be above 0 and at most 1")
-        _demand(self.seed >= 0, f"the seed is {self.seed}, it must be 0 or more")
+        if self.top_k is not None:
+            whole(self.top_k, "top-k", 1)
+        top_p = real(self.top_p, "top-p", "a number above 0 and at most 1")
+        _demand(0 < top_p <= 1, f"top-p is {top_p}, it must be above 0 and at most 1")
+        whole(self.seed, "the seed", 0)
 
     def generator(self, row: int) -> np.random.Generator:
         """The generator of one row of a batch: a row does not depend on the others."""

@@ -6,14 +6,16 @@ import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from scalebits_compiler.errors import ArtifactError, UsageError
+from scalebits_compiler.runtime.arguments import integers, whole
 from scalebits_compiler.runtime.artifact import Artifact
-from scalebits_compiler.runtime.cache import KVCache, NativeCache, Replay
+from scalebits_compiler.runtime.cache import Cache, HostCache, KVCache, NativeCache, Replay
+from scalebits_compiler.runtime.call_lock import CallLock
 from scalebits_compiler.runtime.cpu.features import default_threads
 from scalebits_compiler.runtime.cpu.isa import ACTIVATIONS, EXACT
 from scalebits_compiler.runtime.manifest import COMPILE_AGAIN
@@ -32,7 +34,10 @@ if TYPE_CHECKING:
 
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
-Cache: TypeAlias = KVCache | NativeCache | Replay
+MOST_THREADS = 1024
+MOST_POSITIONS = 2**31 - 1
+"""Kernels count positions in 32 bits."""
+_NO_IDS = "give at least one token; padded rows need pad"
 _NO_TEXT = "does not continue a text"
 _INSTEAD = {ENCODER: "use embed, or scalebitsc run OUT --prompt TEXT, which prints the embedding"}
 
@@ -57,8 +62,8 @@ def load(
         raise UsageError(
             f"unknown activations {activations!r}", help=f"use {' or '.join(ACTIVATIONS)}"
         )
-    if threads is not None and threads < 1:
-        raise UsageError(f"threads is {threads}, it must be 1 or more")
+    if threads is not None:
+        threads = whole(threads, "threads", 1, MOST_THREADS)
     artifact = Artifact.open(path)
     if artifact.manifest.target["kind"] == "cuda":
         return _open_cuda(artifact, activations)
@@ -107,7 +112,12 @@ def open_kernels(
 
 
 class Session:
-    """Runs one artifact. Made by `load`; safe to use for several caches in turn.
+    """Runs one artifact. Made by `load`; goes on with any number of caches, in any order.
+
+    Several threads may use one session: `forward`, `prefill` and `decode` wait for each other, so
+    each thread gets what it would get alone, and all together are no faster than one. A thread
+    should decode with a cache of its own; one that threads share grows by one call after the other,
+    in the order in which they come. `on_step` must not call the session.
 
     Where logits are spoken of, an encoder gives its states f32[batch, sequence, channels].
 
@@ -118,16 +128,19 @@ class Session:
     vocabulary: number of token ids. limit: longest sequence that the model knows, None if unknown.
     on_step: if set, called after every op with its name and the seconds it took.
     call_runner: runs the ops that this runtime has not; `sessions.open_session` sets it.
+    calls: held while a call runs.
     """
 
     execution: str = "step by step"
     arithmetic: str = "float32"
     call_runner: CallRunner | None = None
     threads: int = 1
+    calls: CallLock
     _native: NativeModel | None = None
 
     def __init__(self, artifact: Artifact, library: KernelLibrary | None) -> None:
         self.artifact = artifact
+        self.calls = CallLock() if library is None else library.calls
         self.variant = "reference" if library is None else library.variant
         if library is not None:
             self.threads, self.arithmetic = library.threads, library.mode
@@ -148,37 +161,40 @@ class Session:
         ids that do not fit the model.
         """
         tokens = self._tokens(ids)
-        padded = self._padding(pad, tokens)
-        if self._native is not None:
-            cache = self._native.new_cache(len(tokens), padded, tokens.shape[1])
-            return self._native.run(tokens, cache, False, self.on_step)
-        return self._run(tokens, None, padded, last=False)
+        padding = self._padding(pad, tokens)
+        with self.calls.hold():
+            return self._forward(tokens, padding)
 
     def prefill(
         self, ids: ArrayLike, pad: ArrayLike | None = None, capacity: int = 0
     ) -> tuple[F32, Cache]:
         """Logits f32[batch, vocabulary] after the last id of each row, and a cache to go on with.
 
-        pad as in `forward`; capacity: positions to make room for.
+        pad as in `forward`; capacity: positions to make room for, at most as many as the model
+        knows. Raises `UsageError` as `forward`.
         """
         tokens = self._tokens(ids)
-        padded, room = self._padding(pad, tokens), max(capacity, tokens.shape[1])
-        if self._plan.replays:
-            replay = Replay(tokens, padded)
-            return self._replayed(replay), replay
-        if self._native is not None:
-            cache: Cache = self._native.new_cache(len(tokens), padded, room)
-        else:
-            cache = KVCache(padded, room)
-        return self._extend(tokens, cache), cache
+        padding = self._padding(pad, tokens)
+        room = whole(capacity, "capacity", 0, MOST_POSITIONS)
+        room = max(tokens.shape[1], room if self.limit is None else min(room, self.limit))
+        with self.calls.hold():
+            logits, cache = self._prefill(tokens, padding, room)
+        cache.session = self
+        return logits, cache
 
     def decode(self, ids: ArrayLike, cache: Cache) -> F32:
-        """Logits f32[batch, vocabulary] after one more token i64[batch]; the cache grows by it."""
-        tokens = self._tokens(np.asarray(ids)[:, None], cache.length)
-        if isinstance(cache, Replay):
-            cache.ids = np.concatenate([cache.ids, tokens], 1)
-            return self._replayed(cache)
-        return self._extend(tokens, cache)
+        """Logits f32[batch, vocabulary] after one more token i64[batch]; the cache grows by it.
+
+        Raises `UsageError` for ids that do not fit the model or the cache, and for a cache of
+        another session.
+        """
+        if not isinstance(cache, Cache) or cache.session is not self:
+            raise UsageError(
+                "the cache is of another session, or is none",
+                help="give the one that this session's prefill has returned",
+            )
+        with self.calls.hold():
+            return self._decode(self._next_tokens(ids, cache), cache)
 
     def generate(
         self,
@@ -222,7 +238,7 @@ class Session:
     @property
     def skips_padding(self) -> bool:
         """Whether rows of a batch may have padding; else all must have one length."""
-        return not self._plan.one_length
+        return not self._no_padding
 
     def embed(self, texts: Sequence[str]) -> F32:
         """Unit vectors f32[texts, channels] by an encoder; see `embed.embed`."""
@@ -252,17 +268,54 @@ class Session:
         found = self.artifact.generation("eos_token_id")
         return frozenset([found] if isinstance(found, int) else found or ())
 
-    def _replayed(self, replay: Replay) -> F32:
-        """Logits after the last of all ids, where a step runs them all."""
-        return self._run(replay.ids, None, replay.pad, last=True)[:, -1]
+    @property
+    def _no_padding(self) -> str:
+        """Why padding would be seen; empty where all ops skip it."""
+        return self._plan.one_length
 
-    def _extend(self, tokens: I64, cache: KVCache | NativeCache) -> F32:
-        if self._native is not None and isinstance(cache, NativeCache):
-            logits = self._native.run(tokens, cache, True, self.on_step)
-        elif isinstance(cache, KVCache):
-            logits = self._run(tokens, cache, cache.pad, last=True)
+    @property
+    def _next_vocabulary(self) -> int:
+        """Number of ids that a text may go on with."""
+        return self.vocabulary
+
+    def _forward(self, tokens: I64, pad: I64 | None) -> F32:
+        """`forward` for arguments that were checked, one call at a time."""
+        if self._native is not None:
+            cache = self._native.new_cache(len(tokens), pad, tokens.shape[1])
+            return self._native.run(tokens, cache, False, self.on_step)
+        return self._run(tokens, None, pad, last=False)
+
+    def _prefill(self, tokens: I64, pad: I64 | None, room: int) -> tuple[F32, Cache]:
+        """`prefill` for arguments that were checked, one call at a time. room: positions."""
+        if self._plan.replays:
+            replay = Replay(tokens, pad)
+            return self._replayed(replay.ids, pad), replay
+        if self._native is not None:
+            cache: HostCache = self._native.new_cache(len(tokens), pad, room)
         else:
-            raise UsageError("the cache is of another session")
+            cache = KVCache(len(tokens), pad, room)
+        return self._extend(tokens, cache), cache
+
+    def _decode(self, tokens: I64, cache: Any) -> F32:
+        """`decode` of tokens i64[batch, 1] that fit a cache of this session, one call at a time."""
+        if isinstance(cache, Replay):
+            ids = np.concatenate([cache.ids, tokens], 1)
+            logits = self._replayed(ids, cache.pad)
+            cache.ids = ids
+            return logits
+        return self._extend(tokens, cache)
+
+    def _replayed(self, ids: I64, pad: I64 | None) -> F32:
+        """Logits after the last of all ids, where a step runs them all."""
+        return self._run(ids, None, pad, last=True)[:, -1]
+
+    def _extend(self, tokens: I64, cache: HostCache) -> F32:
+        if self._native is not None:
+            assert isinstance(cache, NativeCache)
+            logits = self._native.run(tokens, cache, True, self.on_step)
+        else:
+            assert isinstance(cache, KVCache)
+            logits = self._run(tokens, cache, cache.pad, last=True)
         cache.advance(tokens.shape[1])
         return logits[:, -1]
 
@@ -295,22 +348,22 @@ class Session:
         frame.run(step)
         self.on_step(step.op, time.perf_counter() - start)
 
-    def _tokens(self, ids: ArrayLike, past: int = 0, vocabulary: int | None = None) -> I64:
-        tokens, known = np.asarray(ids), vocabulary or self.vocabulary
-        if tokens.ndim != 2 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
+    def _tokens(self, ids: ArrayLike) -> I64:
+        """Token ids of whole sequences, i64[batch, sequence]; `UsageError` if they do not fit."""
+        tokens = integers(ids, ("batch", "sequence"), "token ids", _NO_IDS)
+        self.check_length(tokens.shape[1])
+        return _known(tokens, self.vocabulary)
+
+    def _next_tokens(self, ids: ArrayLike, cache: Cache) -> I64:
+        """One more token id for each row of a cache, i64[batch, 1]."""
+        tokens = integers(ids, ("batch",), "the next token ids", "give one for each row")
+        if len(tokens) != cache.batch:
             raise UsageError(
-                f"token ids must be integers [batch, sequence], found {tokens.dtype}"
-                f"{list(tokens.shape)}",
-                help="give at least one token; padded rows need pad",
+                f"there are {len(tokens)} next token ids, the cache has rows: {cache.batch}",
+                help="give one for each row",
             )
-        if tokens.min() < 0 or tokens.max() >= known:
-            raise UsageError(
-                f"token id {tokens.min() if tokens.min() < 0 else tokens.max()} is not in the"
-                f" model's vocabulary of {known}",
-                help="use the tokenizer of this model",
-            )
-        self.check_length(past + tokens.shape[1])
-        return tokens.astype(np.int64)
+        self.check_length(cache.length + 1)
+        return _known(tokens[:, None], self._next_vocabulary)
 
     def check_length(self, length: int, what: str = "the sequence") -> None:
         """Raise `UsageError` if `length` tokens are more than the model knows positions for."""
@@ -320,33 +373,48 @@ class Session:
                 help="shorten the prompt or ask for fewer new tokens",
             )
 
-    def _pad(self, pad: ArrayLike | None, tokens: I64) -> I64 | None:
+    def _padding(self, pad: ArrayLike | None, tokens: I64) -> I64 | None:
+        """i64[batch], None without padding. `UsageError` for counts that do not fit, and for
+        padding that an op would not skip.
+        """
         if pad is None:
             return None
-        counts: Any = np.asarray(pad)
-        fits = counts.shape == tokens.shape[:1] and np.issubdtype(counts.dtype, np.integer)
-        if not fits or counts.min() < 0 or counts.max() >= tokens.shape[1]:
+        counts = integers(pad, ("batch",), "pad")
+        if len(counts) != len(tokens) or counts.min() < 0 or counts.max() >= tokens.shape[1]:
             raise UsageError(
                 f"pad must hold for each of {tokens.shape[0]} rows a count in"
-                f" 0..{tokens.shape[1] - 1}, found {counts.tolist()}"
+                f" 0..{tokens.shape[1] - 1}, found {_few(counts)}"
             )
-        return counts.astype(np.int64) if counts.any() else None
-
-    def _padding(self, pad: ArrayLike | None, tokens: I64) -> I64 | None:
-        """As `_pad`; UsageError for padding that an op would not skip."""
-        padded = self._pad(pad, tokens)
-        if padded is not None and self._plan.one_length:
+        if not counts.any():
+            return None
+        if self._no_padding:
             raise UsageError(
-                f"{self.artifact.path} cannot skip padding: {self._plan.one_length}",
+                f"{self.artifact.path} cannot skip padding: {self._no_padding}",
                 help="run prompts of different length one by one",
             )
-        return padded
+        return counts.astype(np.int64)
 
     def _vocabulary(self) -> int:
         for step in self._plan.steps:
             if step.op == "embedding" and step.inputs[0] == self._plan.input:
                 return self.artifact.manifest.weights[step.weights[0]].shape[0]
         raise ArtifactError(f"{self.artifact.path}: the plan has no embedding", help=COMPILE_AGAIN)
+
+
+def _known(tokens: NDArray[np.integer], vocabulary: int) -> I64:
+    """Token ids as i64; `UsageError` for one that is not in the vocabulary."""
+    least, most = tokens.min(), tokens.max()
+    if least < 0 or most >= vocabulary:
+        raise UsageError(
+            f"token id {least if least < 0 else most} is not in the model's vocabulary of"
+            f" {vocabulary}",
+            help="use the tokenizer of this model",
+        )
+    return tokens.astype(np.int64)
+
+
+def _few(counts: NDArray[np.integer]) -> str:
+    return f"{counts[:8].tolist()}{' and more' if len(counts) > 8 else ''}"
 
 
 def _native(plan: Plan, weights: Weights, call: RunCall) -> tuple[NativeModel | None, str]:

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from scalebits_compiler.codegen.plan import unplanned
-from scalebits_compiler.errors import UsageError
 from scalebits_compiler.interpreter.executor import Continuation, Executor
 from scalebits_compiler.ir.host import Host
 from scalebits_compiler.ir.module import Module
@@ -23,7 +22,8 @@ from scalebits_compiler.ir.roles import embedding_tables, untraced
 from scalebits_compiler.ir.verifier import verify
 from scalebits_compiler.plugins import Registry, load_plugins
 from scalebits_compiler.runtime.artifact import Artifact
-from scalebits_compiler.runtime.cache import Replay
+from scalebits_compiler.runtime.cache import Cache, Replay
+from scalebits_compiler.runtime.call_lock import CallLock
 from scalebits_compiler.runtime.manifest import MODULE_FILE
 from scalebits_compiler.runtime.session import Session, open_kernels
 from scalebits_compiler.runtime.weights import Weights
@@ -50,6 +50,7 @@ class ReferenceSession(Session):
         verify(module, source)
         registry.install_rules()
         self.artifact = artifact
+        self.calls = CallLock() if library is None else library.calls
         self.variant = "reference" if library is None else library.variant
         if library is not None:
             self.execution = f"by torch: {why_torch(module)}"
@@ -59,28 +60,22 @@ class ReferenceSession(Session):
         self.limit = artifact.limit
 
     @property
-    def skips_padding(self) -> bool:
-        """Whether all ops are ours, which know of padding."""
-        return not any(isinstance(op, (Aten, Host)) for op in self.executor.module.function.ops)
+    def _no_padding(self) -> str:
+        """Our own ops know of padding."""
+        ours = not any(isinstance(op, (Aten, Host)) for op in self.executor.module.function.ops)
+        return "" if ours else "it has ops that are not ours, whose masks cannot be changed"
 
-    def forward(self, ids: ArrayLike, pad: ArrayLike | None = None) -> F32:
-        """Logits f32[batch, sequence, vocabulary] of token ids i64[batch, sequence]."""
-        tokens = self._tokens(ids)
-        return self._logits(tokens, self._pad(pad, tokens))
+    def _forward(self, tokens: I64, pad: I64 | None) -> F32:
+        return self._logits(tokens, pad)
 
-    def prefill(  # type: ignore[override]
-        self, ids: ArrayLike, pad: ArrayLike | None = None, capacity: int = 0
-    ) -> tuple[F32, Replay]:
-        """Logits f32[batch, vocabulary] after the last id of each row, and what to go on with."""
-        tokens = self._tokens(ids)
-        replay = Replay(tokens, self._pad(pad, tokens))
-        return self._logits(tokens, replay.pad)[:, -1], replay
+    def _prefill(self, tokens: I64, pad: I64 | None, room: int) -> tuple[F32, Cache]:
+        return self._logits(tokens, pad)[:, -1], Replay(tokens, pad)
 
-    def decode(self, ids: ArrayLike, cache: Replay) -> F32:  # type: ignore[override]
-        """Logits f32[batch, vocabulary] after one more token i64[batch]."""
-        tokens = self._tokens(np.asarray(ids)[:, None], cache.length)
-        cache.ids = np.concatenate([cache.ids, tokens], 1)
-        return self._logits(cache.ids, cache.pad)[:, -1]
+    def _decode(self, tokens: I64, cache: Replay) -> F32:
+        ids = np.concatenate([cache.ids, tokens], 1)
+        logits = self._logits(ids, cache.pad)[:, -1]
+        cache.ids = ids
+        return logits
 
     def _logits(self, tokens: I64, pad: I64 | None) -> F32:
         counts = None if pad is None else torch.from_numpy(pad)
@@ -88,7 +83,7 @@ class ReferenceSession(Session):
             return self.executor.run(torch.from_numpy(tokens), pad=counts).numpy()
 
 
-@dataclass
+@dataclass(eq=False)
 class Writing(Replay):
     """What an encoder-decoder has read, and in `ids` what it has written, start token first."""
 
@@ -102,33 +97,28 @@ class EncoderDecoderSession(ReferenceSession):
     """
 
     @property
-    def skips_padding(self) -> bool:
-        """Never: all that was read is attended to."""
-        return False
+    def _no_padding(self) -> str:
+        """All that was read is attended to."""
+        return "it is an encoder-decoder, which attends to all that it reads"
 
-    def prefill(  # type: ignore[override]
-        self, ids: ArrayLike, pad: ArrayLike | None = None, capacity: int = 0
-    ) -> tuple[F32, Writing]:
-        """Logits f32[batch, vocabulary] of the first token to write, and what to go on with."""
-        tokens = self._tokens(ids)
-        if self._pad(pad, tokens) is not None:
-            raise UsageError(
-                f"{self.artifact.path} is an encoder-decoder, which cannot skip padding",
-                help="run prompts of different length one by one",
-            )
+    @property
+    def _next_vocabulary(self) -> int:
+        """That of the language it writes."""
+        return self.executor.module.function.type.shape[-1] or self.vocabulary
+
+    def _prefill(self, tokens: I64, pad: I64 | None, room: int) -> tuple[F32, Cache]:
         first = np.tile(np.array(self._first_tokens()), (len(tokens), 1))
         writing = Writing(first, None, self.executor.continuation(torch.from_numpy(tokens)))
-        return self._written(writing), writing
+        return self._written(writing.text, first), writing
 
-    def decode(self, ids: ArrayLike, cache: Writing) -> F32:  # type: ignore[override]
-        """Logits f32[batch, vocabulary] after one more token i64[batch]."""
-        written = self.executor.module.function.type.shape[-1]
-        tokens = self._tokens(np.asarray(ids)[:, None], cache.length, written)
-        cache.ids = np.concatenate([cache.ids, tokens], 1)
-        return self._written(cache)
+    def _decode(self, tokens: I64, cache: Writing) -> F32:  # type: ignore[override]
+        ids = np.concatenate([cache.ids, tokens], 1)
+        logits = self._written(cache.text, ids)
+        cache.ids = ids
+        return logits
 
-    def _written(self, writing: Writing) -> F32:
-        return writing.text.run(torch.from_numpy(writing.ids))[:, -1].numpy()
+    def _written(self, text: Continuation, ids: I64) -> F32:
+        return text.run(torch.from_numpy(ids))[:, -1].numpy()
 
     def _first_tokens(self) -> list[int]:
         """The start token, and the language or the like that the model wants after it."""

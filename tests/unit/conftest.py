@@ -1,5 +1,6 @@
 """Small packed modules, written as IR text, and artifacts of them."""
 
+import threading
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -255,3 +256,65 @@ def write(tmp_path):
 @pytest.fixture(scope="session")
 def float64():
     return Float64
+
+
+def overlapping(first, second, pause_in):
+    """The results of two calls; the second comes from another thread in the middle of the first.
+
+    `pause_in(pause)` makes the first one call `pause`. The second must wait for the first to end.
+    """
+    inside, ended = threading.Event(), threading.Event()
+    results = {}
+
+    def pause(*_):
+        if threading.current_thread() is not threads[0] or inside.is_set():
+            return
+        inside.set()
+        # Long enough for a call that does not wait; one that does costs this time.
+        results["waited"] = not ended.wait(0.1)
+
+    def run_first():
+        pause_in(pause)
+        results["first"] = first()
+
+    def run_second():
+        inside.wait(60)
+        results["second"] = second()
+        ended.set()
+
+    threads = [threading.Thread(target=run, daemon=True) for run in (run_first, run_second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert results["waited"]
+    return results["first"], results["second"]
+
+
+@pytest.fixture(scope="session")
+def two_threads():
+    return overlapping
+
+
+def texts_of_threads(session, prompts, count):
+    """What every thread generates for its prompt, all at once."""
+    results = {}
+    start = threading.Barrier(len(prompts))
+
+    def run(number):
+        start.wait(60)
+        results[number] = session.generate(prompts[number], count)[0].tokens
+
+    threads = [
+        threading.Thread(target=run, args=(number,), daemon=True) for number in range(len(prompts))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return [results[number] for number in range(len(prompts))]
+
+
+@pytest.fixture(scope="session")
+def generate_in_threads():
+    return texts_of_threads

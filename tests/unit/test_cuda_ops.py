@@ -95,7 +95,7 @@ def test_attention_is_that_of_the_cpu(case, pad, slopes):
     np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
     if not case["causal"]:
         return
-    caches = DeviceCache(2, 8, pad, CPU), KVCache(pad)
+    caches = DeviceCache(2, 8, pad, CPU), KVCache(2, pad)
     both(made, values, pad, caches)
     for cache in caches:
         cache.advance(6)

@@ -90,3 +90,23 @@ def test_generation_runs(sessions, module_shape):
     found = ours.generate(prompts, 3)
     expected = reference.generate(prompts, 3)
     assert [row.tokens for row in found] == [row.tokens for row in expected]
+
+
+def test_sessions_of_one_device_take_turns(sessions, module_shape, two_threads):
+    ours, reference = sessions(module_shape(**SMALL))
+    other = interpreted(ours.artifact, multiprocessors=1)
+    ids = np.array([[5, 17]])
+    logits, cache = ours.prefill(ids)
+    expected = ours.forward(ids)
+
+    def pause_in(pause):
+        ours.on_step = pause
+
+    found = two_threads(lambda: ours.forward(ids), lambda: other.prefill(ids)[0], pause_in)
+    np.testing.assert_array_equal(found[0], expected)
+    np.testing.assert_array_equal(found[1], logits)
+    for session in (other, reference):
+        with pytest.raises(UsageError, match="of another session"):
+            session.decode([1], cache)
+    with pytest.raises(UsageError, match="there are 2 next token ids, the cache has rows: 1"):
+        ours.decode([1, 2], cache)

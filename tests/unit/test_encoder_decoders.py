@@ -141,7 +141,7 @@ def test_a_batch_gives_what_each_prompt_gives_alone(session: EncoderDecoderSessi
     together = session.generate(PROMPTS, 6, **options)
     assert together[:1] == session.generate(PROMPTS[0], 6, **options)
     assert session.generate(PROMPTS, 6) == [session.generate(p, 6)[0] for p in PROMPTS]
-    with pytest.raises(UsageError, match="is an encoder-decoder, which cannot skip padding"):
+    with pytest.raises(UsageError, match="cannot skip padding: it is an encoder-decoder"):
         session.prefill([[0, 5], [5, 6]], pad=[1, 0])
 
 

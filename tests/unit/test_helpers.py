@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 
+from scalebits_compiler.errors import UsageError
 from scalebits_compiler.runtime.cpu import thread_pool as helpers
 from scalebits_compiler.runtime.cpu.thread_pool import Helpers
 
@@ -31,6 +32,24 @@ def test_an_exception_is_raised_where_it_is_waited_for():
     (job,) = team.start([fail])
     with pytest.raises(KeyError, match="lost"):
         job.wait()
+    done: list[int] = []
+    team.start([lambda: done.append(1)])[0].wait()
+    assert done == [1]
+
+
+def test_a_thread_that_cannot_be_started_is_an_error_once(monkeypatch):
+    team = Helpers()
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(
+            UsageError, match="thread 2 of 3 cannot be started: can't start"
+        ) as told:
+            team.start([lambda: None] * 2)
+        assert "fewer threads" in told.value.help
     done: list[int] = []
     team.start([lambda: done.append(1)])[0].wait()
     assert done == [1]

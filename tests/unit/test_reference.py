@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from scalebits_compiler.errors import TargetError
+from scalebits_compiler.frontend.capture import capture
+from scalebits_compiler.frontend.hf import load_model
 from scalebits_compiler.interpreter.executor import Executor
 from scalebits_compiler.interpreter.rules import RULES, attention_mask
 from scalebits_compiler.interpreter.weights import dense, layout_of
@@ -276,3 +278,21 @@ def test_unknown_operator_and_missing_data():
     module = build(f"%y = linear %x, @w : {X}", "%y", X, "weight @w : f32[32, 32]")
     with pytest.raises(TargetError, match="@w has no data"):
         Executor(module).run(IDS)
+
+
+def test_threads_wait_for_the_model_that_torch_runs(tiny_llama, two_threads):
+    """Models of one config are one in memory, with the tensors of the run that goes on."""
+    runs = [
+        Executor(capture(load_model(tiny_llama(seed=seed)), "not traced")).run for seed in (0, 1)
+    ]
+    expected = [run(IDS) for run in runs]
+    pauses = []
+
+    def product(_, x, weight):
+        for pause in pauses:
+            pause()
+        return x @ weight.T
+
+    found = two_threads(lambda: runs[0](IDS, product), lambda: runs[1](IDS), pauses.append)
+    for logits, alone in zip(found, expected, strict=True):
+        torch.testing.assert_close(logits, alone)

@@ -11,9 +11,11 @@ import torch
 from scalebits_compiler.errors import ArtifactError, UsageError
 from scalebits_compiler.ir.parser import parse_module
 from scalebits_compiler.ir.resources import ResourceStore
+from scalebits_compiler.runtime.cache import KVCache
 from scalebits_compiler.runtime.ops import OPS, attend
 from scalebits_compiler.runtime.plan import STEP_RULES
 from scalebits_compiler.runtime.session import load
+from scalebits_compiler.sessions.reference import load_reference
 
 VARIANTS = {
     "llama": {},
@@ -150,16 +152,98 @@ def test_same_ids_same_logits(loaded, ids):
         ([[90]], "token id 90 is not in the model's vocabulary of 90"),
         ([[-1]], "token id -1"),
         ([[1] * 65], "65 tokens, the model knows 64 positions"),
+        ([[2**63]], "token id 9223372036854775808 is not in"),
+        ([[2**70]], r"must be integers \[batch, sequence\], found object"),
+        ([[-1, 2**63]], "must be integers"),
+        ([[1, 2], [3]], "must be integers .*: .* inhomogeneous"),
+        ([[1, None]], "found object"),
+        ("text", "found <U4"),
+        ([["a"]], "found <U1"),
+        ([[True]], "found bool"),
+        (None, "found object"),
+        ({1: 2}, "found object"),
     ],
 )
 def test_bad_ids(loaded, bad, message):
+    session = loaded(layers=1)[0]
+    for call in (session.forward, session.prefill):
+        with pytest.raises(UsageError, match=message):
+            call(bad)
+
+
+class Unreadable:
+    def __array__(self, *_, **__):
+        raise AttributeError("no numbers here")
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ([1], "there are 1 next token ids, the cache has rows: 2"),
+        ([1, 2, 3], "there are 3 next"),
+        ([1, 90], "token id 90"),
+        ([1, 2**62], "token id 4611686018427387904"),
+        ([2**63, 2**63], "token id 9223372036854775808"),
+        ([1, 2**63], "found float64"),
+        ([1, -(2**70)], "found object"),
+        ([[1], [2]], r"must be integers \[batch\], found int64\[2, 1\]"),
+        ([1.0, 2.0], "found float64"),
+        ([[1], [2, 3]], "inhomogeneous"),
+        (1, "found int64"),
+        ("ab", "found <U2"),
+        (None, "found object"),
+        (Unreadable(), "must be integers .*: no numbers here"),
+    ],
+)
+def test_bad_next_ids_leave_the_cache_as_it_is(loaded, ids, bad, message):
+    session, _ = loaded(layers=1)
+    _, cache = session.prefill(ids[:2, :4])
     with pytest.raises(UsageError, match=message):
-        loaded()[0].forward(bad)
+        session.decode(bad, cache)
+    assert cache.length == 4
+    close(session.decode(ids[:2, 4], cache), session.forward(ids[:2, :5])[:, -1], 1e-5)
 
 
-@pytest.mark.parametrize("pad", [[1], [0, 0, 12], [-1, 0, 0], [0.5, 0, 0]])
+def test_a_cache_of_another_session_is_refused(loaded, ids):
+    session, _ = loaded(layers=1)
+    _, cache = load(session.artifact.path).prefill(ids[:2, :4])
+    for other in (cache, None, KVCache(2), "cache"):
+        with pytest.raises(UsageError, match="the cache is of another session, or is none"):
+            session.decode(ids[:2, 4], other)
+    assert cache.length == 4
+
+
+HUGE = pytest.param(10**5000, id="huge")
+
+
+@pytest.mark.parametrize("capacity", [-1, 1.5, "8", None, True, [8], 2**31, HUGE])
+def test_bad_capacity(loaded, ids, capacity):
+    with pytest.raises(UsageError, match=r"capacity is .*, it must be a whole number, 0 to 2147"):
+        loaded(layers=1)[0].prefill(ids, capacity=capacity)
+
+
+def test_capacity_beyond_what_the_model_knows_takes_no_memory(loaded, ids):
+    _, cache = loaded(layers=1)[0].prefill(ids[:, :4], capacity=2**31 - 1)
+    assert cache._layers[0][0].shape[2] == 64
+
+
+@pytest.mark.parametrize(
+    "pad",
+    [
+        [1],
+        [0, 0, 12],
+        [-1, 0, 0],
+        [0.5, 0, 0],
+        [[0], [1, 2]],
+        "abc",
+        1,
+        [2**70] * 3,
+        [True] * 3,
+        {},
+    ],
+)
 def test_bad_pad(loaded, ids, pad):
-    with pytest.raises(UsageError, match="pad must hold"):
+    with pytest.raises(UsageError, match="pad must"):
         loaded()[0].forward(ids, pad)
 
 
@@ -174,8 +258,9 @@ def test_bad_options(build_module, module_shape, write):
     out = write(build_module(module_shape(layers=1)))
     with pytest.raises(UsageError, match="activations"):
         load(out, activations="fp8")
-    with pytest.raises(UsageError, match="threads"):
-        load(out, threads=0)
+    for threads in (0, "2", 1.0, True, 10**9):
+        with pytest.raises(UsageError, match=r"threads is .*, it must be .* 1 to 1024"):
+            load(out, threads=threads)
 
 
 def test_damaged_config(build_module, module_shape, write):
@@ -183,6 +268,66 @@ def test_damaged_config(build_module, module_shape, write):
     (out / "config.json").write_text("{")
     with pytest.raises(ArtifactError, match=r"config\.json"):
         load(out)
+
+
+def test_threads_take_turns(loaded, ids, two_threads):
+    """A call waits for the one that another thread is in the middle of."""
+    session, _ = loaded(layers=1)
+    expected = session.forward(ids), session.forward(ids[::-1])
+
+    def pause_in(pause):
+        session.on_step = pause
+
+    found = two_threads(lambda: session.forward(ids), lambda: session.forward(ids[::-1]), pause_in)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_threads_take_turns_in_a_session_of_definitions(loaded, ids, two_threads, monkeypatch):
+    session = load_reference(loaded(layers=1)[0].artifact.path)
+    expected = session.forward(ids), session.forward(ids[::-1])
+    run = session.executor.run
+
+    def pause_in(pause):
+        monkeypatch.setattr(session.executor, "run", lambda *a, **k: (pause(), run(*a, **k))[1])
+
+    found = two_threads(lambda: session.forward(ids), lambda: session.forward(ids[::-1]), pause_in)
+    np.testing.assert_array_equal(found, expected)
+    _, cache = session.prefill(ids)
+    with pytest.raises(UsageError, match="there are 1 next token ids, the cache has rows: 3"):
+        session.decode([1], cache)
+    with pytest.raises(UsageError, match="the cache is of another session"):
+        load_reference(session.artifact.path).decode([1, 2, 3], cache)
+
+
+def test_a_cache_that_threads_share_grows_one_call_after_the_other(loaded, ids, two_threads):
+    session, _ = loaded(layers=1)
+    row = ids[:1]
+    _, cache = session.prefill(row[:, :4])
+
+    def pause_in(pause):
+        session.on_step = pause
+
+    first, second = two_threads(
+        lambda: session.decode(row[:, 4], cache), lambda: session.decode(row[:, 5], cache), pause_in
+    )
+    expected = session.forward(row)
+    close(first, expected[:, 4], 1e-5)
+    close(second, expected[:, 5], 1e-5)
+
+    _, cache = session.prefill(row[:, :4])
+    two_threads(lambda: session.decode(row[:, 4], cache), lambda: cache.truncate(5), pause_in)
+    assert cache.length == 5
+
+
+def test_a_call_inside_a_call_is_refused(loaded, ids):
+    session, _ = loaded(layers=1)
+    expected, cache = session.prefill(ids)
+    for inner in (lambda: session.forward(ids), lambda: cache.truncate(4)):
+        session.on_step = lambda *_, inner=inner: inner()
+        with pytest.raises(UsageError, match="from inside one of its own calls"):
+            session.forward(ids)
+    session.on_step = None
+    np.testing.assert_array_equal(session.prefill(ids)[0], expected)
 
 
 def test_the_compiler_is_not_imported(build_module, module_shape, write):

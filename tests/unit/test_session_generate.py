@@ -11,6 +11,8 @@ from scalebits_compiler.runtime.generate import TextStream
 from scalebits_compiler.runtime.sampling import Sampling
 from scalebits_compiler.runtime.session import load
 
+WRONG_TYPES = ("1", [1], True, 1j)
+
 
 def byte_tokenizer():
     """One token a byte, as the last resort of every byte-level tokenizer; 256 ids."""
@@ -144,11 +146,49 @@ def test_damaged_tokenizer(build_module, module_shape, write):
         {"top_p": 0.0},
         {"top_p": 1.5},
         {"seed": -1},
+        *({name: bad} for name in ("temperature", "top_k", "top_p", "seed") for bad in WRONG_TYPES),
+        {"temperature": None},
+        {"temperature": 10**400},
+        {"top_p": None},
+        {"seed": None},
+        {"top_k": 1.0},
+        {"seed": 1.0},
     ],
 )
 def test_bad_sampling(options):
-    with pytest.raises(UsageError):
+    (name,) = options
+    with pytest.raises(UsageError, match=f"{name.replace('_', '-')} is .*, it must be "):
         Sampling(**options)
+
+
+def test_numbers_of_numpy_are_numbers(bare):
+    options = {"temperature": 1.0, "top_k": 50, "top_p": 0.5, "seed": 3}
+    kinds = (np.float32, np.int64, np.float64, np.uint8)
+    given = {name: kind(options[name]) for kind, name in zip(kinds, options, strict=True)}
+    found = bare.generate(np.array([3, 4]), np.int64(5), **given)
+    assert found == bare.generate([3, 4], 5, **options)
+
+
+@pytest.mark.parametrize("count", [0, -1, *WRONG_TYPES, None, 1.0])
+def test_bad_number_of_new_tokens(bare, count):
+    with pytest.raises(UsageError, match=r"max-new-tokens is .*, it must be a whole number, 1 or"):
+        bare.generate([1], count)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [None, 5, 1.5, b"ab", [b"ab"], {1: 2}, {1, 2}, np.array(3), [1.0, 2.0], [1, None], [[1], None],
+     [[1], 2], [[1.5]], [True], [2**70], [[[1]]], [["a"]]],
+)  # fmt: skip
+def test_prompts_of_wrong_types(session, prompt):
+    with pytest.raises(UsageError, match=r"of the type|must be integers"):
+        session.generate(prompt, 2)
+
+
+def test_threads_generate_what_each_would_alone(bare, generate_in_threads):
+    prompts = [[3, 4, 5], [7]]
+    alone = [bare.generate(prompt, 12)[0].tokens for prompt in prompts]
+    assert generate_in_threads(bare, prompts, 12) == alone
 
 
 def drawn(sampling, logits, count=4000):

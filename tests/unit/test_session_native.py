@@ -2,11 +2,12 @@
 
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from scalebits_compiler.errors import ArtifactError
+from scalebits_compiler.errors import ArtifactError, UsageError
 from scalebits_compiler.ir.attrs import Value
 from scalebits_compiler.ir.ops import Aten, Silu
 from scalebits_compiler.ir.parser import parse_module
@@ -20,7 +21,7 @@ from scalebits_compiler.runtime.cpu import thread_gating as team
 from scalebits_compiler.runtime.cpu.features import cpu_features
 from scalebits_compiler.runtime.cpu.native_ops import NotNative
 from scalebits_compiler.runtime.manifest import Kernels
-from scalebits_compiler.runtime.session import load
+from scalebits_compiler.runtime.session import Session, load, open_kernels
 from scalebits_compiler.sessions.open import open_session
 from scalebits_compiler.sessions.reference import load_reference
 
@@ -128,6 +129,76 @@ def test_threads_change_nothing(case, ids, monkeypatch):
         for position in range(3, 12):
             found = session.decode(ids[:, position], cache)
             np.testing.assert_array_equal(found, alone.decode(ids[:, position], other))
+
+
+@pytest.fixture
+def llama(built, write):
+    modules, _, table, files = built
+    return write(modules["llama"], kernels=table, files=files)
+
+
+def test_two_threads_get_what_each_would_get_alone(llama, ids, two_threads, generate_in_threads):
+    """All calls of one shape work on the same arrays; they wait for each other."""
+    session = load(llama, threads=1)
+    calls = [lambda: session.forward(ids), lambda: session.forward(ids[::-1])]
+    expected = [call() for call in calls]
+
+    def pause_in(pause):
+        session.on_step = pause
+
+    np.testing.assert_array_equal(two_threads(*calls, pause_in), expected)
+    session.on_step = None
+    prompts = [[3, 1, 4], [1, 5, 9]]
+    alone = [session.generate(prompt, 40)[0].tokens for prompt in prompts]
+    assert generate_in_threads(session, prompts, 40) == alone
+
+
+def test_two_threads_share_the_helpers_of_one_library(llama, monkeypatch, generate_in_threads):
+    """Also where two sessions have one library."""
+    monkeypatch.setattr(kernels, "THREAD_WORK", 0)
+    alone = load(llama, threads=1)
+    artifact, prompts = alone.artifact, [[3, 1, 4], [1, 5, 9]]
+    expected = [alone.generate(prompt, 12)[0].tokens for prompt in prompts]
+    library = open_kernels(artifact, "exact", 2)
+    session, other = Session(artifact, library), Session(artifact, library)
+    assert generate_in_threads(session, prompts, 12) == expected
+    assert session.calls is other.calls
+
+
+def test_wrong_caches_and_rows_never_reach_a_kernel(llama, ids):
+    session, other = load(llama), load(llama)
+    _, cache = session.prefill(ids[:2, :4])
+    with pytest.raises(UsageError, match="of another session"):
+        other.decode(ids[:2, 4], cache)
+    with pytest.raises(UsageError, match="there are 3 next token ids, the cache has rows: 2"):
+        session.decode(ids[:3, 4], cache)
+    expected = session.forward(ids[:2, :5])[:, -1]
+    np.testing.assert_array_equal(session.decode(ids[:2, 4], cache), expected)
+
+
+@pytest.mark.parametrize("failing", range(5))
+def test_a_cache_that_gets_no_memory_stays_as_it_is(llama, ids, monkeypatch, failing):
+    """Kernels write where the state says: to arrays that are there."""
+    session = load(llama)
+    session.limit = None
+    ids = np.tile(ids[:1], 2)
+    expected = session.forward(ids[:, :65])[:, -1]
+    _, cache = session.prefill(ids[:, :64])
+    before, left = cache.state.copy(), [failing]
+
+    def zeros(*arguments):
+        if left[0] == 0:
+            raise MemoryError("no more")
+        left[0] -= 1
+        return np.zeros(*arguments)
+
+    with monkeypatch.context() as patch:
+        numpy = SimpleNamespace(zeros=zeros, float32=np.float32)
+        patch.setattr("scalebits_compiler.runtime.cache.np", numpy)
+        with pytest.raises(MemoryError):
+            session.decode(ids[:, 64], cache)
+    np.testing.assert_array_equal(cache.state, before)
+    np.testing.assert_array_equal(session.decode(ids[:, 64], cache), expected)
 
 
 def test_what_is_not_native_runs_step_by_step_and_says_so(case, ids, monkeypatch):

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from scalebits_compiler.errors import ArtifactError, TargetError
 from scalebits_compiler.numerics.layout import FORMAT_VERSION, BlockLayout
+from scalebits_compiler.runtime.call_lock import CallLock
 from scalebits_compiler.runtime.cpu.features import cpu_features, prefetch_distance
 from scalebits_compiler.runtime.cpu.isa import EXACT, choose_mode, choose_variant
 from scalebits_compiler.runtime.cpu.program import (
@@ -56,7 +57,8 @@ class KernelLibrary:
     """The kernels of an artifact that this processor can run; made by `open`.
 
     variant: name of the chosen variant. mode: its arithmetic, as `variants` explains it.
-    threads: how many threads large programs are split over at most. gemv_tokens: up
+    threads: how many threads large programs are split over at most. calls: held around everything
+    that is called here, as workspace and helper threads serve one caller at a time. gemv_tokens: up
     to so many tokens use the gemv kernel; beyond, gemm works on multiples of tile_tokens,
     chunk_tokens at a time.
     """
@@ -69,6 +71,7 @@ class KernelLibrary:
         self.chunk_tokens: int = variant["chunk_tokens"]
         self.threads = 1
         self.ahead = prefetch_distance()
+        self.calls = CallLock()
         self._team, self._helpers = Team(), Helpers()
         self.threads_meet: bool = variant["threads"]
         self._run = run

@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from queue import SimpleQueue
 
+from scalebits_compiler.errors import UsageError
+
 
 class Job:
     """A call that a helper makes, away from some processors. Its exception is raised by `wait`."""
@@ -43,6 +45,7 @@ class Helpers:
 
     Linux likes to wake a thread on the processor of the one that wakes it, where the two would take
     turns for milliseconds while another processor idles. So helpers are kept off the caller's.
+    They serve one caller at a time.
     """
 
     def __init__(self) -> None:
@@ -51,12 +54,20 @@ class Helpers:
         weakref.finalize(self, _stop, self._queues)
 
     def start(self, calls: Sequence[Callable[[], object]]) -> list[Job]:
-        """Make every call on a helper of its own."""
+        """Make every call on a helper of its own. `UsageError` where no thread can be started."""
         while len(self._queues) < len(calls):
-            self._queues.append(SimpleQueue())
-            threading.Thread(
-                target=_serve, args=self._queues[-1:], name="scalebits", daemon=True
-            ).start()
+            queue: SimpleQueue[Job | None] = SimpleQueue()
+            helper = threading.Thread(target=_serve, args=(queue,), name="scalebits", daemon=True)
+            try:
+                helper.start()
+            except RuntimeError as error:
+                number, most = len(self._queues) + 2, len(calls) + 1
+                raise UsageError(
+                    f"thread {number} of {most} cannot be started: {error}",
+                    help="ask for fewer threads, or raise the limits on processes (ulimit -u) and"
+                    " memory",
+                ) from error
+            self._queues.append(queue)
         here = _processor()
         if here != self._here:
             allowed = os.sched_getaffinity(0) if here >= 0 else frozenset[int]()

@@ -6,17 +6,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from scalebits_compiler.runtime.cache import check_truncation
+from scalebits_compiler.runtime.cache import Cache
 
 LEAST_ROOM = 64
 
 
-class DeviceCache:
+class DeviceCache(Cache):
     """Keys and values [batch, key-value heads, capacity, head dimension] of every attention layer.
 
     position: `length`, i64[1] on the device. pad: i64[batch] on the device, padding on the left of
-    each row, or None. graph: a captured decode step, None before the first; ids: its token ids
-    i64[batch, 1], logits: its result.
+    each row, or None. graph: a captured decode step, None before the first, which stays when the
+    cache is truncated; ids: its token ids i64[batch, 1], logits: its result.
     """
 
     def __init__(
@@ -34,6 +34,16 @@ class DeviceCache:
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @property
+    def batch(self) -> int:
+        """Rows."""
+        return self.ids.shape[0]
+
+    @property
+    def host_pad(self) -> NDArray[np.int64] | None:
+        """See `Cache`."""
+        return self._host_pad
+
+    @property
     def length(self) -> int:
         """Positions held, padding included."""
         return self._length
@@ -43,7 +53,10 @@ class DeviceCache:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write a layer's newest keys and values at the positions `slots`; gives its buffers."""
         if layer not in self._layers:
-            self._layers[layer] = (self._room(keys), self._room(values))
+            self._layers[layer] = (
+                self._room(keys, self.capacity),
+                self._room(values, self.capacity),
+            )
         held = self._layers[layer]
         for buffer, new in zip(held, (keys, values), strict=True):
             buffer.index_copy_(2, slots, new)
@@ -53,30 +66,23 @@ class DeviceCache:
         """All layers have stored `count` more positions."""
         self._go_to(self._length + count)
 
-    def truncate(self, length: int) -> None:
-        """Forget all behind the first `length` positions, to go on differently from there.
-
-        A captured graph stays.
-        """
-        check_truncation(length, self._length, self._host_pad)
-        self._go_to(length)
-
     def reserve(self, capacity: int) -> None:
         """Room for `capacity` positions. Growing moves the buffers, which ends a captured graph."""
         if capacity <= self.capacity:
             return
-        self.capacity, self.graph = max(capacity, 2 * self.capacity), None
+        self.graph, capacity = None, max(capacity, 2 * self.capacity)
         for layer, held in self._layers.items():
-            grown = (self._room(held[0]), self._room(held[1]))
+            grown = (self._room(held[0], capacity), self._room(held[1], capacity))
             for buffer, old in zip(grown, held, strict=True):
                 buffer[:, :, : self.length] = old[:, :, : self.length]
             self._layers[layer] = grown
+        self.capacity = capacity  # stores trust it: all memory is there now
 
     def _go_to(self, length: int) -> None:
         self._length = length
         self.position.fill_(length)
 
-    def _room(self, like: torch.Tensor) -> torch.Tensor:
+    def _room(self, like: torch.Tensor, capacity: int) -> torch.Tensor:
         # Zeros: what has no token yet is masked, and must be finite.
-        shape = (*like.shape[:2], self.capacity, like.shape[3])
+        shape = (*like.shape[:2], capacity, like.shape[3])
         return torch.zeros(shape, dtype=like.dtype, device=self.device)

@@ -6,10 +6,11 @@ import time
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from scalebits_compiler.errors import ArtifactError
 from scalebits_compiler.runtime.artifact import Artifact
+from scalebits_compiler.runtime.call_lock import CallLock
 from scalebits_compiler.runtime.cuda.cache import DeviceCache
 from scalebits_compiler.runtime.cuda.kernels import Kernels
 from scalebits_compiler.runtime.cuda.launchers import BinaryLauncher, SourceLauncher, Tell, say
@@ -79,8 +80,13 @@ def interpreted(artifact: Artifact, multiprocessors: int = 2) -> CudaSession:
 class CudaSession(Session):
     """Session whose activations, weights and cache stay on a device.
 
+    All sessions of a process wait for each other: they share the device's current stream, and while
+    one captures a graph no other may touch the device.
+
     captured: whether decoding is a captured graph, where the device is a GPU.
     """
+
+    calls = CallLock()
 
     def __init__(self, artifact: Artifact, weights: DeviceWeights) -> None:
         self.artifact = artifact
@@ -105,32 +111,20 @@ class CudaSession(Session):
         """See `Session.meter`."""
         return DeviceMeter(self.device)
 
-    def forward(self, ids: ArrayLike, pad: ArrayLike | None = None) -> F32:
-        """Logits f32[batch, sequence, vocabulary] of token ids i64[batch, sequence]."""
-        tokens = self._tokens(ids)
-        counts = self._pad(pad, tokens)
-        padding = None if counts is None else torch.from_numpy(counts).to(self.device)
+    def _forward(self, tokens: I64, pad: I64 | None) -> F32:
+        padding = None if pad is None else torch.from_numpy(pad).to(self.device)
         frame = self._frame(torch.from_numpy(tokens).to(self.device), None, padding)
         return _host(self._steps(frame, last=False))
 
-    def prefill(  # type: ignore[override]
-        self, ids: ArrayLike, pad: ArrayLike | None = None, capacity: int = 0
-    ) -> tuple[F32, DeviceCache]:
-        """Logits f32[batch, vocabulary] after the last id of each row, and a cache to go on with.
-
-        capacity: positions to make room for; decoding past them captures its graph anew.
-        """
-        tokens = self._tokens(ids)
+    def _prefill(self, tokens: I64, pad: I64 | None, room: int) -> tuple[F32, DeviceCache]:
         batch, count = tokens.shape
-        cache = DeviceCache(batch, max(capacity, count), self._pad(pad, tokens), self.device)
+        cache = DeviceCache(batch, room, pad, self.device)
         frame = self._frame(torch.from_numpy(tokens).to(self.device), cache, cache.pad)
         logits = self._steps(frame, last=True)
         cache.advance(count)
         return _host(logits[:, -1]), cache
 
-    def decode(self, ids: ArrayLike, cache: DeviceCache) -> F32:  # type: ignore[override]
-        """Logits f32[batch, vocabulary] after one more token i64[batch]; the cache grows by it."""
-        tokens = self._tokens(np.asarray(ids)[:, None], cache.length)
+    def _decode(self, tokens: I64, cache: DeviceCache) -> F32:
         cache.ids.copy_(torch.from_numpy(tokens))
         logits = self.decode_step(cache)
         cache.advance(1)
@@ -140,7 +134,8 @@ class CudaSession(Session):
         """Logits [batch, 1, vocabulary] on the device of the token ids in `cache.ids`.
 
         On a GPU the first step of a cache is captured, and the later ones replay it, but for
-        mixtures of experts. The cache stays as long as it is until `advance`.
+        mixtures of experts. The cache stays as long as it is until `advance`. What `decode` calls;
+        by itself it is for one thread, and checks nothing.
         """
         cache.reserve(cache.length + 1)
         if self.device.type != "cuda" or self.on_step is not None or not self.captured:
