@@ -9,21 +9,21 @@ import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from scalebits_compiler.cli.inspect import calls
 from scalebits_compiler.cli.progress import progress_for
-from scalebits_compiler.cli.targets import add_target, target_options
+from scalebits_compiler.cli.targets import add_target
 from scalebits_compiler.errors import Interrupted, UsageError
+from scalebits_compiler.ir.coerce import is_union
 from scalebits_compiler.numerics.device import Placement
-from scalebits_compiler.passes.sensitivity.losses import LOSSES
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
 
     from scalebits_compiler.codegen.target import Built
     from scalebits_compiler.driver.compile import CompileOptions, CompileReport, Frontier
-    from scalebits_compiler.passes.pipeline import Observer
+    from scalebits_compiler.passes.pipeline import Observer, Option
     from scalebits_compiler.plugins import Registry
 
 # Of matrices with one fate, so many are named; --json has all.
@@ -45,20 +45,11 @@ def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
     add("--calib", type=Path, metavar="FILE", help="UTF-8 text; without it a bundled one is used")
     add("--accept", type=Path, metavar="FILE", help="accept steps on this text, not on --calib's")
     add("--seq-len", type=int, metavar="N", help="tokens per calibration window")
-    told = "windows for gradients (default 128, or as many as the text has)"
-    add("--calib-windows", type=int, metavar="N", help=told)
-    told = "windows that accept a step (default 64, or as many as the text has)"
-    add("--accept-windows", type=int, metavar="N", help=told)
-    add("--block", type=_block, metavar="RxC", help="rows x columns of a block, e.g. 128x128")
-    add("--group", type=int, metavar="G", help="columns that share a scale, e.g. 128")
-    told = "widths that some matrices may have, e.g. '*.down_proj=4..8'; may be repeated"
-    add("--bits", action="append", default=[], metavar="PATTERN=A..B", help=told)
-    told = "matrices that stay dense, a glob or re:...; may be repeated"
-    add("--exclude", action="append", default=[], metavar="PATTERN", help=told)
-    add("--head-bits", type=int, metavar="N", help="quantize the head at this width")
-    add("--embedding-bits", type=int, metavar="N", help="quantize the embedding at this width")
-    _add_choices(parser)
-    add("--loss", choices=LOSSES, help="what the search lowers; by the task if not given")
+    help_text = "windows for gradients (default 128, or as many as the text has)"
+    add("--calib-windows", type=int, metavar="N", help=help_text)
+    help_text = "windows that accept a step (default 64, or as many as the text has)"
+    add("--accept-windows", type=int, metavar="N", help=help_text)
+    _add_pass_options(parser)
     add("--seed", type=int, default=0, help="picks the calibration windows (default 0)")
     add("--device", default="cpu", metavar="NAME", help="where passes compute: cpu (default), cuda")
     told = "end with the widths: OUT/B.sbir, to go on from with --from, and the frontier"
@@ -75,17 +66,41 @@ def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.set_defaults(run=run)
 
 
-def _add_choices(parser: argparse.ArgumentParser) -> None:
-    """Options that add or leave out a pass."""
-    told = "allow per-matrix input permutations, applied inside the activation-quantization kernel"
-    parser.add_argument("--gather", choices=["fused"], help=told)
-    tuning = parser.add_mutually_exclusive_group()
-    told = "passes of the tuning over its text (default 2); 4 take twice as long, and lose less"
-    tuning.add_argument("--tuning-epochs", type=int, metavar="N", help=told)
-    told = "leave scales and codes as rounding made them: --tuning-epochs 0"
-    tuning.add_argument(
-        "--no-tuning", dest="tuning_epochs", action="store_const", const=0, help=told
-    )
+def _add_pass_options(parser: argparse.ArgumentParser) -> None:
+    """Which passes run, and their options; flags come from the fields of the passes."""
+    add = parser.add_argument
+    add("-p", "--passes", metavar="PIPELINE", help="passes to run, as for opt (default: default)")
+    help_text = "allow per-matrix input permutations, applied where the activations are quantized"
+    add("--gather", choices=["fused"], help=f"{help_text}: the pipeline gathered")
+    add("--no-tuning", action="store_true", help="leave out tune-scales: the pipeline untuned")
+    help_text = "set an option of a pass, e.g. tune-scales.epochs=4; may be repeated"
+    add("--set", action="append", default=[], metavar="PASS.OPTION=VALUE", help=help_text)
+    for flag, option in _flags().items():
+        add(flag, dest=flag, **_argument(option))
+
+
+def _flags() -> dict[str, Option]:
+    """Flag -> option, of the passes that a compile may run."""
+    from scalebits_compiler.passes.pipeline import pass_options
+    from scalebits_compiler.passes.table import PASSES, find_pass
+
+    options = [option for name in PASSES for option in pass_options(find_pass(name))]
+    return {option.flag: option for option in options if option.flag}
+
+
+def _argument(option: Option) -> dict[str, Any]:
+    """How argparse reads the flag of an option."""
+    hint, default = option.hint, f" (default {option.default})"
+    if is_union(hint):
+        (hint,) = (choice for choice in get_args(hint) if choice is not type(None))
+    help_text = option.help + (default if option.default not in ("none", "[]") else "")
+    if hint == tuple[int, int]:
+        return {"type": _block, "metavar": "RxC", "help": f"{help_text}, e.g. 128x128"}
+    if hint == tuple[str, ...]:
+        return {"action": "append", "metavar": "PATTERN", "help": help_text}
+    if get_origin(hint) is Literal:
+        return {"choices": get_args(hint), "help": help_text}
+    return {"type": hint, "metavar": "N", "help": help_text}
 
 
 def _budgets(text: str) -> list[float]:
@@ -127,7 +142,7 @@ def run(args: argparse.Namespace) -> int:
             "--search-only and --fit: what else is in the files is known once they are made",
             help="give budgets with --avg-bits",
         )
-    if args.search_only and args.tuning_epochs:
+    if args.search_only and getattr(args, "--tuning-epochs"):
         raise UsageError(
             "--search-only ends before --tuning-epochs would be read",
             help="give it to the compile that goes on from a dump",
@@ -168,9 +183,6 @@ def _note(text: str) -> None:
 def _options(args: argparse.Namespace) -> CompileOptions:
     from scalebits_compiler.driver.compile import CompileOptions, TextOptions
 
-    for name in ("head_bits", "embedding_bits"):
-        if not 1 <= (8 if getattr(args, name) is None else getattr(args, name)) <= 8:
-            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)} is not in 1..8")
     for name in ("seq_len", "calib_windows", "accept_windows"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -180,31 +192,50 @@ def _options(args: argparse.Namespace) -> CompileOptions:
     )
     return CompileOptions(
         target=args.target,
-        target_options=target_options(args),
         avg_bits=args.avg_bits[0],
         fit=args.fit,
-        block=args.block,
-        group=args.group,
-        pins=tuple(args.bits),
-        loss=args.loss,
-        exclude=tuple(args.exclude),
-        head_bits=args.head_bits,
-        embedding_bits=args.embedding_bits,
+        pipeline=_pipeline(args),
+        settings=_settings(args),
         seed=args.seed,
         text=text,
-        gather=args.gather,
-        tuning_epochs=args.tuning_epochs,
         device=args.device,
         force=args.force,
         resume=args.resume,
     )
 
 
+def _pipeline(args: argparse.Namespace) -> str:
+    """The passes as text; UsageError if --passes is given with a flag that chooses them."""
+    chosen = [flag for flag in ("gather", "no_tuning") if getattr(args, flag)]
+    if args.passes is not None:
+        if chosen:
+            flag = chosen[0].replace("_", "-")
+            raise UsageError(
+                f"--passes and --{flag} both choose the passes", help="write them in --passes"
+            )
+        return args.passes
+    if args.no_tuning and getattr(args, "--tuning-epochs") is not None:
+        raise UsageError(
+            "--no-tuning leaves out the pass that --tuning-epochs sets", help="give one of them"
+        )
+    if args.no_tuning:
+        return "gathered-untuned" if args.gather else "untuned"
+    return "gathered" if args.gather else "default"
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Options of passes, from --set and from their own flags."""
+    from scalebits_compiler.passes.pipeline import parse_settings
+
+    flags = {flag: getattr(args, flag) for flag in _flags()}
+    return {**{k: v for k, v in flags.items() if v is not None}, **parse_settings(args.set)}
+
+
 def _observers(args: argparse.Namespace, registry: Registry) -> list[Observer]:
     from scalebits_compiler.passes.observers import DumpIR, PrintAfter
     from scalebits_compiler.passes.pipeline import parse_passes
     from scalebits_compiler.passes.reproducer import REPRODUCER, Reproducer
-    from scalebits_compiler.passes.table import find_pass, pipeline_text
+    from scalebits_compiler.passes.table import find_pass
 
     flags = f" --seed {args.seed}" if args.seed else ""
     flags += f" --device {args.device}" if args.device != "cpu" else ""
@@ -218,7 +249,7 @@ def _observers(args: argparse.Namespace, registry: Registry) -> list[Observer]:
         watch.append(PrintAfter(sys.stderr.write))
     elif args.print_ir_after is not None:
         find_pass(args.print_ir_after, registry.passes)
-        used = parse_passes(pipeline_text(args.tuning_epochs != 0, args.gather is not None))
+        used = parse_passes(_pipeline(args), registry.passes)
         if args.print_ir_after not in [item.name for item in used]:
             raise UsageError(f"--print-ir-after: '{args.print_ir_after}' is not in the pipeline")
         watch.append(PrintAfter(sys.stderr.write, frozenset({args.print_ir_after})))

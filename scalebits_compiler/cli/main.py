@@ -6,46 +6,38 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 from scalebits_compiler import __version__
-from scalebits_compiler.cli import (
-    bench,
-    compile,
-    diff,
-    evaluate,
-    explain,
-    inspect,
-    opt,
-    passes,
-    retarget,
-    run,
-    verify,
-)
 from scalebits_compiler.errors import Interrupted, ScalebitsError, UsageError
 
-COMMANDS = (
-    compile, run, evaluate, bench, inspect, explain, verify, retarget, diff, opt, passes,
-)  # fmt: skip
+# Command -> the module of its parser, in the order of the help text.
+COMMANDS = {
+    "compile": "compile", "run": "run", "eval": "evaluate", "bench": "bench", "inspect": "inspect",
+    "explain": "explain", "verify": "verify", "retarget": "retarget", "diff": "diff", "opt": "opt",
+    "passes": "passes",
+}  # fmt: skip
 
 
-def parser() -> argparse.ArgumentParser:
-    """The whole command line."""
+def parser(command: str | None = None) -> argparse.ArgumentParser:
+    """The command line; only that of `command` if it is one, as the others import much."""
     made = argparse.ArgumentParser(
         prog="scalebitsc",
         description="Compiles language models to mixed 1..8-bit blocks, and runs them.",
     )
     made.add_argument("--version", action="version", version=f"scalebitsc {__version__}")
     commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in COMMANDS:
-        command.add_parser(commands)
-    for command in commands.choices.values():
-        command.allow_abbrev = False  # a typo must not become another option
+    for name in [command] if command in COMMANDS else COMMANDS:
+        import_module(f"scalebits_compiler.cli.{COMMANDS[name]}").add_parser(commands)
+    for subparser in commands.choices.values():
+        subparser.allow_abbrev = False  # a typo must not become another option
     return made
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 1 an error that the message explains, 2 wrong usage, 130 interrupted."""
-    args = parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    args = parser(words[0] if words else None).parse_args(words)
     # Before torch is loaded: OpenMP threads that spin while they wait make a shared machine, where
     # not all cores are free, up to ten times slower (measured with one busy neighbour).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

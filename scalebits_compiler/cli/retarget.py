@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from scalebits_compiler.cli.targets import add_target, target_options
+from scalebits_compiler.cli.targets import add_target
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
@@ -35,7 +35,6 @@ def run(args: argparse.Namespace) -> int:
         args.artifact,
         args.output,
         args.target,
-        target_options(args),
         force=args.force,
         registry=load_plugins(args.plugin),
     )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, get_type_hints
 
-from scalebits_compiler.errors import TargetError, UsageError
+from scalebits_compiler.errors import ParseError, TargetError, UsageError
+from scalebits_compiler.ir.coerce import coerce, type_text
 
 if TYPE_CHECKING:
     from scalebits_compiler.ir.module import Module
@@ -73,11 +75,11 @@ TARGETS: dict[str, str | type[Any]] = {
 def find_target(
     name: str,
     table: Mapping[str, str | type[Any]] = TARGETS,
-    options: Mapping[str, str] | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Target:
-    """The target of a name, with its default options but for `options` (field -> text).
+    """The target of a name, with its default options except `options` (field -> value).
 
-    UsageError if there is no such target, or it has no such option.
+    UsageError if there is no such target, it has no such option, or a value is of another type.
     """
     entry = table.get(name)
     if entry is None:
@@ -85,7 +87,34 @@ def find_target(
     if isinstance(entry, str):
         module, _, attribute = entry.partition(":")
         entry = getattr(import_module(module), attribute)
-    given = dict(options or {})
-    for option in sorted(given.keys() - {item.name for item in fields(entry)}):
-        raise UsageError(f"the target '{name}' has no option --{option}", help="leave it out")
-    return entry(**given)
+    hints, values = get_type_hints(entry), {}
+    names = [item.name for item in fields(entry)]
+    for option, value in (options or {}).items():
+        field_name = option.replace("-", "_")
+        if field_name not in names:
+            listed = ", ".join(f"{n.replace('_', '-')} ({type_text(hints[n])})" for n in names)
+            raise UsageError(
+                f"the target '{name}' has no option '{option}'",
+                help=f"its options are {listed}" if listed else "it has no options",
+            )
+        try:
+            values[field_name] = coerce(value, hints[field_name])
+        except ValueError as error:
+            raise UsageError(f"option '{option}' of the target '{name}': {error}") from None
+    return entry(**values)
+
+
+def parse_target(text: str, table: Mapping[str, str | type[Any]] = TARGETS) -> Target:
+    """The target of `name` or `name{option = value}`; UsageError as `find_target`."""
+    if re.fullmatch(r"[\w-]+", text):
+        return find_target(text, table)
+    from scalebits_compiler.ir.parser import parse_pipeline
+
+    try:
+        ((name, options),) = parse_pipeline(text)
+    except (ParseError, ValueError):
+        raise UsageError(
+            f"{text!r} is not a target",
+            help="write NAME or NAME{option = value}, e.g. 'cuda{arch = \"sm_90\"}'",
+        ) from None
+    return find_target(name, table, options)

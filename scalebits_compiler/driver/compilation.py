@@ -14,7 +14,7 @@ from scalebits_compiler.artifact.output import check_output
 from scalebits_compiler.artifact.repack import repack
 from scalebits_compiler.artifact.sizes import summarize
 from scalebits_compiler.artifact.writer import write_artifact
-from scalebits_compiler.codegen.target import TARGETS, Built, Target, find_target
+from scalebits_compiler.codegen.target import TARGETS, Built, Target, parse_target
 from scalebits_compiler.driver.checkpoint import SearchFolder, state_folder
 from scalebits_compiler.driver.device import check_device, computing_on, place_for
 from scalebits_compiler.driver.inputs import (
@@ -25,17 +25,23 @@ from scalebits_compiler.driver.inputs import (
     source_digest,
     window_counts,
 )
-from scalebits_compiler.driver.preflight import Checked, EarlyChecks
-from scalebits_compiler.errors import PassError, ScalebitsError, UsageError
+from scalebits_compiler.driver.preflight import Checked, check_feasible
+from scalebits_compiler.errors import PassError, UsageError
 from scalebits_compiler.ir.module import Module
 from scalebits_compiler.ir.parser import Source, read_module
 from scalebits_compiler.numerics.device import Placement
 from scalebits_compiler.passes.base import Pass, PassContext
 from scalebits_compiler.passes.observers import Continued, RoundTrip, Timing, VerifyEach
-from scalebits_compiler.passes.pipeline import Observer, parse_passes, run_pipeline
+from scalebits_compiler.passes.pipeline import (
+    Observer,
+    check_pipeline,
+    parse_passes,
+    readers_of,
+    run_pipeline,
+    with_settings,
+)
 from scalebits_compiler.passes.search.assign_bits import AssignBits
-from scalebits_compiler.passes.selectors import parse_pin
-from scalebits_compiler.passes.table import PassTable, pipeline_text
+from scalebits_compiler.passes.table import PassTable
 from scalebits_compiler.plugins import Registry
 from scalebits_compiler.progress import Progress, no_progress
 from scalebits_compiler.runtime.manifest import Manifest, Provenance
@@ -44,39 +50,27 @@ if TYPE_CHECKING:
     from scalebits_compiler.frontend.hf import SourceModel
     from scalebits_compiler.passes.base import Evaluator
 
-# The options that canonicalize takes.
-_BLOCKS = ("block", "group", "exclude", "head_bits", "embedding_bits")
-
 
 @dataclass(frozen=True)
 class CompileOptions:
-    """Options of `compile_model`; the command line has one flag for each.
+    """Options of `compile_model`.
 
-    avg_bits: cap on effective bits per quantized weight. fit: cap on the bytes of all files of the
-    artifact, instead. block: (rows, columns); group: columns per scale; both chosen by the size of
-    the model if None. pins: PATTERN=4..8, widths that some matrices may have; exclude: patterns of
-    matrices that stay dense; head_bits, embedding_bits: width of head and embedding (None: dense).
-    gather: "fused" lets matrices have a private input order, read through an index at run time.
-    loss: what the search lowers (None: by the task). tuning_epochs: passes of tune-scales over its
-    windows (None: its default; 0: it does not run). device: what passes compute on, cpu or cuda.
-    resume: go on with the search of a killed run.
+    target: `name` or `name{option = value}`. avg_bits: cap on effective bits per weight of the
+    searched matrices. fit: cap on the bytes of all files of the artifact instead.
+    pipeline: the passes, as text or the name of a pipeline. settings: `pass.option`, or a flag of
+    `scalebitsc compile`, -> value, such as {"canonicalize.block": (32, 128), "--loss": "kl"};
+    `scalebitsc passes` lists passes and options. seed: draws the windows. device:
+    where passes compute, cpu or cuda. force: replace an existing artifact. resume: continue the
+    search of a killed run.
     """
 
     target: str = "cpu"
-    target_options: Mapping[str, str] = field(default_factory=dict)
     avg_bits: float = 3.0
     fit: int | None = None
-    block: tuple[int, int] | None = None
-    group: int | None = None
-    pins: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    head_bits: int | None = None
-    embedding_bits: int | None = None
-    loss: str | None = None
+    pipeline: str = "default"
+    settings: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     text: TextOptions = field(default_factory=TextOptions)
-    gather: str | None = None
-    tuning_epochs: int | None = None
     device: str = "cpu"
     force: bool = False
     resume: bool = False
@@ -134,11 +128,11 @@ class Compilation:
     ) -> None:
         self.out, self.options, self.hooks = out, options, hooks
         self.search = SearchFolder(state_folder(out), options.resume)
-        self.target = _prepare(Path(model), out, options, hooks.registry)
+        passes = pipeline_for(options, hooks.registry.passes)
+        self.target = _prepare(Path(model), out, options, passes, hooks.registry)
         self.search.check(options.force)
         self.stages = _Stages(hooks.progress)
         self.source = self.stages.run("load", lambda: load_source(model))
-        passes = pipeline_for(options, hooks.registry.passes)
         self.text: Source | None = None
         if start is None:
             module = self.stages.run(
@@ -149,8 +143,10 @@ class Compilation:
                 hooks.note(note)
         else:
             module, self.text = read_module(start, hooks.registry.ops)
-            passes = remaining(passes, module)
             _check_start(start, module, self.source, passes, options)
+            passes = remaining(passes, module)
+        if "packed" not in check_pipeline(passes, module.facts, hooks.registry.passes):
+            raise PassError("the pipeline does not pack the module", help="end it with pack-blocks")
         self.module: Module = module
         self.passes: list[Pass] = passes
         self.ctx = PassContext(
@@ -160,7 +156,7 @@ class Compilation:
             progress=hooks.progress,
             checkpoint=self.search,
         )
-        self._started = False
+        self._started = self._checked = False
 
     def split(self) -> tuple[list[Pass], AssignBits, list[Pass]]:
         """The passes before the search, the search, and those after it.
@@ -178,28 +174,29 @@ class Compilation:
     def run(
         self, module: Module, passes: Sequence[Pass], searches: Sequence[Checked] = ()
     ) -> Module:
-        """The module after some passes. `searches` are checked as soon as the blocks are known."""
+        """The module after some passes.
+
+        As soon as ops and blocks are known, and before any long pass, the target and `searches` are
+        asked whether the compile can end well.
+        """
+        check_pipeline(passes, module.facts, self.hooks.registry.passes)
+        head = [] if "canonical" in module.facts else _until(passes, "canonical")
+        module = self._run(module, head)
+        if not self._checked and "canonical" in module.facts:
+            self._checked = True
+            found = [item for item in passes if isinstance(item, AssignBits)]
+            check_feasible(module, self.target, [*searches, *found])
+        return self._run(module, passes[len(head) :])
+
+    def _run(self, module: Module, passes: Sequence[Pass]) -> Module:
         timing, registry = Timing(), self.hooks.registry
         registry.install_rules()
-        searches = [*searches, *(item for item in passes if isinstance(item, AssignBits))]
-        early = EarlyChecks(self.target, searches)
-        watch = [
-            early,
-            *self.hooks.observers,
-            RoundTrip(registry.ops),
-            VerifyEach(self.text),
-            timing,
-        ]
+        watch = [*self.hooks.observers, RoundTrip(registry.ops), VerifyEach(self.text), timing]
         if self._started:
             watch = [Continued(observer) for observer in watch]
         self._started = True
-        try:
-            with computing_on(self.ctx.place.device):
-                module = run_pipeline(module, passes, self.ctx, watch, registry.passes)
-        except ScalebitsError as error:
-            if error is early.refusal:
-                error.notes.clear()  # they blame the pass that ran last
-            raise
+        with computing_on(self.ctx.place.device):
+            module = run_pipeline(module, passes, self.ctx, watch, registry.passes)
         for name, seconds in timing.seconds:
             self.stages.add(name, seconds)
         return module
@@ -209,8 +206,6 @@ class Compilation:
 
         TooLarge if its files take more than `most_bytes`; nothing is left of it then.
         """
-        if "packed" not in module.facts:
-            raise PassError("the pipeline does not pack the module", help="end it with pack-blocks")
         with tempfile.TemporaryDirectory(prefix="scalebits-") as folder:
             module = repack(module, self.target.order)
             built = self.stages.run("kernels", lambda: self.target.build(module, Path(folder)))
@@ -264,24 +259,18 @@ def _check_start(
             f"{start} has no calibration text: it is the module of an artifact, not a dump",
             help="go on from a file of --dump-ir; for another target use retarget",
         )
-    if module.index_bits() and options.gather is None:
+    if module.index_bits() and not _gathers(passes):
         raise UsageError(
             f"matrices in {start} read their input in an order made at run time",
             help="allow it with --gather fused, or go on from a dump before gather-inputs",
         )
-    names = {item.name for item in passes}
-    late = [name for name in _BLOCKS if getattr(options, name) not in (None, ())]
-    late = late if "canonicalize" not in names else []
-    if "assign-bits" not in names:
-        late += ["bits"] if options.pins else []
-        late += ["loss"] if options.loss is not None else []
-    done = "gather-inputs" in names or "gathered" in module.facts
-    late += ["gather"] if options.gather is not None and not done else []
-    late += ["tuning_epochs"] if options.tuning_epochs and "tune-scales" not in names else []
+    left = remaining(passes, module)
+    late = [key for key in options.settings if not readers_of(left, key)]
+    gathered = "gathered" in module.facts or not _gathers(passes) or _gathers(left)
+    late += [] if gathered else ["--gather"]
     if late:
-        listed = " and ".join(f"--{name.replace('_', '-')}" for name in late)
         raise UsageError(
-            f"{listed} comes too late for {start}: no pass that would read it is left",
+            f"{' and '.join(late)} comes too late for {start}: no pass that would read it is left",
             help="leave it out, or go on from an earlier dump, such as 00-input.sbir",
         )
 
@@ -295,10 +284,11 @@ def remaining(passes: Sequence[Pass], module: Module) -> list[Pass]:
     return list(passes[done:])
 
 
-def _prepare(model: Path, out: Path, options: CompileOptions, registry: Registry) -> Target:
-    """Everything that can be refused before any work."""
+def _prepare(
+    model: Path, out: Path, options: CompileOptions, passes: Sequence[Pass], registry: Registry
+) -> Target:
+    """The target; refuses everything that can be refused before any work."""
     from scalebits_compiler.frontend.calibration import read_text
-    from scalebits_compiler.passes.canonicalize.canonicalize import Canonicalize
 
     if options.seed < 0:
         raise UsageError(f"--seed is {options.seed}, it must be 0 or more")
@@ -307,52 +297,39 @@ def _prepare(model: Path, out: Path, options: CompileOptions, registry: Registry
         raise UsageError(
             f"the output {out} holds the model {model}", help="give a folder of its own with -o"
         )
-    if not 1 <= options.avg_bits <= 9:
-        raise UsageError(
-            f"--avg-bits {options.avg_bits:g} is out of range: blocks of 1 to 8 bits take a little"
-            " more than 1 to a little more than 8 bits per weight, all counted",
-            help="try --avg-bits 3",
-        )
-    if (options.tuning_epochs or 0) < 0:
-        raise UsageError(
-            f"--tuning-epochs {options.tuning_epochs} is below 0",
-            help="give how often tuning reads its text; 0 leaves it out",
-        )
-    Canonicalize(**_block_options(options)).check()
+    for item in passes:
+        item.check()
     check_device(options.device)
-    for pin in options.pins:
-        parse_pin(pin)
     for file in (options.text.file, options.text.accept_file):
         if file is not None:
             read_text(file)
     table = {**TARGETS, **registry.targets}
-    target = find_target(options.target, table, options.target_options)
+    target = parse_target(options.target, table)
     target.check()
-    if options.gather not in (None, "fused"):
-        raise UsageError(
-            f"gather is {options.gather!r}", help='give "fused", or None for no gather'
-        )
-    target.check_gathers(options.gather is not None)
+    target.check_gathers(_gathers(passes))
     check_output(out, options.force)
     return target
 
 
+def _gathers(passes: Sequence[Pass]) -> bool:
+    return any(item.name == "gather-inputs" for item in passes)
+
+
+def _until(passes: Sequence[Pass], fact: str) -> list[Pass]:
+    """The passes up to the first that establishes a fact; all if none does."""
+    for index, item in enumerate(passes):
+        if fact in item.establishes:
+            return list(passes[: index + 1])
+    return list(passes)
+
+
 def pipeline_for(options: CompileOptions, table: PassTable) -> list[Pass]:
-    """The default pipeline with the options of the command line in their passes."""
-    given = {
-        "canonicalize": _block_options(options),
-        "annotate-sensitivity": {"loss": options.loss},
-        "assign-bits": {"avg_bits": options.avg_bits, "pins": options.pins, "loss": options.loss},
-        "tune-scales": {} if options.tuning_epochs is None else {"epochs": options.tuning_epochs},
-    }
-    text = pipeline_text(options.tuning_epochs != 0, options.gather is not None)
-    passes = parse_passes(text, table)
-    return [replace(item, **given.get(item.name, {})) for item in passes]
-
-
-def _block_options(options: CompileOptions) -> dict[str, Any]:
-    """The options that canonicalize takes."""
-    return {name: getattr(options, name) for name in _BLOCKS}
+    """The passes of a compile, with the settings of `options` in them."""
+    passes = with_settings(parse_passes(options.pipeline, table), options.settings)
+    return [
+        replace(item, avg_bits=options.avg_bits) if isinstance(item, AssignBits) else item
+        for item in passes
+    ]
 
 
 class _Stages:

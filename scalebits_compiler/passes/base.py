@@ -1,4 +1,7 @@
-"""What a pass is: a frozen dataclass whose fields are its options on the command line."""
+"""What a pass is: a frozen dataclass whose fields are its options on the command line.
+
+The metadata of a field holds its `help`, and a `flag` if `scalebitsc compile` has a flag for it.
+"""
 
 from __future__ import annotations
 
@@ -148,6 +151,9 @@ class Pass(ABC):
     establishes: ClassVar[frozenset[str]] = frozenset()
     invalidates: ClassVar[frozenset[str]] = frozenset()
     refuses: ClassVar[frozenset[str]] = frozenset()  # facts of a module that it cannot work on
+
+    def check(self) -> None:  # noqa: B027  (most passes take any options)
+        """Raise a ScalebitsError, before any pass runs, for options that cannot work."""
 
     @abstractmethod
     def run(self, module: Module, ctx: PassContext) -> Module:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from difflib import get_close_matches
 from typing import Any, get_type_hints
@@ -17,13 +18,17 @@ from scalebits_compiler.passes.table import PASSES, PIPELINES, PassTable, find_p
 
 @dataclass(frozen=True)
 class Option:
-    """An option of a pass; the field `avg_bits` is written `avg-bits`. No `default`: required."""
+    """An option of a pass; the field `avg_bits` is written `avg-bits`. No `default`: required.
+
+    flag: the flag of `scalebitsc compile` that sets it, if there is one.
+    """
 
     name: str
     field: str
     hint: Any
     default: str | None
     help: str
+    flag: str | None
 
     @property
     def type(self) -> str:
@@ -41,7 +46,17 @@ def pass_options(cls: type[Pass]) -> tuple[Option, ...]:
             default = item.default_factory()
         text = None if default is MISSING else print_attr(default)
         name = item.name.replace("_", "-")
-        made.append(Option(name, item.name, hints[item.name], text, item.metadata.get("help", "")))
+        about = item.metadata
+        made.append(
+            Option(
+                name,
+                item.name,
+                hints[item.name],
+                text,
+                about.get("help", ""),
+                about.get("flag"),
+            )
+        )
     return tuple(made)
 
 
@@ -69,7 +84,20 @@ def parse_passes(text: str, table: PassTable = PASSES) -> list[Pass]:
     return made
 
 
-def _make(cls: type[Pass], given: dict[str, Any]) -> Pass:
+def _make(cls: type[Pass], given: Mapping[str, Any]) -> Pass:
+    values = _values(cls, given)
+    options = {option.name: option for option in pass_options(cls)}
+    missing = [o.name for o in options.values() if o.default is None and o.field not in values]
+    if missing:
+        raise UsageError(
+            f"{cls.name} needs the option '{missing[0]}'",
+            help=f"{cls.name}{{{missing[0]} = ...}}, a value of type {options[missing[0]].type}",
+        )
+    return cls(**values)
+
+
+def _values(cls: type[Pass], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options by their names in text as values of fields; UsageError for what the pass lacks."""
     options = {option.name: option for option in pass_options(cls)}
     values: dict[str, Any] = {}
     for name, value in given.items():
@@ -82,13 +110,77 @@ def _make(cls: type[Pass], given: dict[str, Any]) -> Pass:
             raise UsageError(
                 f"option '{name}' of {cls.name}: {error}, got {print_attr(value)}"
             ) from None
-    missing = [o.name for o in options.values() if o.default is None and o.field not in values]
-    if missing:
-        raise UsageError(
-            f"{cls.name} needs the option '{missing[0]}'",
-            help=f"{cls.name}{{{missing[0]} = ...}}, a value of type {options[missing[0]].type}",
-        )
-    return cls(**values)
+    return values
+
+
+def parse_settings(texts: Iterable[str]) -> dict[str, Any]:
+    """`pass.option=value` texts as a mapping for `with_settings`; UsageError for another form.
+
+    The value is written as in a pipeline; a word that is no number or list stands for a string.
+    """
+    from scalebits_compiler.ir.parser import parse_pipeline
+
+    settings: dict[str, Any] = {}
+    for text in texts:
+        match = re.fullmatch(r"([\w-]+)\.([\w-]+)\s*=\s*(.+)", text)
+        if match is None:
+            raise UsageError(
+                f"{text!r} is not of the form PASS.OPTION=VALUE",
+                help="for example assign-bits.avg-bits=3",
+            )
+        item, option, value = match.groups()
+        for written in (value, f'"{value}"'):
+            try:
+                ((_, options),) = parse_pipeline(f"{item}{{{option} = {written}}}")
+            except (ParseError, ValueError):
+                continue
+            settings[f"{item}.{option}"] = options[option]
+            break
+        else:
+            raise UsageError(
+                f"{text!r}: {value!r} is not a value", help="write it as in a pipeline"
+            )
+    return settings
+
+
+def with_settings(passes: Sequence[Pass], settings: Mapping[str, Any]) -> list[Pass]:
+    """The passes with options replaced, in every pass that reads a setting.
+
+    A setting is named `pass.option`, or by a flag such as `--loss`, which several passes may read.
+    UsageError for a setting that no pass reads or a value of the wrong type.
+    """
+    passes = list(passes)
+    for key, value in settings.items():
+        readers = readers_of(passes, key)
+        if not readers:
+            raise UsageError(
+                f"no pass of the pipeline reads {key}", help=_setting_help(passes, key)
+            )
+        for index, option in readers:
+            item = passes[index]
+            passes[index] = replace(item, **_values(type(item), {option: value}))
+    return passes
+
+
+def readers_of(passes: Sequence[Pass], key: str) -> list[tuple[int, str]]:
+    """(index, option) of the passes that read a setting; the option of `pass.option` may be wrong,
+    so that the error is the same as for one in a pipeline.
+    """
+    name, dot, option = key.partition(".")
+    if dot:
+        return [(index, option) for index, item in enumerate(passes) if item.name == name]
+    return [
+        (index, o.name)
+        for index, item in enumerate(passes)
+        for o in pass_options(type(item))
+        if o.flag == key
+    ]
+
+
+def _setting_help(passes: Sequence[Pass], key: str) -> str:
+    names = [item.name for item in passes]
+    near = get_close_matches(key.partition(".")[0], names, n=1)
+    return f"did you mean '{near[0]}'?" if near else f"the passes are {', '.join(names)}"
 
 
 def _option_help(name: str, options: dict[str, Option]) -> str:

@@ -26,18 +26,16 @@ PASSES: dict[str, str | type[Pass]] = {
 }
 
 _REORDERED = "canonicalize,annotate-sensitivity,reorder-channels,fold-permutes"
+_TUNED = "assign-bits{rounds = 0},round-weights,tune-scales,pack-blocks"
+_UNTUNED = "assign-bits,round-weights,pack-blocks"
 # Named pipelines are data: a name in a pipeline stands for this text. Swaps lower the loss of the
 # rounded model and raise that of the tuned one (benchmarks/results/quality.md): none before tuning.
 PIPELINES: dict[str, str] = {
-    "default": f"{_REORDERED},assign-bits{{rounds = 0}},round-weights,tune-scales,pack-blocks",
-    "untuned": f"{_REORDERED},assign-bits,round-weights,pack-blocks",
+    "default": f"{_REORDERED},{_TUNED}",
+    "untuned": f"{_REORDERED},{_UNTUNED}",
+    "gathered": f"{_REORDERED},gather-inputs,{_TUNED}",
+    "gathered-untuned": f"{_REORDERED},gather-inputs,{_UNTUNED}",
 }
-
-
-def pipeline_text(tuned: bool, gathered: bool) -> str:
-    """The pipeline of a compile. tuned: with tune-scales; gathered: with gather-inputs."""
-    text = PIPELINES["default" if tuned else "untuned"]
-    return text.replace("fold-permutes", "fold-permutes,gather-inputs") if gathered else text
 
 
 def find_pass(name: str, table: PassTable = PASSES) -> type[Pass]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 from scalebits_compiler.artifact.output import check_output
 from scalebits_compiler.artifact.repack import repack
 from scalebits_compiler.artifact.writer import WRITTEN_HERE, write_artifact
-from scalebits_compiler.codegen.target import TARGETS, find_target
+from scalebits_compiler.codegen.target import TARGETS, parse_target
 from scalebits_compiler.errors import UsageError
 from scalebits_compiler.ir.parser import read_module
 from scalebits_compiler.ir.verifier import verify
@@ -26,19 +25,20 @@ def retarget(
     path: Path,
     out: Path,
     target: str,
-    options: Mapping[str, str] | None = None,
     *,
     force: bool = False,
     registry: Registry | None = None,
 ) -> Manifest:
-    """Write the artifact in `path` anew, to `out`, for a target; nothing is searched or rounded.
+    """Write the artifact in `path` anew, to `out`; nothing is searched or rounded.
+
+    target: `name` or `name{option = value}`.
 
     Going to another target and back gives the first artifact byte for byte. Raises `UsageError` for
     an output that cannot be written, `ArtifactError` for a damaged artifact, `TargetError` where
     the target cannot run its module.
     """
     registry = load_plugins() if registry is None else registry
-    wanted = find_target(target, {**TARGETS, **registry.targets}, options)
+    wanted = parse_target(target, {**TARGETS, **registry.targets})
     wanted.check()
     if path.resolve().is_relative_to(out.resolve()):
         raise UsageError(

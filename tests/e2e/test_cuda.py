@@ -37,7 +37,7 @@ def pair(tiny_llama, compile_small, cli, tmp_path_factory):
     made = Pair(folder / "cpu", folder / "as-cuda")
     ran = compile_small(tiny_llama(), made.cpu, *BLOCKS)
     assert ran.code == 0, ran.err
-    ran = cli("retarget", made.cpu, "--target", "cuda", "--arch", "sm_90", "-o", made.cuda)
+    ran = cli("retarget", made.cpu, "--target", 'cuda{arch = "sm_90"}', "-o", made.cuda)
     assert ran.code == 0, ran.err
     assert ran.out.startswith(f"wrote {made.cuda}  (target cuda, ")
     return made
@@ -45,7 +45,7 @@ def pair(tiny_llama, compile_small, cli, tmp_path_factory):
 
 def test_compile_gives_what_retarget_gives(pair, tiny_llama, compile_small, tmp_path):
     out = tmp_path / "direct"
-    ran = compile_small(tiny_llama(), out, *BLOCKS, "--target", "cuda", "--arch", "sm_90")
+    ran = compile_small(tiny_llama(), out, *BLOCKS, "--target", 'cuda{arch = "sm_90"}')
     assert ran.code == 0, ran.err
     assert same(out, pair.cuda)
 
@@ -147,9 +147,9 @@ def test_run_says_what_is_missing_and_what_would_work(pair, cli):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--target", "cuda", "--arch", "sm_75"), "'sm_75' is no architecture from sm_80 on"),
-        (("--target", "cuda", "--dtype", "fp8"), "the cuda target has no dtype 'fp8'"),
-        (("--target", "cpu", "--arch", "sm_90"), "the target 'cpu' has no option --arch"),
+        (("--target", 'cuda{arch = "sm_75"}'), "'sm_75' is no architecture from sm_80 on"),
+        (("--target", 'cuda{dtype = "fp8"}'), "the cuda target has no dtype 'fp8'"),
+        (("--target", 'cpu{arch = "sm_90"}'), "the target 'cpu' has no option 'arch'"),
         (("--target", "tpu"), "there is no target 'tpu'"),
     ],
 )

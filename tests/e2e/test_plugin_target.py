@@ -80,12 +80,12 @@ def build(compiled: Any, compile_small: Any, plugin: Path, tmp_path: Path) -> Ca
 
 
 def test_a_target_with_a_plan_runs(cli: Any, build: Callable[..., Any]) -> None:
-    ran, out = build("plan-only")
+    ran, out = build("plan-only{level = 3}")
     assert ran.code == 0, ran.err
     assert "(target plan-only)" in ran.out
     assert json.loads((out / "manifest.json").read_text())["target"] == {
         "kind": "plan-only",
-        "level": 2,
+        "level": 3,
     }
     assert "target plan-only" in cli("inspect", out).out
     ran = cli("run", out, "--prompt", "The city", "-n", 3)

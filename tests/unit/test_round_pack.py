@@ -167,7 +167,10 @@ def test_summary_counts_every_stored_byte(rounded: Module) -> None:
 
 
 def test_restart_runs_what_the_facts_lack() -> None:
-    passes = pipeline_for(CompileOptions(avg_bits=2.5, block=(32, 64), group=64), PASSES)
+    passes = pipeline_for(
+        CompileOptions(avg_bits=2.5, settings={"canonicalize.block": (32, 64), "--group": 64}),
+        PASSES,
+    )
     assert [item.name for item in passes] == [n for n in PASSES if n != "gather-inputs"]
     given: Any = {item.name: item for item in passes}
     assert given["assign-bits"].avg_bits == 2.5

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from scalebits_compiler.errors import PassError
+from scalebits_compiler.errors import PassError, UsageError
 from scalebits_compiler.frontend.hf import load_model, trace
 from scalebits_compiler.frontend.lower_fx import lower
 from scalebits_compiler.interpreter.executor import Executor
@@ -111,10 +111,16 @@ def test_what_does_not_help_is_not_kept(rounded: Module) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"epochs": 0}, {"scale_rate": 0.0}, {"scale_rate": -1.0}, {"code_rate": -0.1}]
+    ("wrong", "message"),
+    [
+        ({"epochs": 0}, "--tuning-epochs 0 must be at least 1"),
+        ({"scale_rate": 0.0}, "tuning at rates 0.0"),
+        ({"scale_rate": -1.0}, "tuning at rates -1.0"),
+        ({"code_rate": -0.1}, "and -0.1"),
+    ],
 )
-def test_settings_that_make_no_sense(rounded: Module, wrong: dict[str, Any]) -> None:
-    with pytest.raises(PassError, match="at least one epoch"):
+def test_settings_that_make_no_sense(rounded: Module, wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises((PassError, UsageError), match=message):
         TuneScales(**wrong).run(rounded, context())
 
 

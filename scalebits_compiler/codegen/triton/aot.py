@@ -115,7 +115,7 @@ def _compile(spec: KernelSpec, archs: Sequence[str]) -> dict[str, Binary]:
         if done.returncode:
             raise TargetError(
                 f"Triton could not compile the kernel {spec.key} for {', '.join(archs)}",
-                help="--arch names other architectures; --target cpu and reference need no Triton",
+                help="compile for another arch, or with --target cpu or reference",
                 notes=done.stderr.strip().splitlines()[-3:],
             )
         told: Mapping[str, Mapping[str, int]] = json.loads(done.stdout.splitlines()[-1])

@@ -46,8 +46,8 @@ class CudaTarget(Target):
         for arch in self.archs:
             if not re.fullmatch(r"sm_\d{2,3}", arch) or int(arch[3:]) < OLDEST:
                 raise UsageError(
-                    f"--arch {self.arch}: {arch!r} is no architecture from sm_{OLDEST} on",
-                    help="for example --arch sm_80,sm_89,sm_90",
+                    f"arch {self.arch}: {arch!r} is no architecture from sm_{OLDEST} on",
+                    help="for example 'cuda{arch = \"sm_80,sm_89,sm_90\"}'",
                 )
         if find_spec("triton") is None:
             raise TargetError(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import ClassVar
 
-from scalebits_compiler.errors import PassError
+from scalebits_compiler.errors import PassError, UsageError
 from scalebits_compiler.ir.attrs import Value
 from scalebits_compiler.ir.host import Host
 from scalebits_compiler.ir.module import Argument, Function, Module, Weight
@@ -53,19 +53,36 @@ class Canonicalize(Pass):
     establishes: ClassVar[frozenset[str]] = frozenset({"canonical"})
 
     block: tuple[int, int] | None = field(
-        default=None, metadata={"help": "rows and columns of a block; chosen by size if not given"}
+        default=None,
+        metadata={
+            "help": "rows x columns of a block; chosen by size by default",
+            "flag": "--block",
+        },
     )
     group: int | None = field(
-        default=None, metadata={"help": "columns that share a scale; chosen by size if not given"}
+        default=None,
+        metadata={
+            "help": "columns that share a scale; chosen by size by default",
+            "flag": "--group",
+        },
     )
     exclude: tuple[str, ...] = field(
-        default=(), metadata={"help": "patterns of matrices that stay dense"}
+        default=(),
+        metadata={
+            "help": "matrices that stay dense, a glob or re:REGEX; may be repeated",
+            "flag": "--exclude",
+        },
     )
     head_bits: int | None = field(
-        default=None, metadata={"help": "width of the head; dense if not given"}
+        default=None,
+        metadata={"help": "bit-width of the head; dense by default", "flag": "--head-bits"},
     )
     embedding_bits: int | None = field(
-        default=None, metadata={"help": "width of the embedding table; dense if not given"}
+        default=None,
+        metadata={
+            "help": "bit-width of the embedding table; dense by default",
+            "flag": "--embedding-bits",
+        },
     )
 
     def run(self, module: Module, ctx: PassContext) -> Module:
@@ -94,13 +111,16 @@ class Canonicalize(Pass):
         return made
 
     def check(self) -> None:
-        """PassError if the options alone say that nothing can be packed; before any work."""
+        """PassError or UsageError if the options alone say that nothing can be packed."""
         if self.block is not None:
             check_block(self.block, self.group or min(self.block[1], 32))
         elif self.group is not None:
             check_block((16, self.group), self.group)
         for pattern in self.exclude:
             check_pattern(pattern)
+        for name, bits in (("head", self.head_bits), ("embedding", self.embedding_bits)):
+            if bits is not None and not 1 <= bits <= 8:
+                raise UsageError(f"--{name}-bits {bits} is not in 1..8")
 
     def _kept(self, module: Module, matrices: list[Weight]) -> list[Weight]:
         """Without those that stay dense; PassError for a pattern that matches none."""

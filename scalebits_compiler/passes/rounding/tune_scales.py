@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from scalebits_compiler.errors import PassError
+from scalebits_compiler.errors import PassError, UsageError
 from scalebits_compiler.ir.module import Module
 from scalebits_compiler.ir.roles import embedding_tables
 from scalebits_compiler.numerics.device import Placement
@@ -43,7 +43,9 @@ class TuneScales(Pass):
         default="model",
         metadata={"help": "model, or layer: one attention or MLP at a time, in bounded memory"},
     )
-    epochs: int = field(default=2, metadata={"help": "passes over the windows"})
+    epochs: int = field(
+        default=2, metadata={"help": "passes over the windows", "flag": "--tuning-epochs"}
+    )
     scale_rate: float = field(default=0.01, metadata={"help": "step size of log scales"})
     code_rate: float = field(
         default=0.01, metadata={"help": "step size of codes; 0 leaves them as they are"}
@@ -51,7 +53,7 @@ class TuneScales(Pass):
 
     def run(self, module: Module, ctx: PassContext) -> Module:
         """Replaces scales and codes of the rounded matrices."""
-        self._check()
+        self.check()
         tables = embedding_tables(module)  # no gradient arrives at these
         wanted = [w.symbol for w in module.quantized() if w.symbol not in tables]
         work = self._model if self.scope == "model" else self._layers
@@ -60,13 +62,19 @@ class TuneScales(Pass):
         made = {key: tensor for one in stored for key, tensor in one.items()}
         return replace(module, resources=module.resources.with_(made)) if made else module
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """PassError for an unknown scope or rates that cannot work, UsageError without epochs."""
+        if self.epochs < 1:
+            raise UsageError(
+                f"--tuning-epochs {self.epochs} must be at least 1",
+                help="--no-tuning leaves tune-scales out",
+            )
         if self.scope not in SCOPES:
             raise PassError(f"unknown scope {self.scope!r} of tune-scales: {' or '.join(SCOPES)}")
-        if self.epochs < 1 or self.scale_rate <= 0 or self.code_rate < 0:
+        if self.scale_rate <= 0 or self.code_rate < 0:
             raise PassError(
-                f"{self.epochs} epochs at rates {self.scale_rate} and {self.code_rate}",
-                help="give at least one epoch and positive rates, or leave tune-scales out",
+                f"tuning at rates {self.scale_rate} and {self.code_rate}",
+                help="give positive rates; a code rate of 0 leaves the codes as they are",
             )
 
     def _model(

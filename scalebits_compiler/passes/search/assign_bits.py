@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from scalebits_compiler.errors import PassError
+from scalebits_compiler.errors import PassError, UsageError
 from scalebits_compiler.ir.attrs import Resource
 from scalebits_compiler.ir.module import Module
 from scalebits_compiler.ir.printer import print_module
@@ -37,7 +37,7 @@ from scalebits_compiler.passes.search.swaps import (
     swap_search,
 )
 from scalebits_compiler.passes.selectors import matching, parse_pin
-from scalebits_compiler.passes.sensitivity.losses import LOSS_HELP, loss_of
+from scalebits_compiler.passes.sensitivity.losses import LOSS_HELP, Loss, loss_of
 
 if TYPE_CHECKING:
     from scalebits_compiler.passes.search.problem import SearchProblem
@@ -69,13 +69,17 @@ class AssignBits(Pass):
     max_bits: int = field(default=8, metadata={"help": "largest width of a block"})
     rounds: int = field(default=12, metadata={"help": "most rounds of swaps"})
     pins: tuple[str, ...] = field(
-        default=(), metadata={"help": "widths by pattern, PATTERN=4..8; the last that fits counts"}
+        default=(),
+        metadata={
+            "help": "bit-widths by pattern, PATTERN=4..8; may be repeated, the last match counts",
+            "flag": "--bits",
+        },
     )
     warm: bool = field(
         default=False,
         metadata={"help": "start from the widths and move scores that the module has"},
     )
-    loss: str | None = field(default=None, metadata={"help": LOSS_HELP})
+    loss: Loss | None = field(default=None, metadata={"help": LOSS_HELP, "flag": "--loss"})
     whole_blocks: bool = field(
         default=False,
         metadata={"help": "start by the curvature of whole blocks, not of single weights"},
@@ -83,6 +87,17 @@ class AssignBits(Pass):
     z: float = field(
         default=1.0, metadata={"help": "standard errors by which a move must beat the others"}
     )
+
+    def check(self) -> None:
+        """UsageError for a budget that no assignment can meet, or a malformed pin."""
+        if not 1 <= self.avg_bits <= 9:
+            raise UsageError(
+                f"--avg-bits {self.avg_bits:g} is out of range: blocks of 1 to 8 bits take a"
+                " little more than 1 to a little more than 8 bits per weight, all counted",
+                help="try --avg-bits 3",
+            )
+        for pin in self.pins:
+            parse_pin(pin)
 
     def run(self, module: Module, ctx: PassContext) -> Module:
         """Adds `bits` and `move_scores` to every searched matrix, `limits` where they are pinned.

@@ -11,7 +11,7 @@ from scalebits_compiler.errors import PassError
 from scalebits_compiler.ir.attrs import Resource
 from scalebits_compiler.ir.module import Module
 from scalebits_compiler.passes.base import Pass, PassContext
-from scalebits_compiler.passes.sensitivity.losses import LOSS_HELP, loss_of
+from scalebits_compiler.passes.sensitivity.losses import LOSS_HELP, Loss, loss_of
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +34,7 @@ class AnnotateSensitivity(Pass):
     refuses: ClassVar[frozenset[str]] = frozenset({"packed"})
 
     bits: int = field(default=3, metadata={"help": "uniform width of the reference point"})
-    loss: str | None = field(default=None, metadata={"help": LOSS_HELP})
+    loss: Loss | None = field(default=None, metadata={"help": LOSS_HELP, "flag": "--loss"})
 
     def run(self, module: Module, ctx: PassContext) -> Module:
         """Adds row_scores, column_scores and block_scores to every matrix that is quantized."""

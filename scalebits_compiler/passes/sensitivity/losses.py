@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 from scalebits_compiler.errors import PassError
 from scalebits_compiler.tasks import CAUSAL, ENCODER, MASKED, SEQ2SEQ
@@ -10,8 +10,9 @@ from scalebits_compiler.tasks import CAUSAL, ENCODER, MASKED, SEQ2SEQ
 if TYPE_CHECKING:
     from scalebits_compiler.ir.module import Module
 
-LOSSES = ("ce", "kl", "tokens", "states")
-LOSS_HELP = "ce, kl, tokens or states (docs/how-it-works.md); by the task of the model if not given"
+Loss: TypeAlias = Literal["ce", "kl", "tokens", "states"]
+LOSSES: tuple[Loss, ...] = get_args(Loss)
+LOSS_HELP = "the loss that the search lowers (docs/how-it-works.md); by the task if not given"
 _OF_TASK = {CAUSAL: "ce", MASKED: "tokens", SEQ2SEQ: "tokens", ENCODER: "states"}
 
 
