@@ -27,6 +27,7 @@ from scalebits_compiler.runtime.cpu.isa import (
     choose_variant,
     offered_activations,
 )
+from scalebits_compiler.runtime.dispatch import cpu_dispatch
 
 BASE = "ours exact"
 PHASES = ("prefill", "decode")
@@ -121,7 +122,8 @@ def _offered(artifact: Path) -> list[str]:
     """The activations of the artifact's kernels on this processor."""
     kernels = Artifact.open(artifact).manifest.kernels
     assert kernels is not None
-    return offered_activations(choose_variant(kernels.dispatch["variants"], cpu_features()))
+    variants = cpu_dispatch(kernels.dispatch, str(artifact)).variants
+    return offered_activations(choose_variant(variants, cpu_features()))
 
 
 def _once(path: Path, write: Callable[[Path], None]) -> None:

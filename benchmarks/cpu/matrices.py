@@ -22,6 +22,7 @@ from scalebits_compiler.runtime.cpu.isa import (
 )
 from scalebits_compiler.runtime.cpu.library import KernelLibrary, PackedLinear
 from scalebits_compiler.runtime.cpu.program import Program, Rows
+from scalebits_compiler.runtime.dispatch import cpu_dispatch
 
 BLOCK, GROUP = 128, 128
 MIXES: dict[str, Mapping[int, int]] = {
@@ -91,11 +92,12 @@ class OurKernels:
         specs, dispatch = select_specs(
             [(layout, np.array([list(mix)], np.uint8))], gathered=[GROUP]
         )
-        self.variant = variant = choose_variant(dispatch["variants"], features)
+        table = cpu_dispatch(dispatch, "k.so")
+        self.variant = variant = choose_variant(table.variants, features)
         names = offered_activations(variant) if activations is None else activations
         for name in names:
             choose_mode(variant, name)
-        here = variant["name"]
+        here = variant.name
         compile_kernels({here: specs[here]}, folder / "k.so")
         self.libraries: dict[str, KernelLibrary] = {}
         for name in names:
@@ -107,7 +109,7 @@ class OurKernels:
         modes = [f"{name} ({library.mode})" for name, library in self.libraries.items()]
         offered = offered_activations(self.variant)
         absent = [f"no {name}" for name in ACTIVATIONS if name not in offered]
-        return f"{self.variant['name']} kernels, activations {', '.join((*modes, *absent))}"
+        return f"{self.variant.name} kernels, activations {', '.join((*modes, *absent))}"
 
     def case(
         self,

@@ -99,8 +99,8 @@ def our_session(launcher: str, layers: int) -> CudaSession:
         layout = TileLayout(*shape, 128, 128, 128)
         made[name] = random_matrix(layout, mixed(layout, (2, 3, 3, 4)))
     kernels = build_kernels([(m.layout, m.bits) for m in made.values()], "fp16", launcher)
-    plan = Plan("ids", tuple(steps(layers)), "logits")
-    table = {"embed": WeightRecord("dense", "F16", (VOCABULARY, HIDDEN))}
+    plan = Plan("ids", tuple(steps(layers)), "logits", (), "", "")
+    table = {"embed": WeightRecord.dense("F16", (VOCABULARY, HIDDEN))}
     artifact = SimpleNamespace(
         path=Path("random"),
         config={},

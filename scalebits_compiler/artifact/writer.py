@@ -29,7 +29,6 @@ from scalebits_compiler.runtime.manifest import (
     Provenance,
     WeightRecord,
     check_name,
-    check_plan,
     sha256_of,
 )
 from scalebits_compiler.runtime.plan import Plan
@@ -105,7 +104,7 @@ def write_artifact(
             summary=summary,
             provenance=provenance,
         )
-        check_plan(manifest)
+        manifest.check()
         if most_bytes is not None and manifest.file_bytes > most_bytes:
             raise TooLarge(manifest.file_bytes, most_bytes)
         (folder / MANIFEST).write_text(manifest.to_json())
@@ -167,7 +166,7 @@ def _write_module(folder: Path, module: Module) -> dict[str, WeightRecord]:
     (folder / MODULE_FILE).write_text(text)
     records = {symbol: _record(weight, described) for symbol, weight in stored.items()}
     for key in order_tensors(module):
-        records[key] = WeightRecord("dense", described[key].dtype, described[key].shape)
+        records[key] = WeightRecord.dense(described[key].dtype, described[key].shape)
     return records
 
 
@@ -211,7 +210,7 @@ def _store_weight(
 def _record(weight: Weight, described: Mapping[str, safetensors.Entry]) -> WeightRecord:
     if not weight.type.is_packed:
         entry = described[weight.symbol]
-        return WeightRecord("dense", entry.dtype, entry.shape)
+        return WeightRecord.dense(entry.dtype, entry.shape)
     shape, dtype = weight.type.static_shape(), weight.type.dtype
     return WeightRecord("packed", dtype, shape, weight.block, weight.group)
 

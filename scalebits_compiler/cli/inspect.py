@@ -70,13 +70,13 @@ def describe(artifact: Artifact) -> dict[str, Any]:
     if manifest.kernels is not None:
         dispatch = manifest.kernels.dispatch
         on_gpu = found["target"] == "cuda"
-        found["kernels"] = _binaries(dispatch) if on_gpu else _kernels(dispatch.get("variants", ()))
+        found["kernels"] = _binaries(dispatch) if on_gpu else _kernels(dispatch)
         if found["kernels"].get("chosen"):
             found["kernels"] |= _execution(artifact)
     return found
 
 
-def _kernels(variants: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _kernels(dispatch: Mapping[str, Any]) -> dict[str, Any]:
     """The variants of a dispatch table, and what a session on this machine would use of them."""
     from scalebits_compiler.errors import ArtifactError
     from scalebits_compiler.runtime.cpu.features import cpu_features
@@ -85,14 +85,18 @@ def _kernels(variants: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         choose_variant,
         offered_activations,
     )
+    from scalebits_compiler.runtime.dispatch import cpu_dispatch
 
-    named = [{"name": v["name"], "arch": v["arch"], "modes": list(v["modes"])} for v in variants]
+    variants = ()
+    if "variants" in dispatch:  # else the table is that of a plugin's target
+        variants = cpu_dispatch(dispatch, "kernels.dispatch").variants
+    named = [{"name": v.name, "arch": v.arch, "modes": list(v.modes)} for v in variants]
     try:
         chosen = choose_variant(variants, cpu_features())
     except ArtifactError:
         return {"variants": named, "chosen": None, "activations": {}}
     activations = {name: choose_mode(chosen, name) for name in offered_activations(chosen)}
-    return {"variants": named, "chosen": chosen["name"], "activations": activations}
+    return {"variants": named, "chosen": chosen.name, "activations": activations}
 
 
 def _execution(artifact: Artifact) -> dict[str, Any]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from scalebits_compiler.analysis.sequence_axis import follow, numbers_positions
@@ -86,7 +86,8 @@ def _calls(module: Module) -> Iterator[TorchCall]:
 
 
 def _call(op: Op, index: int) -> TorchCall:
-    return TorchCall(op.target if isinstance(op, Aten) else _step_name(op), op.loc, index)
+    name = op.target if isinstance(op, Aten) else _step_name(op)
+    return TorchCall(name, op.loc, index, heads=0, channels=0)
 
 
 def _step_name(op: Op) -> str:

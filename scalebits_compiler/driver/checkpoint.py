@@ -6,12 +6,15 @@ import json
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from msgspec import Struct
 
 from scalebits_compiler import __version__
 from scalebits_compiler.errors import UsageError
 from scalebits_compiler.ir.save import replacing
 from scalebits_compiler.numerics.layout import FORMAT_VERSION
+from scalebits_compiler.runtime.schema import convert, parse_json
 
 _FORMAT = "scalebits-search"
 _START_OVER = "go on with the options it was made with, or start over with --force"
@@ -29,6 +32,14 @@ def state_folder(out: Path) -> Path:
     """`OUT.search`, beside the output."""
     out = out.resolve()
     return out.with_name(f"{out.name}.search")
+
+
+class _Saved(Struct, forbid_unknown_fields=True):
+    """The file of a search; what `state` holds is the search's own."""
+
+    format: Literal["scalebits-search"]
+    identity: dict[str, str]
+    state: dict[str, Any]
 
 
 class SearchFolder:
@@ -56,21 +67,20 @@ class SearchFolder:
         path = self._path(name)
         if not self.resume or not path.is_file():
             return None
+        help = "start over with --force"
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            if found["format"] != _FORMAT:
-                raise ValueError("another format")
-            was, state = found["identity"], found["state"]
-            is_ = self._identified(identity)
-            differing = [key for key in _DIFFERENCES if was[key] != is_[key]]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UsageError(
-                f"{path} is no search state: {error}", help="start over with --force"
-            ) from None
-        if differing:
-            told = _DIFFERENCES[differing[0]].format(was=was[differing[0]])
-            raise UsageError(f"the search in {path} was made {told}", help=_START_OVER)
-        return state
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"{path} cannot be read: {error}", help=help) from None
+        where = f"{path} is no search state"
+        found = parse_json(text, where, error=UsageError, help=help)
+        saved = convert(found, _Saved, where, error=UsageError, help=help)
+        was, now = saved.identity, self._identified(identity)
+        for key, made in _DIFFERENCES.items():
+            if was.get(key) != now[key]:
+                told = made.format(was=was.get(key, "unknown"))
+                raise UsageError(f"the search in {path} was made {told}", help=_START_OVER)
+        return saved.state
 
     def save(self, name: str, identity: Mapping[str, str], state: Mapping[str, Any]) -> None:
         """Replace the state of a search. UsageError where it cannot be written."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import nn
 
@@ -224,17 +225,20 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
+class _WeightIndex(msgspec.Struct):
+    """model.safetensors.index.json: which file each tensor is in."""
+
+    weight_map: dict[str, str]
+
+
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            names = sorted(
-                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            )
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise FrontendError(
-                f"{index} cannot be read: {error!r}", help=DOWNLOAD_AGAIN
-            ) from error
+            found = msgspec.json.decode(index.read_bytes(), type=_WeightIndex)
+        except (OSError, msgspec.MsgspecError) as error:
+            raise FrontendError(f"{index} cannot be read: {error}", help=DOWNLOAD_AGAIN) from error
+        names = sorted(set(found.weight_map.values()))
     else:
         names = ["model.safetensors"]
     missing = [name for name in names if not (folder / name).is_file()]

@@ -280,9 +280,10 @@ class BlockLayout:
     def weights(self, codes: U8, scales: F16, bits: U8) -> F32:
         """The weights f32[N, K] that codes u8[N, K] and scales f16[N, groups] stand for."""
         half, wide = np.float32(0.5), self._checked(bits).astype(np.int32)
-        middle: F32 = (np.ldexp(half, wide) - half).repeat(self.block_rows, 0)[: self.rows]
-        around: F32 = codes.astype(np.float32) - middle.repeat(self.block_cols, 1)[:, : self.cols]
-        scale: F32 = scales.astype(np.float32).repeat(self.group, 1)[:, : self.cols]
+        rows, columns = np.arange(self.rows), np.arange(self.cols)
+        middle: F32 = (np.ldexp(half, wide) - half)[rows // self.block_rows]
+        around: F32 = codes.astype(np.float32) - middle[:, columns // self.block_cols]
+        scale: F32 = scales.astype(np.float32)[:, columns // self.group]
         return scale * around
 
     # Below, one panel is "subs" u8[units, 8, 64] and "footer" u8[groups, P].

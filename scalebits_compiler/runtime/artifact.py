@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from scalebits_compiler.errors import ArtifactError, TargetError
@@ -17,8 +17,10 @@ from scalebits_compiler.numerics import safetensors
 from scalebits_compiler.numerics.layout import BlockLayout
 from scalebits_compiler.numerics.safetensors import StoredTensor
 from scalebits_compiler.numerics.tiles import LAYOUTS
+from scalebits_compiler.runtime.dispatch import cuda_dispatch
 from scalebits_compiler.runtime.manifest import (
     COMPILE_AGAIN,
+    CUDA,
     FRONTIER,
     MANIFEST,
     MODEL_FILE,
@@ -27,12 +29,28 @@ from scalebits_compiler.runtime.manifest import (
     WeightRecord,
     sha256_of,
 )
+from scalebits_compiler.runtime.plan import PRODUCTS
+from scalebits_compiler.runtime.plan_check import index_weights, table_rows
+from scalebits_compiler.runtime.schema import convert, parse_json
 
 # How configs of different families spell the number of positions a model knows.
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 BINARY = ".cubin"
 # Larger files are checked by size only when an artifact is opened, and in full by `verify`.
 LARGEST_HASHED_AT_OPEN = 256 << 20
+
+
+class ModelConfig(Struct, frozen=True):
+    """The fields of config.json and generation_config.json that the runtime reads."""
+
+    max_position_embeddings: int | None = None
+    n_positions: int | None = None
+    max_seq_len: int | None = None
+    vocab_size: int | None = None
+    src_vocab_size: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
+    forced_bos_token_id: int | None = None
 
 
 class PackedMatrix(NamedTuple):
@@ -72,33 +90,41 @@ class Artifact:
                     f"{folder / MANIFEST}: files: {name} is not listed", help=COMPILE_AGAIN
                 )
         artifact = Artifact(folder, manifest, map_tensors(folder / MODEL_FILE))
+        for name in (CONFIG, GENERATION_CONFIG):
+            convert(artifact.json(name), ModelConfig, str(folder / name))
         for symbol, record in manifest.weights.items():
             artifact._check_weight(symbol, record)
+        for symbol in () if manifest.plan is None else index_weights(manifest.plan):
+            artifact._check_index(symbol)
+        if manifest.target["kind"] == CUDA:
+            artifact._check_cuda_kernels()
         return artifact
 
     def json(self, name: str) -> dict[str, Any]:
         """A JSON file of the artifact, {} if it has none of this name."""
         if name not in self.manifest.files:
             return {}
-        try:
-            return json.loads((self.path / name).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ArtifactError(f"{self.path / name}: {error}", help=COMPILE_AGAIN) from None
+        return read_json(self.path / name)
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The Hugging Face config of the model."""
-        return self.json("config.json")
+        """The Hugging Face config of the model; the fields of `ModelConfig` have their types."""
+        return self.json(CONFIG)
 
     def generation(self, name: str) -> Any:
         """What the model's generation config, or else its config, says; None if neither does."""
-        found = (source.get(name) for source in (self.json("generation_config.json"), self.config))
+        found = (source.get(name) for source in (self.json(GENERATION_CONFIG), self.config))
         return next((value for value in found if value is not None), None)
 
     @cached_property
     def limit(self) -> int | None:
-        """The longest sequence that the model knows positions for, None if unknown."""
-        return position_limit(self.config)
+        """The longest sequence that the model knows positions for, None if unknown.
+
+        No longer than its tables of positions, whatever the config says.
+        """
+        plan, known = self.manifest.plan, position_limit(self.config)
+        rows = None if plan is None else table_rows(plan, self.manifest.weights)[1]
+        return min((limit for limit in (known, rows) if limit is not None), default=None)
 
     def matrix(self, symbol: str) -> PackedMatrix:
         """A weight of kind `packed`."""
@@ -109,22 +135,14 @@ class Artifact:
         try:
             rows, cols = record.shape
             layout = LAYOUTS[record.dtype](rows, cols, block[0], block[1], group)
-        except KeyError:
-            raise ArtifactError(
-                f"{self.path}: {symbol}: the bytes are in the unknown order {record.dtype!r}",
-                help=COMPILE_AGAIN,
-            ) from None
         except TargetError as error:
             raise ArtifactError(f"{self.path}: {symbol}: {error.message}") from None
         arena, bits = (self.tensors[f"{symbol}.{part}"].data for part in ("packed", "bits"))
         return PackedMatrix(layout, arena, bits)
 
     def index(self, symbol: str) -> NDArray[np.uint16]:
-        """Which channel a matrix reads at each place; `ArtifactError` unless it reads each once."""
-        found = self.tensors[symbol].data
-        if not np.array_equal(np.sort(found), np.arange(len(found))):
-            raise self._wrong(f"{symbol} is no order of {len(found)} channels")
-        return found
+        """Which channel a matrix reads at each place; it reads each once."""
+        return self.tensors[symbol].data
 
     def _check_weight(self, symbol: str, record: WeightRecord) -> None:
         keys = (symbol,) if record.kind == "dense" else (f"{symbol}.packed", f"{symbol}.bits")
@@ -139,6 +157,7 @@ class Artifact:
                     f" {record.dtype}{list(record.shape)}"
                 )
             return
+        self._check_sizes(symbol, record)
         matrix = self.matrix(symbol)
         try:
             expected = matrix.layout.nbytes(matrix.bits)
@@ -146,6 +165,46 @@ class Artifact:
             raise self._wrong(f"{symbol}: {error.message}") from None
         if matrix.arena.dtype != np.uint8 or matrix.arena.shape != (expected,):
             raise self._wrong(f"{symbol} has {matrix.arena.nbytes} packed bytes, not {expected}")
+
+    def _check_index(self, symbol: str) -> None:
+        index = self.tensors[symbol].data
+        seen = np.zeros(len(index), np.bool_)
+        if index.min() >= 0 and index.max() < len(index):
+            seen[index] = True
+        if not seen.all():
+            raise self._wrong(f"{symbol} is no order of {len(index)} channels")
+
+    def _check_sizes(self, symbol: str, record: WeightRecord) -> None:
+        """That a packed matrix is no larger than its bytes, before anything of its size is made."""
+        (rows, columns), block = record.shape, record.block
+        arena, bits = (self.tensors[f"{symbol}.{part}"] for part in ("packed", "bits"))
+        grid = None if block is None else (-(-rows // block[0]), -(-columns // block[1]))
+        if arena.dtype != "U8" or bits.dtype != "U8" or bits.data.shape != grid:
+            raise self._wrong(f"{symbol}.packed and {symbol}.bits are not those of a packed matrix")
+        if rows * columns > 8 * arena.data.size:
+            raise self._wrong(
+                f"{symbol} has {arena.data.size} packed bytes, too few for {rows} x {columns} codes"
+            )
+
+    def _check_cuda_kernels(self) -> None:
+        """That there is a kernel for every packed matrix that a step reads."""
+        plan, kernels = self.manifest.plan, self.manifest.kernels
+        assert plan is not None
+        assert kernels is not None
+        where = f"{self.path / MANIFEST}: kernels.dispatch"
+        dispatch = cuda_dispatch(kernels.dispatch, self.manifest.files, where)
+        read = {
+            (step.weights[0], step.op == "gather_qlinear")
+            for step in plan.steps
+            if step.op in (*PRODUCTS, "embedding")
+        }
+        for symbol, gather in sorted(read):
+            if self.manifest.weights[symbol].kind == "packed":
+                layout, _, bits = self.matrix(symbol)
+                if not dispatch.knows(layout, bits, gather):
+                    raise ArtifactError(
+                        f"{where}: matrices: no kernel for {symbol}", help=COMPILE_AGAIN
+                    )
 
     def _wrong(self, what: str) -> ArtifactError:
         return ArtifactError(f"{self.path / MODEL_FILE}: {what}", help=COMPILE_AGAIN)
@@ -187,7 +246,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _needed(manifest: Manifest) -> Iterator[str]:
-    yield from (MODEL_FILE, "config.json")
+    yield from (MODEL_FILE, CONFIG)
     if manifest.kernels is not None:
         yield manifest.kernels.library
 
@@ -221,6 +280,18 @@ def map_tensors(path: Path) -> dict[str, StoredTensor]:
         if not stored.data.flags.aligned:
             raise ArtifactError(f"{path}: the tensor {key!r} is not aligned", help=COMPILE_AGAIN)
     return found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises `ArtifactError` if it cannot be read or is none."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{path}: cannot be read: {error}", help=COMPILE_AGAIN) from None
+    value = parse_json(text, str(path), finite=False)  # configs may have infinite numbers
+    if not isinstance(value, dict):
+        raise ArtifactError(f"{path}: expected an object", help=COMPILE_AGAIN)
+    return value
 
 
 def position_limit(config: Mapping[str, Any]) -> int | None:

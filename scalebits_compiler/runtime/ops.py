@@ -1,4 +1,4 @@
-"""The ops of a plan in numpy float32: one function for each of `manifest.STEP_RULES`.
+"""The ops of a plan in numpy float32: one function for each of `plan.STEP_RULES`.
 
 Activations are [batch, sequence, channels] or [batch, heads, sequence, d]. What the ops mean is
 defined by the torch rules in `interpreter/rules.py`.
@@ -7,10 +7,11 @@ defined by the torch rules in `interpreter/rules.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from scalebits_compiler.runtime.cache import KVCache

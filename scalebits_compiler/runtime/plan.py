@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
+
+from msgspec import Struct
+
+from scalebits_compiler.runtime.schema import Bytes, Count, Size
 
 Number: TypeAlias = int | float
 # Of a model that is not recognised at all, this many names tell enough.
@@ -57,12 +60,57 @@ STEP_RULES: dict[str, StepRule] = {
 }
 """The ops that the runtime executes; `runtime/ops.py` has one function for each. `torch` is an op
 that the runtime has not: entry number `call` of the plan's `calls`."""
+LARGEST_INTEGER, LARGEST_FLOAT = 2**31 - 1, float(2**128 - 2**104)
+
+
+class Domain(NamedTuple):
+    """The values of an attribute: from `least` to `most`, only integers if `whole`."""
+
+    least: Number
+    most: Number
+    whole: bool
+
+    def __str__(self) -> str:
+        return f"{'an integer' if self.whole else 'a number'} from {self.least} to {self.most}"
+
+
+_FLAG, _COUNT = Domain(0, 1, True), Domain(0, LARGEST_INTEGER, True)
+_SIZE = Domain(1, LARGEST_INTEGER, True)
+_FLOAT = Domain(-LARGEST_FLOAT, LARGEST_FLOAT, False)
+_NOT_NEGATIVE = Domain(0.0, LARGEST_FLOAT, False)
+ATTRIBUTES: dict[str, Domain] = {
+    **dict.fromkeys(("interleaved", "causal", "normalize"), _FLAG),
+    **dict.fromkeys(("window", "cache", "expert", "call"), _COUNT),
+    **dict.fromkeys(("heads", "top"), _SIZE),
+    **dict.fromkeys(("factor", "scaling", "scale"), _FLOAT),
+    **dict.fromkeys(("eps", "softcap"), _NOT_NEGATIVE),
+    "axis": Domain(-4, 3, True),
+}
+"""What an attribute may be, whichever op it belongs to. Real numbers are stored as float32."""
 PRODUCTS = ("qlinear", "gather_qlinear")
 """With a packed matrix; the latter's second weight is the index that its input is read by."""
 
 
-@dataclass(frozen=True)
-class Step:
+class WeightRecord(Struct, frozen=True, forbid_unknown_fields=True):
+    """One weight. `dtype` is that of the file for kind `dense`, `packed` for kind `packed`.
+
+    A packed matrix S lies in the tensors `S.packed` (numerics/layout.py) and `S.bits`; it alone
+    has `block` (rows, columns) and `group` (columns per scale).
+    """
+
+    kind: Literal["dense", "packed"]
+    dtype: str
+    shape: tuple[Bytes, ...]
+    block: tuple[Size, Size] | None
+    group: Size | None
+
+    @staticmethod
+    def dense(dtype: str, shape: tuple[int, ...]) -> WeightRecord:
+        """The record of a tensor that is stored as it is."""
+        return WeightRecord("dense", dtype, shape, None, None)
+
+
+class Step(Struct, frozen=True, forbid_unknown_fields=True):
     """One op of the plan: reads values and weights, defines `out`, then drops the values `free`."""
 
     op: str
@@ -73,8 +121,7 @@ class Step:
     free: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class TorchCall:
+class TorchCall(Struct, frozen=True, forbid_unknown_fields=True):
     """An op that torch runs by its definition.
 
     op: its name. place: where it comes from in the original model, may be empty. index: its number
@@ -84,16 +131,15 @@ class TorchCall:
 
     op: str
     place: str
-    index: int
-    heads: int = 0
-    channels: int = 0
+    index: Count
+    heads: Count
+    channels: Count
 
     def __str__(self) -> str:
         return f"{self.op} ({self.place})" if self.place else self.op
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(Struct, frozen=True, forbid_unknown_fields=True):
     """The model as a straight line of steps, from token ids `input` to logits `output`.
 
     calls: the ops that torch runs. replays: why a decode step runs all tokens again; empty where it
@@ -104,9 +150,9 @@ class Plan:
     input: str
     steps: tuple[Step, ...]
     output: str
-    calls: tuple[TorchCall, ...] = ()
-    replays: str = ""
-    one_length: str = ""
+    calls: tuple[TorchCall, ...]
+    replays: str
+    one_length: str
 
 
 def told_by_kind(calls: Iterable[TorchCall]) -> str:

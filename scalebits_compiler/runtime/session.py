@@ -21,7 +21,8 @@ from scalebits_compiler.runtime.cpu.isa import ACTIVATIONS, EXACT
 from scalebits_compiler.runtime.manifest import COMPILE_AGAIN
 from scalebits_compiler.runtime.meter import HostMeter, Meter
 from scalebits_compiler.runtime.ops import CallRunner, Frame, RunCall
-from scalebits_compiler.runtime.plan import PRODUCTS, Plan, Step, told_by_kind
+from scalebits_compiler.runtime.plan import PRODUCTS, Plan, Step, TorchCall, told_by_kind
+from scalebits_compiler.runtime.plan_check import table_rows
 from scalebits_compiler.runtime.weights import Weights
 from scalebits_compiler.tasks import CAUSAL, ENCODER, SEQ2SEQ
 
@@ -338,7 +339,14 @@ class Session:
                 f"{self.artifact.path}: the runtime has no op for {call}, it needs torch",
                 help="install torch and open it with sessions.open_session (scalebitsc run)",
             )
-        return self.call_runner(call, inputs, past, pad)
+        made = self.call_runner(call, inputs, past, pad)
+        if call.channels and not _has_channels(made, call):
+            raise ArtifactError(
+                f"{self.artifact.path}: torch gave {_shape_of(made)} for {call}, the plan says"
+                f" {call.channels} channels of {call.heads or 'no'} heads",
+                help=COMPILE_AGAIN,
+            )
+        return made
 
     def _step(self, frame: Frame, step: Step) -> None:
         if self.on_step is None:
@@ -395,10 +403,12 @@ class Session:
         return counts.astype(np.int64)
 
     def _vocabulary(self) -> int:
-        for step in self._plan.steps:
-            if step.op == "embedding" and step.inputs[0] == self._plan.input:
-                return self.artifact.manifest.weights[step.weights[0]].shape[0]
-        raise ArtifactError(f"{self.artifact.path}: the plan has no embedding", help=COMPILE_AGAIN)
+        rows, _ = table_rows(self._plan, self.artifact.manifest.weights)
+        if rows is None:
+            raise ArtifactError(
+                f"{self.artifact.path}: the plan has no embedding", help=COMPILE_AGAIN
+            )
+        return rows
 
 
 def _known(tokens: NDArray[np.integer], vocabulary: int) -> I64:
@@ -437,6 +447,24 @@ def _told_calls(plan: Plan) -> list[str]:
         return []  # attention that is not causal mixes positions, and decodes nothing
     told = [f"torch runs {told_by_kind(plan.calls)}"]
     return told + ([f"decoding runs all tokens again, {plan.replays}"] if plan.replays else [])
+
+
+def _has_channels(value: Any, call: TorchCall) -> bool:
+    """Whether a value is what the plan says of a call; batch and sequence may be any."""
+    if not isinstance(value, np.ndarray) or value.dtype != np.float32:
+        return False
+    if call.heads:
+        return value.ndim == 4 and value.shape[1::2] == (
+            call.heads,
+            call.channels // call.heads,
+        )
+    return value.ndim == 3 and value.shape[2] == call.channels
+
+
+def _shape_of(value: Any) -> str:
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype}{list(value.shape)}"
+    return f"a {type(value).__name__}"
 
 
 def _how(mode: str, reasons: list[str]) -> str:

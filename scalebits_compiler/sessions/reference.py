@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from scalebits_compiler.codegen.plan import unplanned
+from scalebits_compiler.errors import ArtifactError
 from scalebits_compiler.interpreter.executor import Continuation, Executor
 from scalebits_compiler.ir.host import Host
 from scalebits_compiler.ir.module import Module
@@ -24,7 +25,7 @@ from scalebits_compiler.plugins import Registry, load_plugins
 from scalebits_compiler.runtime.artifact import Artifact
 from scalebits_compiler.runtime.cache import Cache, Replay
 from scalebits_compiler.runtime.call_lock import CallLock
-from scalebits_compiler.runtime.manifest import MODULE_FILE
+from scalebits_compiler.runtime.manifest import COMPILE_AGAIN, MODULE_FILE
 from scalebits_compiler.runtime.session import Session, open_kernels
 from scalebits_compiler.runtime.weights import Weights
 from scalebits_compiler.tasks import SEQ2SEQ
@@ -125,7 +126,16 @@ class EncoderDecoderSession(ReferenceSession):
         start = self.executor.module.start_token
         assert start is not None
         forced = self.artifact.generation("forced_bos_token_id")
-        return [start] if forced is None else [start, int(forced)]
+        if forced is None:
+            return [start]
+        written = self.executor.module.function.type.shape[-1]
+        if not 0 <= forced < (written or 0):
+            raise ArtifactError(
+                f"{self.artifact.path}: forced_bos_token_id: {forced} is not among the"
+                f" {written} tokens that the model writes",
+                help=COMPILE_AGAIN,
+            )
+        return [start, forced]
 
 
 def encoder_first(module: Module) -> Module:
@@ -148,7 +158,11 @@ def vocabulary(module: Module, config: Mapping[str, Any]) -> int:
     if tables:
         return module.weight(tables[0]).type.static_shape()[0]
     # Of a translator it may be told for each of its two languages.
-    return next(int(config[name]) for name in ("vocab_size", "src_vocab_size") if name in config)
+    found = (config.get(name) for name in ("vocab_size", "src_vocab_size"))
+    known = next((size for size in found if size is not None), None)
+    if known is None:
+        raise ArtifactError("config.json: vocab_size: missing field", help=COMPILE_AGAIN)
+    return known
 
 
 def why_torch(module: Module) -> str:

@@ -10,25 +10,34 @@ import torch
 from numpy.typing import NDArray
 
 from scalebits_compiler.analysis.sequence_axis import numbers_positions
+from scalebits_compiler.codegen.plan import make_plan
+from scalebits_compiler.errors import ArtifactError
 from scalebits_compiler.interpreter.executor import Executor
 from scalebits_compiler.ir.ops import Aten
 from scalebits_compiler.ir.parser import read_module
 from scalebits_compiler.ir.verifier import verify
 from scalebits_compiler.plugins import Registry
 from scalebits_compiler.runtime.artifact import Artifact
-from scalebits_compiler.runtime.manifest import MODULE_FILE
+from scalebits_compiler.runtime.manifest import COMPILE_AGAIN, MODULE_FILE
 from scalebits_compiler.runtime.plan import TorchCall
 
 I64 = NDArray[np.int64]
 
 
 class TorchCalls:
-    """The calls of an artifact's plan; called as `runtime.ops.CallRunner` says."""
+    """The calls of an artifact's plan; called as `runtime.ops.CallRunner` says.
+
+    Raises `ArtifactError` for a plan that is not that of module.sbir, whose ops are run.
+    """
 
     def __init__(self, artifact: Artifact, registry: Registry) -> None:
         module, source = read_module(artifact.path / MODULE_FILE, registry.ops)
         verify(module, source)
         registry.install_rules()
+        if make_plan(module) != artifact.manifest.plan:
+            raise ArtifactError(
+                f"{artifact.path}: the plan is not that of {MODULE_FILE}", help=COMPILE_AGAIN
+            )
         self._executor = Executor(module)
 
     def __call__(self, call: TorchCall, inputs: Sequence[Any], past: int, pad: I64 | None) -> Any:

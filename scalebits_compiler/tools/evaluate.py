@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from scalebits_compiler.errors import FrontendError, UsageError
+from scalebits_compiler.errors import ArtifactError, FrontendError, UsageError
 from scalebits_compiler.frontend.calibration import framed, load_tokenizer, read_windows
 from scalebits_compiler.numerics.metrics import PlaceMeter, QualityMeter
 from scalebits_compiler.plugins import Registry
 from scalebits_compiler.pretrained import call
 from scalebits_compiler.progress import Progress, no_progress
-from scalebits_compiler.runtime.artifact import position_limit
+from scalebits_compiler.runtime.artifact import CONFIG, position_limit, read_json
 from scalebits_compiler.runtime.cpu.isa import EXACT
 from scalebits_compiler.runtime.manifest import MANIFEST
 from scalebits_compiler.tasks import CAUSAL, ENCODER, MASKED
@@ -119,9 +118,8 @@ def evaluate(
 
 def _limit(path: Path) -> int:
     try:
-        config = json.loads((path / "config.json").read_text())
-        return position_limit(config) or DEFAULT_WINDOW
-    except (OSError, ValueError) as error:
+        return position_limit(read_json(path / CONFIG)) or DEFAULT_WINDOW
+    except ArtifactError as error:
         raise FrontendError(
             f"{path} has no readable config.json", help="give an artifact or a model folder"
         ) from error

@@ -19,7 +19,7 @@ import scalebits_compiler
 from scalebits_compiler.runtime.session import load
 
 # tokenizers also requires huggingface-hub, which it imports to download only.
-INSTALLED = ("numpy", "safetensors", "tokenizers")
+INSTALLED = ("msgspec", "numpy", "safetensors", "tokenizers")
 ABSENT = ("torch", "transformers", "tvm", "lark", "rich", "huggingface_hub")
 PROMPT = "The river"
 
@@ -50,7 +50,7 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.C
     return run
 
 
-def test_run_needs_three_packages(compiled: Any, bare: Callable[..., Any]) -> None:
+def test_run_needs_four_packages(compiled: Any, bare: Callable[..., Any]) -> None:
     """`scalebitsc run` gives the text that it gives here, on the same kernels."""
     found = bare("-c", f"import importlib.util as u; print([*map(u.find_spec, {ABSENT})])")
     assert found.stdout.strip() == str([None] * len(ABSENT)), found.stderr

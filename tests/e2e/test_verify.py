@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from scalebits_compiler.passes.pipeline import parse_passes
 from scalebits_compiler.runtime.manifest import FileRecord, Manifest, sha256_of

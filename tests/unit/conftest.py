@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from scalebits_compiler.artifact.sizes import matrix_summary
 from scalebits_compiler.artifact.writer import write_artifact
 from scalebits_compiler.codegen.plan import make_plan, unplanned
 from scalebits_compiler.ir.parser import parse_module
@@ -216,8 +217,31 @@ class Float64:
         return self.norm(x, "norm") @ self.weight("head").T
 
 
+def kind_of(kernels):
+    """The target that kernels are for."""
+    if kernels is None:
+        return "reference"
+    return "cuda" if "matrices" in kernels.dispatch else "cpu"
+
+
 def provenance():
     return Provenance("pack-blocks", 0, "0.1.0", "tiny", {"model.safetensors": "0" * 64}, {})
+
+
+def summary(module):
+    """As `summarize`, for modules without matrices too; the totals are made up."""
+    return {
+        "weights": 1,
+        "code_bits": 4.5,
+        "effective_bits": 5.0,
+        "matrix_bytes": 1,
+        "dense_bytes": 1,
+        "matrices": {w.symbol: matrix_summary(w, module.bits(w)) for w in module.quantized()},
+        "dense": {},
+        "not_recognised": {},
+        "not_traced": None,
+        "task": module.task,
+    }
 
 
 @pytest.fixture(scope="session")
@@ -239,12 +263,12 @@ def write(tmp_path):
         write_artifact(
             out,
             module,
-            target={"kind": "cpu" if kernels else "reference"},
+            target={"kind": kind_of(kernels)},
             plan=None if unplanned(module.function) else make_plan(module),
             kernels=kernels,
             files={"generation_config.json": b'{"eos_token_id": 0}', **(files or {})},
             config={"model_type": "llama", "max_position_embeddings": limit},
-            summary={"code_bits": 4.5, "effective_bits": 5.0, "task": module.task},
+            summary=summary(module),
             provenance=provenance(),
             force=force,
         )

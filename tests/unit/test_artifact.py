@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace as change
 from safetensors import safe_open
 
 from scalebits_compiler.artifact.output import check_output, output_folder
@@ -20,6 +21,7 @@ from scalebits_compiler.ir.parser import read_module
 from scalebits_compiler.ir.verifier import verify as verify_module
 from scalebits_compiler.runtime import artifact as artifact_module
 from scalebits_compiler.runtime.artifact import Artifact, StoredTensor, map_tensors, verify
+from scalebits_compiler.runtime.manifest import FileRecord, Manifest, sha256_of
 
 
 @pytest.fixture
@@ -58,10 +60,49 @@ def test_an_index_names_every_channel_once(module, write):
         stored = StoredTensor(np.array(places, np.uint16), "U16")
         changed = replace(opened, tensors={"gather:x": stored})
         if right:
+            changed._check_index("gather:x")
             assert changed.index("gather:x") is stored.data
             continue
         with pytest.raises(ArtifactError, match="gather:x is no order of 3 channels"):
-            changed.index("gather:x")
+            changed._check_index("gather:x")
+
+
+def test_sizes_are_checked_before_anything_is_made(module, write):
+    """2**32 rows took gigabytes."""
+    opened = Artifact.open(write(module))
+    symbol = "layers.0.q"
+    record = opened.manifest.weights[symbol]
+    grid_rows, _ = opened.tensors[f"{symbol}.bits"].data.shape
+    rows, columns = 2**32, record.shape[1]
+    block_rows = -(-rows // grid_rows // 16) * 16
+    assert -(-rows // block_rows) == grid_rows
+    for changes, message in (
+        ({"shape": (rows, columns)}, "are not those of a packed matrix"),
+        ({"block": (2**31 - 16, 64)}, "are not those of a packed matrix"),
+        ({"shape": (rows, columns), "block": (block_rows, 64)}, r"too few for 4294967296 x 72"),
+        ({"shape": (2**60, columns), "block": (2**31 - 16, 64)}, "are not those of a packed"),
+        ({"shape": (0, columns)}, "are not those of a packed"),
+    ):
+        with pytest.raises(ArtifactError, match=message):
+            opened._check_weight(symbol, change(record, **changes))
+
+
+def test_configs_have_the_types_that_the_runtime_reads(module, write):
+    for name, text, message in (
+        ("config.json", '{"max_position_embeddings": "64"}', r"max_position_embeddings: Expected"),
+        ("config.json", "[]", "expected an object"),
+        ("config.json", '{"eos_token_id": [0, "1"]}', r"eos_token_id\[1\]: Expected 'int'"),
+        ("generation_config.json", '{"eos_token_id": true}', "eos_token_id: Expected"),
+        ("generation_config.json", '{"a": 1, "a": 2}', "'a' twice"),
+    ):
+        out = write(module, force=True)
+        (out / name).write_text(text)
+        path = out / "manifest.json"
+        read = Manifest.from_json(path.read_text())
+        files = {**read.files, name: FileRecord(sha256_of(out / name), len(text))}
+        path.write_text(change(read, files=files).to_json())
+        with pytest.raises(ArtifactError, match=f"{name}: .*{message}"):
+            Artifact.open(out)
 
 
 def test_weights_are_mapped_not_copied(module, write):

@@ -27,8 +27,8 @@ from scalebits_compiler.codegen.tvm.spec import (
     AVX2,
     VNNI,
     host_variants,
-    run_symbol,
     select_specs,
+    variant_record,
 )
 
 TOLERANCE = {"int16": 5e-5, "int8": 2e-2, "float32": 1e-5}
@@ -77,7 +77,8 @@ def compiled(tmp_path_factory):
     specs, dispatch = select_specs(grids, gathered=(layout.group for layout, _ in grids))
     sources = compile_kernels(specs, path)
     kernels = {spec.key for group in specs.values() for spec in group}
-    assert set(sources) == kernels | {run_symbol(name) for name in specs}
+    runs = {variant_record(name, group).run for name, group in specs.items()}
+    assert set(sources) == kernels | runs
     assert all("T.prim_func" in source for source in sources.values())
     return path, dispatch
 
@@ -332,7 +333,7 @@ def test_refuses_another_architecture_version_mode_and_file(compiled, tmp_path):
         KernelLibrary.open(path, {**dispatch, "variants": other})
     with pytest.raises(ArtifactError, match="version 0"):
         KernelLibrary.open(path, {**dispatch, "version": 0})
-    with pytest.raises(ArtifactError, match="lacks 'variants'"):
+    with pytest.raises(ArtifactError, match="missing required field 'variants'"):
         KernelLibrary.open(path, {"version": dispatch["version"]})
     with pytest.raises(TargetError, match=r"int4.*\n.*exact or int8"):
         KernelLibrary.open(path, dispatch, activations="int4")
@@ -346,6 +347,35 @@ def test_refuses_another_architecture_version_mode_and_file(compiled, tmp_path):
     damaged.write_bytes(b"not an object")
     with pytest.raises(ArtifactError, match="cannot be loaded"):
         KernelLibrary.open(damaged, dispatch)
+
+
+def edits(variant):
+    """A variant's record with one thing changed."""
+    kernels = variant["kernels"]
+    yield {**variant, "kernels": kernels[::-1]}
+    yield {**variant, "kernels": [kernels[1], kernels[0], *kernels[2:]]}
+    yield {**variant, "kernels": kernels[:-1]}
+    yield {**variant, "kernels": [*kernels, kernels[0]]}
+    yield {**variant, "kernels": [{**kernels[0], "group": 256}, *kernels[1:]]}
+    yield {**variant, "gemv_tokens": variant["gemv_tokens"] + 1}
+    yield {**variant, "modes": variant["modes"][::-1] * 2}
+    yield {**variant, "threads": not variant["threads"]}
+
+
+def test_a_table_that_is_not_the_librarys(compiled):
+    path, dispatch = compiled
+    for edited in edits(dispatch["variants"][-1]):
+        with pytest.raises(ArtifactError, match=r"cannot be loaded: .*undefined symbol"):
+            KernelLibrary.open(path, {**dispatch, "variants": [edited]})
+
+
+@pytest.mark.skipif(not X86, reason="the features of other processors are not known")
+def test_features_are_those_of_the_variant(compiled):
+    path, dispatch = compiled
+    last = dispatch["variants"][-1]
+    for features in ([], last["features"][1:], [*last["features"], "avx512_vnni"]):
+        with pytest.raises(ArtifactError, match=r"variants\[0\]\.features"):
+            KernelLibrary.open(path, {**dispatch, "variants": [{**last, "features": features}]})
 
 
 STANDALONE = """

@@ -10,8 +10,8 @@ import pytest
 
 from scalebits_compiler.codegen.triton import aot
 from scalebits_compiler.codegen.triton.aot import compile_specs
-from scalebits_compiler.codegen.triton.spec import KernelSpec
 from scalebits_compiler.errors import TargetError
+from scalebits_compiler.runtime.cuda.spec import KernelSpec
 
 pytest.importorskip("triton", reason="the cuda target's kernels need Triton")
 

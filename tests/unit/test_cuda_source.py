@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from scalebits_compiler.codegen.triton.emit import emit_module
-from scalebits_compiler.codegen.triton.spec import BUCKETS, KernelSpec, select_specs
+from scalebits_compiler.codegen.triton.spec import BUCKETS, select_specs
 from scalebits_compiler.codegen.triton.target import CudaTarget
 from scalebits_compiler.errors import TargetError
 from scalebits_compiler.ir.parser import parse_module
 from scalebits_compiler.numerics.tiles import TileLayout
+from scalebits_compiler.runtime.cuda.spec import KernelSpec
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SPECS = [

@@ -40,7 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runtime/cuda": {*LOW, "numerics", "runtime"},
     "codegen": {*IR, "analysis", "interpreter", "runtime"},
     "codegen/tvm": {*IR, "codegen", "runtime", "runtime/cpu"},
-    "codegen/triton": {*IR, "codegen", "runtime"},
+    "codegen/triton": {*IR, "codegen", "runtime", "runtime/cuda"},
     "artifact": {*IR, "codegen", "interpreter", "runtime"},
     "plugins": {*IR, "passes", "codegen", "interpreter"},
     "sessions": {*IR, "analysis", "interpreter", "codegen", "plugins", *RUNTIME},

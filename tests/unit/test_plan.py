@@ -54,7 +54,7 @@ def test_what_cannot_run_is_named():
         make_plan(module(text), torch=False)
     assert "--target reference" in caught.value.help
     plan = make_plan(module(text))
-    assert plan.calls == (TorchCall("aten.cos.default", "model.rope", 0, channels=8),)
+    assert plan.calls == (TorchCall("aten.cos.default", "model.rope", 0, heads=0, channels=8),)
     assert plan.steps == (Step("torch", ("ids",), (), {"call": 0}, "v0", ("ids",)),)
 
 

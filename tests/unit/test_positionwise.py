@@ -118,10 +118,11 @@ def test_torch_hands_on_what_numpy_has_not(tmp_path):
         call("aten.to.dtype", '%0, "torch.float32"', WHOLE),
     ]
     (tmp_path / "module.sbir").write_text(text_of(*lines))
-    folder: Any = SimpleNamespace(path=tmp_path)
+    manifest = SimpleNamespace(plan=plan(*lines))
+    folder: Any = SimpleNamespace(path=tmp_path, manifest=manifest)
     calls = TorchCalls(folder, Registry())
     value = np.full((1, 2, 8), 1.001, np.float32)
     for index in range(2):
-        value = calls(TorchCall("aten", "", index), [value], 0, None)
+        value = calls(TorchCall("aten", "", index, 0, 0), [value], 0, None)
     assert value.dtype == np.float32
     assert (value == 1).all()

@@ -17,8 +17,8 @@ from typing import Any
 from scalebits_compiler.codegen import kernel_cache as cache
 from scalebits_compiler.codegen.triton import worker
 from scalebits_compiler.codegen.triton.emit import emit_module, parameters
-from scalebits_compiler.codegen.triton.spec import KernelSpec
 from scalebits_compiler.errors import TargetError
+from scalebits_compiler.runtime.cuda.spec import KernelSpec
 
 POINTERS = {
     "x": "*{dtype}", "y": "*{dtype}", "arena": "*u8", "offsets": "*i32", "starts": "*i32",

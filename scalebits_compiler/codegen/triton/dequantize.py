@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from scalebits_compiler.codegen.triton import loops as walk
 from scalebits_compiler.codegen.triton import matmul
 from scalebits_compiler.codegen.triton import unpack as words
-from scalebits_compiler.codegen.triton.spec import KernelSpec
 from scalebits_compiler.numerics.layout import MAX_BITS, SUBS
+from scalebits_compiler.runtime.cuda.spec import KernelSpec
 
 
 def step(spec: KernelSpec, width: int) -> tuple[str, Iterator[str]]:

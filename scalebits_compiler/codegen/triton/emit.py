@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from scalebits_compiler.codegen.triton import dequantize, matmul, matvec
-from scalebits_compiler.codegen.triton.spec import KernelSpec
+from scalebits_compiler.runtime.cuda.spec import KernelSpec
 
 _TABLES = "arena, offsets, starts, groups"
 _PRODUCT = f"x, {_TABLES}, y, partial, tickets, tokens, rows, cols, stored, count, span, splits"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from scalebits_compiler.codegen.triton.spec import KernelSpec
 from scalebits_compiler.numerics.layout import MAX_BITS
+from scalebits_compiler.runtime.cuda.spec import KernelSpec
 
 TYPES = {"fp16": "tl.float16", "bf16": "tl.bfloat16"}
 HALF_ONES = 0x64006400  # twice 1024 in float16

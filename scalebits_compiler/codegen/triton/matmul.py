@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 from scalebits_compiler.codegen.triton import loops as walk
 from scalebits_compiler.codegen.triton import unpack as words
-from scalebits_compiler.codegen.triton.spec import SLICE, KernelSpec
 from scalebits_compiler.numerics.layout import MAX_BITS, SCALE_SHIFT, SUBS
+from scalebits_compiler.runtime.cuda.spec import SLICE, KernelSpec
 
 FUNCTIONS = '''
 @triton.jit

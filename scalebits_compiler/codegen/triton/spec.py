@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from scalebits_compiler.errors import TargetError
-from scalebits_compiler.numerics.layout import FOOTER_BYTES, FORMAT_VERSION, SUBS
+from scalebits_compiler.numerics.layout import FORMAT_VERSION
 from scalebits_compiler.numerics.tiles import TileLayout
-
-Kind = Literal["matvec", "matmul", "dequantize"]
-SLICE = 16  # columns of one tensor-core product, and so of a sub of a full tile
+from scalebits_compiler.runtime.cuda.spec import KernelSpec
+from scalebits_compiler.runtime.dispatch import Bucket, CudaMatrix
+from scalebits_compiler.runtime.schema import plain
 
 # Largest number of tokens -> (token rows of a tile, programs wanted for each multiprocessor).
 # The last entry of a table, without a limit, is the dequantize kernel and a product of the vendor's
@@ -22,67 +22,6 @@ SLICE = 16  # columns of one tensor-core product, and so of a sub of a full tile
 # or, where the input is read through an index, for one.
 BUCKETS: tuple[tuple[int, int, int], ...] = ((1, 1, 4), (16, 16, 3), (64, 64, 4))
 GATHER_MOST = 16
-
-
-@dataclass(frozen=True)
-class KernelSpec:
-    """One kernel. Rows, columns, tokens and splits are run-time values; this is compiled in.
-
-    dtype: of the activations, "fp16" or "bf16". ragged: columns need not be a multiple of the
-    group. tile_m: token rows of a tile of `matmul`, else 0. gather: a column of the matrix belongs
-    to the channel of x that an index names.
-    """
-
-    kind: Kind
-    dtype: str
-    panel: int
-    group: int
-    bits: tuple[int, ...]
-    ragged: bool
-    tile_m: int = 0
-    gather: bool = False
-
-    @property
-    def key(self) -> str:
-        """Symbol, file and cache name."""
-        tile = f"_m{self.tile_m}" if self.tile_m else ""
-        shape = f"p{self.panel}_g{self.group}{'r' if self.ragged else ''}"
-        kind = f"gather_{self.kind}" if self.gather else self.kind
-        return f"{kind}_{self.dtype}_{shape}{tile}_b{''.join(map(str, self.bits))}"
-
-    @property
-    def tile_n(self) -> int:
-        """Matrix rows of a tile: of a panel as many as leave its sums in registers.
-
-        With 64 rows and 64 tokens the kernels of some widths spill on sm_80.
-        """
-        if self.kind != "matmul":
-            return self.panel
-        return min(self.panel, 32 if self.tile_m > SLICE else 64)
-
-    @property
-    def subs(self) -> int:
-        """Subs that one product of `matmul` takes. More with an index need too many registers."""
-        return SUBS // 4 if self.gather else SUBS
-
-    @property
-    def warps(self) -> int:
-        """Warps of a program. With four, `dequantize` for all eight widths spills registers."""
-        return 8 if self.kind == "dequantize" else 4
-
-    @property
-    def stages(self) -> int:
-        """Tiles in flight; the other kernels hide their waits behind each other."""
-        return 3 if self.tile_m > SLICE else 1
-
-    @property
-    def held(self) -> int:
-        """Columns of a sub of a full tile."""
-        return self.group // SUBS
-
-    def group_bytes(self, width: int) -> int:
-        """Bytes of a full group of codes of a width, with its scales."""
-        return self.panel * self.held * width + FOOTER_BYTES * self.panel
 
 
 Matrix = tuple[TileLayout, NDArray[np.uint8]]
@@ -118,29 +57,19 @@ def select_specs(
         }
         specs += [*by_tile.values(), whole]
         table.append(
-            {
-                "panel": panel,
-                "group": group,
-                "ragged": ragged,
-                **({"gather": True} if gather else {}),
-                "bits": list(bits),
-                "buckets": _table(buckets, by_tile),
-                "beyond": whole.key,
-            }
+            CudaMatrix(panel, group, ragged, bits, _table(buckets, by_tile), whole.key, gather)
         )
-    return specs, {"version": FORMAT_VERSION, "dtype": dtype, "matrices": table}
+    return specs, {
+        "version": FORMAT_VERSION,
+        "dtype": dtype,
+        "matrices": plain(table),
+    }
 
 
 def _table(
     buckets: Sequence[tuple[int, int, int]], by_tile: Mapping[int, KernelSpec]
-) -> list[dict[str, Any]]:
-    return [
-        {
-            "tokens": tokens,
-            "kernel": by_tile[tile].key,
-            "tile_m": tile,
-            "tile_n": by_tile[tile].tile_n,
-            "programs": programs,
-        }
+) -> tuple[Bucket, ...]:
+    return tuple(
+        Bucket(tokens, by_tile[tile].key, tile, by_tile[tile].tile_n, programs)
         for tokens, tile, programs in buckets
-    ]
+    )

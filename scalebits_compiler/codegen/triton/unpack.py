@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from scalebits_compiler.codegen.triton.spec import SLICE, KernelSpec
 from scalebits_compiler.numerics.layout import MAX_BITS, PIECES
+from scalebits_compiler.runtime.cuda.spec import SLICE, KernelSpec
 
 
 def plus(base: str, *terms: str | int) -> str:

@@ -33,8 +33,8 @@ from scalebits_compiler.codegen.tvm.run_loop import build_run
 from scalebits_compiler.codegen.tvm.spec import (
     KernelSpec,
     OpSpec,
-    run_symbol,
     threads_meet,
+    variant_record,
 )
 from scalebits_compiler.errors import TargetError
 
@@ -100,7 +100,7 @@ def _check_standalone(library: Path) -> None:
 def build_functions(variant: str, specs: Sequence[KernelSpec | OpSpec]) -> dict[str, Any]:
     """The TVM functions of specs, and of `run`, which calls them by their number; by symbol."""
     functions = {spec.key: BUILDERS[spec.kind](spec) for spec in specs}
-    symbol = run_symbol(variant)
+    symbol = variant_record(variant, specs).run
     return functions | {symbol: build_run(symbol, list(functions), threads_meet(variant))}
 
 
@@ -122,7 +122,7 @@ def _link(linker: Sequence[str], objects: Sequence[Path], out_path: Path) -> Non
     conversions of its own into every object.
     """
     exports = objects[0].parent / "exports"
-    exports.write_text("{ global: scalebits_*_run; local: *; };\n")
+    exports.write_text("{ global: scalebits_*_run_*; local: *; };\n")
     flags = ["--build-id=none", "--gc-sections", f"--version-script={exports}"]
     if linker[1:]:
         flags = [f"-Wl,{flag}" for flag in flags]

@@ -34,8 +34,9 @@ from scalebits_compiler.codegen.tvm.emit import (
     vload,
     vstore,
 )
-from scalebits_compiler.codegen.tvm.spec import CHUNK_TOKENS, JOINED_GROUP, TILE_TOKENS, KernelSpec
+from scalebits_compiler.codegen.tvm.spec import JOINED_GROUP, KernelSpec
 from scalebits_compiler.numerics.layout import LANES, MAX_BITS, PIECES, STEP, SUBS, VECTOR_BYTES
+from scalebits_compiler.runtime.cpu.program import CHUNK_TOKENS, TILE_TOKENS
 
 
 def build_gemm(spec: KernelSpec) -> Any:

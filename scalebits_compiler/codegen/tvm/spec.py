@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from scalebits_compiler.errors import TargetError
 from scalebits_compiler.numerics.layout import FORMAT_VERSION, LANES, BlockLayout
+from scalebits_compiler.runtime.cpu.isa import FEATURES, X86_64
+from scalebits_compiler.runtime.dispatch import CpuDispatch, KernelRecord, Mode, VariantRecord
+from scalebits_compiler.runtime.schema import plain
 
 Kind = Literal["gemv", "gemm", "quantize", "gather_quantize"]
-Mode = Literal["int16", "int8", "float32"]
-TILE_TOKENS = 4  # the gemm kernel computes this many tokens at a time
-CHUNK_TOKENS = 128  # tokens for which the gemm kernel uses an unpacked group
 
 
 @dataclass(frozen=True)
@@ -45,38 +45,31 @@ class Variant:
         return target
 
 
-_X86_64_V3 = ("avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe")
-_X86_64_V4 = (*_X86_64_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
 JOINED_GROUP = 256
 """Columns of a group up to which a sum of codes times 16-bit values fits int32."""
 VNNI = Variant(
     "vnni",
-    "x86_64",
+    X86_64,
     "x86-64-v4",
     ("+avx512vnni",),
-    (*_X86_64_V4, "avx512_vnni"),
+    FEATURES["vnni"],
     ("int16", "int8"),
     8,
 )
-AVX2 = Variant("avx2", "x86_64", "x86-64-v3", (), _X86_64_V3, ("int16",), 3)
+AVX2 = Variant("avx2", X86_64, "x86-64-v3", (), FEATURES["avx2"], ("int16",), 3)
 
 
 def host_variants() -> dict[str, Variant]:
     """The variants that this machine can compile for, best first, by name."""
     machine = platform.machine()
-    if machine in ("x86_64", "AMD64"):
+    if machine in (X86_64, "AMD64"):
         return {variant.name: variant for variant in (VNNI, AVX2)}
     return {"plain": Variant("plain", machine, "", (), (), ("float32",), 2)}
 
 
-def run_symbol(variant: str) -> str:
-    """The function that runs programs of a variant's kernels."""
-    return f"scalebits_{variant}_run"
-
-
 def threads_meet(variant: str) -> bool:
     """Whether programs run on several threads; the barrier is written for x86 only."""
-    return host_variants()[variant].arch == "x86_64"
+    return host_variants()[variant].arch == X86_64
 
 
 @dataclass(frozen=True)
@@ -183,7 +176,8 @@ def select_specs(
                 kernels.append(KernelSpec(name, "gemv", mode, group, panel, cols, bits))
                 kernels.append(KernelSpec(name, "gemm", mode, group, panel, cols, bits))
         kernels += op_specs(name, dtypes)
-    return specs, _dispatch(specs, groups)
+    records = tuple(variant_record(name, specs[name]) for name in specs)
+    return specs, plain(CpuDispatch(FORMAT_VERSION, records))
 
 
 def _modes(variant: str, groups: Sequence[int]) -> tuple[Mode, ...]:
@@ -193,26 +187,27 @@ def _modes(variant: str, groups: Sequence[int]) -> tuple[Mode, ...]:
     return host_variants()[variant].modes
 
 
-def _dispatch(specs: dict[str, list[KernelSpec | OpSpec]], groups: Sequence[int]) -> dict[str, Any]:
-    variants = []
-    for name, variant in host_variants().items():
-        kernels = [asdict(spec) | {"symbol": spec.key} for spec in specs[name]]
-        for kernel in kernels:
-            del kernel["variant"]
-            if "bits" in kernel:
-                kernel["bits"] = list(kernel["bits"])
-        variants.append(
-            {
-                "name": name,
-                "arch": variant.arch,
-                "features": list(variant.features),
-                "modes": list(_modes(name, groups)),
-                "gemv_tokens": variant.gemv_tokens,
-                "tile_tokens": TILE_TOKENS,
-                "chunk_tokens": CHUNK_TOKENS,
-                "run": run_symbol(name),
-                "threads": threads_meet(name),
-                "kernels": kernels,
-            }
-        )
-    return {"version": FORMAT_VERSION, "variants": variants}
+def variant_record(name: str, specs: Sequence[KernelSpec | OpSpec]) -> VariantRecord:
+    """What the dispatch table says of a variant with these kernels, in this order."""
+    variant = host_variants()[name]
+    modes: list[Mode] = []
+    for spec in specs:
+        if isinstance(spec, KernelSpec) and spec.mode not in modes:
+            modes.append(spec.mode)
+    return VariantRecord(
+        name=name,
+        arch=variant.arch,
+        features=variant.features,
+        modes=tuple(modes),
+        gemv_tokens=variant.gemv_tokens,
+        threads=threads_meet(name),
+        kernels=tuple(_record(spec) for spec in specs),
+    )
+
+
+def _record(spec: KernelSpec | OpSpec) -> KernelRecord:
+    if isinstance(spec, OpSpec):
+        return KernelRecord(spec.kind, spec.dtype)
+    return KernelRecord(
+        spec.kind, "", spec.mode, spec.group, spec.panel, spec.block_cols, spec.bits
+    )

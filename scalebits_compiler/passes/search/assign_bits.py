@@ -7,6 +7,7 @@ import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
+import msgspec
 import numpy as np
 
 from scalebits_compiler.errors import PassError, UsageError
@@ -349,8 +350,9 @@ class _Saved:
             return None
         try:
             state = SearchState.from_json(found)
-            if costs.total(state.bits) <= costs.budget:
+            complete = state.bits.shape == costs.per_bit.shape and "uniform" in state.starts
+            if complete and costs.total(state.bits) <= costs.budget:
                 return state
-        except (KeyError, TypeError, ValueError):
+        except msgspec.ValidationError:
             pass
         raise PassError("the saved search state is damaged", help="start over: leave out --resume")

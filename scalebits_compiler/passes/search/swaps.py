@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 
 from scalebits_compiler.passes.search.initial_allocations import Costs, Floats, Ints
@@ -88,6 +89,20 @@ class SearchSettings:
     tolerance: float = 1e-5
 
 
+class _Saved(msgspec.Struct, forbid_unknown_fields=True):
+    """`SearchState` in plain values."""
+
+    bits: Annotated[str, msgspec.Meta(pattern="^[1-8]+$")]
+    loss: float
+    starts: dict[str, float]
+    round: int
+    count: int
+    scored: float
+    held: int
+    done: bool
+    steps: list[Step]
+
+
 @dataclass
 class SearchState:
     """Where a search stands after a round: enough to go on as if it had not been stopped.
@@ -113,10 +128,10 @@ class SearchState:
 
     @staticmethod
     def from_json(plain: dict[str, Any]) -> SearchState:
-        """The inverse of `as_json`; KeyError, TypeError or ValueError for anything else."""
-        bits = np.array([int(width) for width in plain["bits"]], dtype=np.int64)
-        steps = [Step(**step) for step in plain["steps"]]
-        return SearchState(**{**plain, "bits": bits, "steps": steps})
+        """The inverse of `as_json`; msgspec.ValidationError for anything else."""
+        saved = msgspec.convert(plain, _Saved)
+        bits = np.array([int(width) for width in saved.bits], dtype=np.int64)
+        return SearchState(**{**msgspec.structs.asdict(saved), "bits": bits})
 
 
 def best_start(

@@ -13,12 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scalebits_compiler.errors import ArtifactError, TargetError
-from scalebits_compiler.numerics.layout import FORMAT_VERSION, BlockLayout
+from scalebits_compiler.numerics.layout import BlockLayout
 from scalebits_compiler.runtime.call_lock import CallLock
 from scalebits_compiler.runtime.cpu.features import cpu_features, prefetch_distance
 from scalebits_compiler.runtime.cpu.isa import EXACT, choose_mode, choose_variant
 from scalebits_compiler.runtime.cpu.program import (
+    CHUNK_TOKENS,
     COUNTER_STRIDE,
+    TILE_TOKENS,
     TOOK,
     WAITED,
     Argument,
@@ -27,6 +29,7 @@ from scalebits_compiler.runtime.cpu.program import (
 )
 from scalebits_compiler.runtime.cpu.thread_gating import Team
 from scalebits_compiler.runtime.cpu.thread_pool import Helpers
+from scalebits_compiler.runtime.dispatch import VariantRecord, cpu_dispatch
 
 THREAD_WORK = 1 << 23
 """Multiply-adds below which a thread is not worth its ~25 us of hand-over."""
@@ -59,42 +62,39 @@ class KernelLibrary:
     variant: name of the chosen variant. mode: its arithmetic, as `variants` explains it.
     threads: how many threads large programs are split over at most. calls: held around everything
     that is called here, as workspace and helper threads serve one caller at a time. gemv_tokens: up
-    to so many tokens use the gemv kernel; beyond, gemm works on multiples of tile_tokens,
-    chunk_tokens at a time.
+    to so many tokens use the gemv kernel.
     """
 
-    def __init__(self, run: Any, variant: dict[str, Any], mode: str) -> None:
-        self.variant: str = variant["name"]
+    def __init__(self, run: Any, variant: VariantRecord, mode: str) -> None:
+        self.variant = variant.name
         self.mode = mode
-        self.gemv_tokens: int = variant["gemv_tokens"]
-        self.tile_tokens: int = variant["tile_tokens"]
-        self.chunk_tokens: int = variant["chunk_tokens"]
+        self.gemv_tokens = variant.gemv_tokens
         self.threads = 1
         self.ahead = prefetch_distance()
         self.calls = CallLock()
         self._team, self._helpers = Team(), Helpers()
-        self.threads_meet: bool = variant["threads"]
+        self.threads_meet = variant.threads
         self._run = run
         self._scratch: dict[tuple[str, int, int], NDArray[np.uint8]] = {}
         self._kernels: dict[tuple[Any, ...], tuple[int, frozenset[int]]] = {
-            (kernel["kind"], kernel["group"], kernel["panel"], kernel["block_cols"]): (
+            (kernel.kind, kernel.group, kernel.panel, kernel.block_cols): (
                 number,
-                frozenset(kernel["bits"]),
+                frozenset(kernel.bits),
             )
-            for number, kernel in enumerate(variant["kernels"])
-            if kernel.get("mode") == mode
+            for number, kernel in enumerate(variant.kernels)
+            if kernel.mode == mode
         }
         self._ops: dict[tuple[str, str], int] = {
-            (kernel["kind"], kernel["dtype"]): number
-            for number, kernel in enumerate(variant["kernels"])
-            if "mode" not in kernel
+            (kernel.kind, kernel.dtype): number
+            for number, kernel in enumerate(variant.kernels)
+            if not kernel.mode
         }
 
     @classmethod
     def open(
         cls,
         path: Path,
-        dispatch: dict[str, Any],
+        dispatch: Mapping[str, Any],
         features: frozenset[str] | None = None,
         activations: str = EXACT,
     ) -> KernelLibrary:
@@ -104,20 +104,13 @@ class KernelLibrary:
         variant runs here, or the file or table is damaged; `TargetError` if the chosen variant
         does not have the `activations`.
         """
-        if dispatch.get("version") != FORMAT_VERSION:
-            raise ArtifactError(
-                f"kernel table of version {dispatch.get('version')}, expected {FORMAT_VERSION}",
-                help="compile the model again with this version of scalebits_compiler",
-            )
         flags = cpu_features() if features is None else features
-        if "variants" not in dispatch:
-            raise ArtifactError("the kernel table lacks 'variants'", help="compile the model again")
-        variant = choose_variant(dispatch["variants"], flags)
+        variant = choose_variant(cpu_dispatch(dispatch, str(path)).variants, flags)
         mode = choose_mode(variant, activations)
         if not path.is_file():
             raise ArtifactError(f"kernel file {path} is missing", help="compile the model again")
         try:
-            run = ctypes.CDLL(str(path))[variant["run"]]
+            run = ctypes.CDLL(str(path))[variant.run]
         except (OSError, AttributeError) as error:
             raise ArtifactError(
                 f"kernel file {path} cannot be loaded: {error}", help="compile the model again"
@@ -173,7 +166,7 @@ class KernelLibrary:
         makes the arrays of the result.
         """
         tokens, cols = x.total, x.data.shape[1]
-        groups, tile = -(-cols // group), self.tile_tokens
+        groups, tile = -(-cols // group), TILE_TOKENS
         padded = tokens if tokens <= self.gemv_tokens else -(-tokens // tile) * tile
         planes, dtype = _PLANES[self.mode]
         # Padding tokens are computed and thrown away; zeros keep slow denormals out of them.
@@ -294,7 +287,7 @@ class PackedLinear:
             code_bytes = 4 if x.mode == "float32" else 1
             size = layout.panel * layout.group * code_bytes
             arguments["codes"] = library.scratch("codes", size)
-            total = library.chunk_tokens * layout.panel * 4
+            total = CHUNK_TOKENS * layout.panel * 4
             arguments["total"] = library.scratch("total", total)
         work = layout.rows * layout.cols * x.tokens
         program.add(self._numbers[kind], kind, layout.panels, arguments, work)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -195,13 +196,19 @@ class Lowering:
 
 
 def _final_product_input(plan: Plan) -> str | None:
-    """What the product that gives the logits reads; None if the plan does not end with one.
+    """What the product that gives the logits reads; None if something else reads it too, or what
+    follows the product.
 
-    Ops on single numbers may follow it, such as a soft cap.
+    Ops on single numbers may follow, such as a soft cap.
     """
-    for step in reversed(plan.steps):
+    makers = {step.out: step for step in plan.steps}
+    readers = Counter(name for step in plan.steps for name in step.inputs)
+    readers[plan.output] += 1
+    name = plan.output
+    while (step := makers.get(name)) is not None and readers[name] == 1:
+        name = step.inputs[0] if step.inputs else plan.input
         if step.op in ("linear", *PRODUCTS):
-            return step.inputs[0]
+            return name if readers[name] == 1 else None
         if step.op not in POINTWISE:
             return None
     return None

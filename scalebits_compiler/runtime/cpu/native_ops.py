@@ -9,10 +9,10 @@ merging heads costs nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from scalebits_compiler.runtime.cpu.program import (
@@ -113,7 +113,14 @@ def _embedding(to: Lowering, step: Step) -> Value:
     return Value(y)
 
 
+def _check_flat(to: Lowering, step: Step) -> None:
+    """Kernels of products and biases work on whole rows, not on each head of a row."""
+    if to.values[step.inputs[0]].heads:
+        raise NotNative(f"{step.op} of heads")
+
+
 def _linear(to: Lowering, step: Step) -> Value:
+    _check_flat(to, step)
     x, (w, dtype) = to.rows(step.inputs[0]), _table(to, step.weights[0])
     rows, cols = w.shape
     y = to.new((x.total, rows))
@@ -135,6 +142,7 @@ def _gather_qlinear(to: Lowering, step: Step) -> Value:
 
 
 def _product(to: Lowering, step: Step, index: str) -> Value:
+    _check_flat(to, step)
     matrix = to.model.weights.compiled(step.weights[0])
     x = to.quantized(step.inputs[0], matrix.layout.group, index)
     y = to.new((x.tokens, matrix.layout.rows))
@@ -173,6 +181,7 @@ def _layer_norm(to: Lowering, step: Step) -> Value:
 
 
 def _bias(to: Lowering, step: Step) -> Value:
+    _check_flat(to, step)
     x, bias = to.values[step.inputs[0]], to.model.weights.float32(step.weights[0])
     y = to.new(x.data.shape)
     to.add("bias", len(y), x=x.data, bias=bias, cols=x.cols, y=y)

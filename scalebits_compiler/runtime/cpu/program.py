@@ -96,6 +96,10 @@ DENSE_TYPES = {name: ELEMENT_TYPES[name].torch for name in ("F32", "BF16", "F16"
 """The types of dense matrices that kernels read, as safetensors and as the kernels name them."""
 ELEMENTS = 1024
 """Numbers that one item of an elementwise kernel covers."""
+TILE_TOKENS = 4
+"""Tokens that the gemm kernel computes at a time; it is given a multiple."""
+CHUNK_TOKENS = 128
+"""Tokens for which the gemm kernel uses an unpacked group."""
 DENSE_ROWS = 8
 """Rows of the matrix that one item of the dense kernel covers."""
 KEY_BLOCK, VALUE_PAD, SCORE_ROWS = 32, 32, 4

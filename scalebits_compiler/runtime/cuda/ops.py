@@ -1,4 +1,4 @@
-"""The ops of a plan in torch, on a device: one function for each of `manifest.STEP_RULES`.
+"""The ops of a plan in torch, on a device: one function for each of `plan.STEP_RULES`.
 
 Activations are fp16 or bf16, [batch, sequence, channels] or [batch, heads, sequence, d]; norms,
 angles, routing weights and the sums inside products are float32. Only the ops of `UNCAPTURED` read
@@ -9,10 +9,11 @@ as a graph. What the ops mean is defined in `interpreter/rules.py`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from msgspec.structs import replace
 
 from scalebits_compiler.runtime.cuda.cache import DeviceCache
 from scalebits_compiler.runtime.cuda.weights import DeviceWeights
