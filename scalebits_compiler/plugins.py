@@ -19,6 +19,7 @@ from typing import Any
 
 from scalebits_compiler.codegen.target import TARGETS, Target
 from scalebits_compiler.errors import UsageError
+from scalebits_compiler.ir.calls import add_calls
 from scalebits_compiler.ir.op import Op, op_fields
 from scalebits_compiler.ir.ops import OPS
 from scalebits_compiler.passes.base import Pass
@@ -28,19 +29,24 @@ from scalebits_compiler.passes.table import PASSES, PIPELINES
 GROUP = "scalebits_compiler.plugins"
 OWN = "scalebits_compiler itself"
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.\-]*")  # NAME of the grammar
+# An operator of torch.ops; those of ATen are allowed or refused by our own list.
+_CALL = re.compile(r"(?!(aten|operator|math|torch)\.)[A-Za-z]\w*\.[A-Za-z]\w*\.[A-Za-z]\w*")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plugin:
     """What a plugin adds. `rules` are the slow torch rules of its ops: (op, scope) -> tensor.
 
-    A target class is a subclass of `codegen.target.Target`.
+    A target class is a subclass of `codegen.target.Target`. `calls` names operators of torch
+    libraries that texts may call, e.g. `torchvision.nms.default`. Any text may then call them, so
+    they must depend on their arguments alone, change nothing and touch no files.
     """
 
     ops: tuple[type[Op], ...] = ()
     passes: tuple[type[Pass], ...] = ()
     targets: tuple[type[Target], ...] = ()
     rules: Mapping[type[Op], Callable[[Any, Any], Any]] = field(default_factory=dict)
+    calls: tuple[str, ...] = ()
 
 
 @dataclass
@@ -68,6 +74,13 @@ class Registry:
             self._claim("target", target.name, origin, {**TARGETS, **self.targets})
             self.targets[target.name] = target
         self.rules.update(plugin.rules)
+        for call in plugin.calls:
+            if not _CALL.fullmatch(call):
+                raise UsageError(
+                    f"{origin}: {call!r} is no operator of a torch library",
+                    help="write its namespace, name and overload, as torchvision.nms.default",
+                )
+        add_calls(plugin.calls)
 
     def _claim(self, kind: str, name: str, origin: str, taken: Mapping[str, object]) -> None:
         if name in taken:

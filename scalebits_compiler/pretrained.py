@@ -20,11 +20,23 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-# Of a config, what could make the library fetch or run something, or is not the model's.
+# Of a config and the configs in it, what could make the library fetch or run something, or is not
+# the model's. So is every key that begins with `_`.
 _NOT_THE_MODEL = (
-    "auto_map", "quantization_config", "attn_implementation", "_attn_implementation",
-    "experts_implementation", "_experts_implementation", "_name_or_path", "transformers_version",
+    "auto_map", "quantization_config", "attn_implementation", "experts_implementation",
+    "transformers_version", "name_or_path", "trust_remote_code", "code_revision", "use_kernels",
+    "kernel_config", "backbone", "backbone_kwargs", "use_timm_backbone", "use_pretrained_backbone",
 )  # fmt: skip
+
+
+def _of_the_model(value: Any) -> Any:
+    """A config, or a value in one, without what is not the model's."""
+    if isinstance(value, list):
+        return [_of_the_model(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    kept = (key for key in value if key not in _NOT_THE_MODEL and not key.startswith("_"))
+    return {key: _of_the_model(value[key]) for key in kept}
 
 
 def model_class(config: Any) -> tuple[Any, str]:
@@ -51,6 +63,8 @@ def model_class(config: Any) -> tuple[Any, str]:
         if name is not None and name in map(_first, table.values()):
             found = getattr(transformers, name, None)
             if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+                if found.main_input_name != "input_ids":
+                    break  # one of images or sound
                 return found, task
     raise FrontendError(
         f"{name or config.model_type} is neither a language model nor an encoder of text",
@@ -107,7 +121,7 @@ def config_text(model: nn.Module) -> str:
     """The config of a model as JSON, enough for `skeleton`."""
     module: Any = model
     plain = json.loads(module.config.to_json_string(use_diff=True))
-    kept = {key: value for key, value in plain.items() if key not in _NOT_THE_MODEL}
+    kept = _of_the_model(plain)
     kept |= {"model_type": module.config.model_type, "architectures": [type(model).__name__]}
     return json.dumps(kept, sort_keys=True)
 
@@ -120,11 +134,13 @@ def skeleton(text: str) -> nn.Module:
     from transformers import AutoConfig
 
     try:
-        plain = {k: v for k, v in json.loads(text).items() if k not in _NOT_THE_MODEL}
+        plain = _of_the_model(json.loads(text))
         with quiet(), parameters_on_meta():
             config = AutoConfig.for_model(**plain)
             return empty(config)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+    except FrontendError:
+        raise
+    except Exception as error:  # code of the library for a config that may hold anything
         raise FrontendError(
             f"the config describes no model that this transformers has: {error}",
             help="use the version of transformers that the model was compiled with",
@@ -163,11 +179,13 @@ def parameters_on_meta() -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No bars, logs or warnings of the libraries; their state and the RNG are restored."""
+    """No bars, logs, warnings and downloads of the libraries; their state and the RNG come back."""
     import torch
+    from huggingface_hub import constants
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    offline, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
     logging.set_verbosity(python_logging.CRITICAL)
     logging.disable_progress_bar()
     try:
@@ -175,6 +193,7 @@ def quiet() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
+        constants.HF_HUB_OFFLINE = offline
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()

@@ -10,15 +10,16 @@ import torch
 from torch import fx, nn
 from torch.export.graph_signature import OutputKind
 
-from scalebits_compiler.errors import FrontendError
+from scalebits_compiler.errors import FrontendError, VerifyError
 from scalebits_compiler.frontend.hf import EmptyModel, SourceModel
 from scalebits_compiler.ir.attrs import AttrValue, Resource, Symbol, Value
+from scalebits_compiler.ir.calls import check_call
 from scalebits_compiler.ir.module import Argument, Function, Module, Weight
 from scalebits_compiler.ir.op import Op
 from scalebits_compiler.ir.ops import Aten
 from scalebits_compiler.ir.resources import ResourceStore, torch_dtype
+from scalebits_compiler.ir.types import DTYPES as IR_DTYPES
 from scalebits_compiler.ir.types import TensorType, TupleType, Type
-from scalebits_compiler.ir.verifier import DTYPES as IR_DTYPES
 from scalebits_compiler.numerics.safetensors import ELEMENT_TYPES
 from scalebits_compiler.pretrained import linear_layers, start_token
 from scalebits_compiler.tasks import SEQ2SEQ
@@ -27,6 +28,12 @@ DTYPES = {torch_dtype(name): name.lower() for name in ELEMENT_TYPES if name.lowe
 _INDEX = TensorType("index", ())
 # Where the tensor lives and how it is laid out is no part of what is computed.
 _DROPPED_KWARGS = ("device", "pin_memory", "layout")
+# What memory holds before it is written is no value: 0 is as good, and the same in every run.
+_ZEROS = {
+    "aten.empty.memory_format": "aten.zeros.default",
+    "aten.empty_like.default": "aten.zeros_like.default",
+    "aten.new_empty.default": "aten.new_zeros.default",
+}
 
 
 def lower(
@@ -44,6 +51,12 @@ def lower(
     lowering = _Lowering(exported, source.buffers if isinstance(source, EmptyModel) else {})
     result = lowering.walk_top()
     ops = _live(lowering.ops, result)
+    for op in ops:
+        try:
+            if isinstance(op, Aten):
+                check_call(op.target, op.args, op.kwargs)
+        except VerifyError as error:
+            raise FrontendError(f"the model cannot be traced: {error.message}") from error
     used = {symbol.name for op in ops for symbol in op.symbols()}
     weights = {name: w for name, w in lowering.weights.items() if name in used}
     tensors = {key: t for key, t in lowering.tensors.items() if key in used}
@@ -186,6 +199,8 @@ class _Lowering:
         if target == "aten.to.device":
             # Positional device; without it the other arguments are those of to.dtype.
             target, args = "aten.to.dtype", (args[0], *args[2:])
+        dropped = (*_DROPPED_KWARGS, "memory_format") if target in _ZEROS else _DROPPED_KWARGS
+        target = _ZEROS.get(target, target)
         converted = tuple(_convert(arg, bound.__getitem__) for arg in args)
         first, *others = (argument.value for argument in self.arguments)
         if target == "aten.sym_size.int" and converted[0] in others and converted[1] == 0:
@@ -194,7 +209,7 @@ class _Lowering:
         kwargs = {
             key: _convert(value, bound.__getitem__)
             for key, value in node.kwargs.items()
-            if key not in _DROPPED_KWARGS and value is not None
+            if key not in dropped and value is not None
         }
         self.ops.append(
             Aten(

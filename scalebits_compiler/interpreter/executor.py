@@ -17,6 +17,7 @@ from scalebits_compiler.interpreter.host import run_together
 from scalebits_compiler.interpreter.rules import RULES, linear_input, product_op
 from scalebits_compiler.interpreter.weights import dense
 from scalebits_compiler.ir.attrs import Symbol, Value
+from scalebits_compiler.ir.calls import check_call
 from scalebits_compiler.ir.host import Host
 from scalebits_compiler.ir.module import Module
 from scalebits_compiler.ir.op import Op
@@ -161,6 +162,9 @@ class Executor:
         place: Placement | None = None,
         packed: PackedProduct | None = None,
     ) -> None:
+        for op in module.function.ops:
+            if isinstance(op, Aten):  # a module need not have been verified, as by opt --no-verify
+                check_call(op.target, op.args, op.kwargs)
         self.module = module
         self.types = module.function.types()
         self.place = place or Placement()

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from scalebits_compiler.interpreter.misfits import named_errors
 from scalebits_compiler.ir.attrs import Symbol
 from scalebits_compiler.ir.host import Host
 from scalebits_compiler.pretrained import call, linear_layers, model_class, skeleton
@@ -68,15 +69,16 @@ def _run(
 ) -> torch.Tensor:
     """`run_host` in a thread that has `_models_in_use`, or on behalf of one."""
     model, task = _model(op.config, frozenset(op.products))
-    for name, symbol in zip(op.names, op.weights, strict=True):
-        if name not in op.products:
-            _set(model, name, weight(symbol))
-    for name, buffer in model.named_buffers():
-        if buffer.device != texts[0].device:
-            _set(model, name, buffer.to(texts[0].device))
     token = _product.set(product)
     try:
-        return call(model, task, *texts)
+        with named_errors("the model", op.loc):
+            for name, symbol in zip(op.names, op.weights, strict=True):
+                if name not in op.products:
+                    _set(model, name, weight(symbol))
+            for name, buffer in model.named_buffers():
+                if buffer.device != texts[0].device:
+                    _set(model, name, buffer.to(texts[0].device))
+            return call(model, task, *texts)
     finally:
         _product.reset(token)
 

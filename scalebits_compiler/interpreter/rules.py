@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 from collections.abc import Callable
-from types import BuiltinFunctionType, FunctionType
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch._ops import OpOverload, OpOverloadPacket
+from torch._ops import OpOverload
 
 from scalebits_compiler.errors import TargetError
 from scalebits_compiler.interpreter.host import run_host
+from scalebits_compiler.interpreter.misfits import named_errors
 from scalebits_compiler.ir.attrs import Symbol, Value
+from scalebits_compiler.ir.calls import (
+    GETITEM,
+    INT_LIMIT,
+    NUMBER_CALLS,
+    SUM,
+    TORCH_NAMES,
+    is_call,
+)
 from scalebits_compiler.ir.experts import Combine, Dispatch, Route
 from scalebits_compiler.ir.host import Host
 from scalebits_compiler.ir.op import Op
@@ -43,7 +52,7 @@ from scalebits_compiler.ir.ops import (
     Tanh,
 )
 from scalebits_compiler.ir.stored_order import gather_index, stored_order
-from scalebits_compiler.ir.types import Type
+from scalebits_compiler.ir.types import TensorType, Type
 
 LinearT = TypeVar("LinearT", Linear, QLinear)
 
@@ -269,31 +278,24 @@ def _permute(op: Permute, scope: Scope) -> torch.Tensor:
     return x.index_select(op.axis, torch.from_numpy(index).to(x.device))
 
 
-# What traces contain. A text must not reach the rest of Python, such as operator.attrgetter.
-_OPERATORS = frozenset(
-    ("add", "and_", "eq", "floordiv", "ge", "getitem", "gt", "le", "lt", "mod", "mul", "ne", "neg",
-     "not_", "or_", "pos", "pow", "sub", "truediv", "xor")
-)  # fmt: skip
-
-
 def aten_callable(target: str) -> Callable[..., Any]:
     """The function behind a target: `aten.linear.default`, `operator.add`, `torch.sym_max`.
 
-    Raises TargetError if this torch does not have it, or if it is no operator.
+    Raises TargetError if a text may not call it (`ir.calls`), or if this torch does not have it.
     """
+    if not is_call(target):
+        raise TargetError(f"{target!r} is no operator", help="e.g. aten.linear.default")
     namespace, *path = target.split(".")
-    name = path[0] if len(path) == 1 else ""
-    if namespace == "operator" and name in _OPERATORS:
-        return getattr(operator, name)
-    if namespace == "math" and isinstance(getattr(math, name, None), BuiltinFunctionType):
-        return getattr(math, name)
-    found: Any = torch if namespace == "torch" and name.startswith("sym_") else torch.ops
+    found: Any = {"operator": operator, "math": math, "torch": torch}.get(namespace)
+    if found is not None:
+        return getattr(found, path[0])
+    found = torch.ops
     try:
-        for part in path if found is torch else (namespace, *path):
+        for part in (namespace, *path):
             found = getattr(found, part)
     except (AttributeError, RuntimeError) as error:
         raise TargetError(f"this torch has no operator {target}: {error}") from error
-    if not isinstance(found, (OpOverload, OpOverloadPacket, FunctionType)):
+    if not isinstance(found, OpOverload):
         raise TargetError(f"{target} is no operator", help="e.g. aten.linear.default")
     return found
 
@@ -308,16 +310,21 @@ def _argument(value: object, scope: Scope) -> Any:
         return scope.weight(value)
     if isinstance(value, tuple):
         return [_argument(item, scope) for item in value]
-    if isinstance(value, str) and value.startswith("torch."):
+    if isinstance(value, str) and value in TORCH_NAMES:
         return getattr(torch, value.removeprefix("torch."))
     return value
 
 
 def _aten(op: Aten, scope: Scope) -> Any:
     args = [_argument(arg, scope) for arg in op.args]
-    if op.target == "operator.getitem":
-        return args[0][args[1]]
     kwargs = {key: _argument(value, scope) for key, value in op.kwargs.items()}
+    with named_errors(op.target, op.loc):
+        return _called(op, args, kwargs, scope)
+
+
+def _called(op: Aten, args: list[Any], kwargs: dict[str, Any], scope: Scope) -> Any:
+    if op.target == GETITEM:
+        return args[0][args[1]]
     if op.target in _VIEWS:
         # The IR has values, not strides: a tensor that a pass made need not be viewable.
         return torch.reshape(args[0], args[1])
@@ -325,9 +332,33 @@ def _aten(op: Aten, scope: Scope) -> Any:
         # x[...] = y without the place it is written to; torch has no derivative for it.
         return args[1].to(args[0].dtype).expand(args[0].shape)
     called = aten_callable(op.target)
+    if op.target in NUMBER_CALLS:
+        return _number(op.target, called, args)
     if _makes_tensors(called):
+        _check_made(op, called(*args, **kwargs, device="meta"))
         kwargs["device"] = scope.device
     return called(*args, **kwargs)
+
+
+def _number(target: str, called: Callable[..., Any], args: list[Any]) -> int | float:
+    """What a call on numbers gives. Integers have 64 bits: longer ones could grow without end."""
+    for value in args[0] if target == SUM else args:
+        if not _is_number(value):
+            raise ValueError(f"{value!r} is no number of 64 bits")
+    if target == "operator.pow" and all(isinstance(value, int) for value in args):
+        base, exponent = args
+        if abs(base) > 1 and exponent >= 64:
+            raise OverflowError("the result has more than 64 bits")
+    result = called(*args)
+    if not _is_number(result):
+        raise OverflowError("the result is no number of 64 bits")
+    return result
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, int):
+        return -INT_LIMIT <= value < INT_LIMIT
+    return isinstance(value, float)
 
 
 def _makes_tensors(called: Callable[..., Any]) -> bool:
@@ -336,6 +367,20 @@ def _makes_tensors(called: Callable[..., Any]) -> bool:
         return False
     kinds = {argument.name: str(argument.type) for argument in called._schema.arguments}
     return "device" in kinds and not any("Tensor" in kind for kind in kinds.values())
+
+
+def _check_made(op: Aten, made: torch.Tensor) -> None:
+    """ValueError for a tensor without data that is not of the stated sizes, or too large.
+
+    Its sizes are numbers of the text: memory that the machine lacks must not be asked for.
+    """
+    sizes = op.type.shape if isinstance(op.type, TensorType) else None
+    fits = sizes is not None and len(sizes) == made.dim()
+    if not fits or any(b not in (None, a) for a, b in zip(made.shape, sizes or (), strict=True)):
+        raise ValueError(f"it gives the sizes {list(made.shape)}, the text says {op.type}")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if made.nbytes > memory:
+        raise ValueError(f"it takes {made.nbytes:,} bytes, this machine has {memory:,}")
 
 
 def product_op(kind: type[LinearT], op: Host, symbol: Symbol) -> LinearT:

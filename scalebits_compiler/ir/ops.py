@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from scalebits_compiler.ir.attrs import AttrValue, Symbol, Value, walk
+from scalebits_compiler.ir.calls import NUMBER_CALLS, check_call
 from scalebits_compiler.ir.experts import Combine, Dispatch, Route
 from scalebits_compiler.ir.host import Host
 from scalebits_compiler.ir.op import Op, Typing, channel_axis, check, check_float, vector_axis
@@ -347,9 +348,11 @@ def parse_dim(text: str) -> Dim:
 class Aten(Op):
     """Anything that was not raised to an op of ours: a torch.export call with its arguments.
 
-    `args` may contain values and symbols; the stated type is trusted, and every axis it reads
-    must be in natural order. Calls that are known to work on every element by itself take any order
-    that their operands share.
+    The target is a functional ATen operator (`ir/aten_calls.txt` lists them), a function of numbers
+    such as `operator.add`, or an operator that a plugin names. `args` may contain values, symbols,
+    numbers and the names of element types; the stated type is trusted, and every axis it reads must
+    be in natural order. Calls that are known to work on every element by itself take any order that
+    their operands share.
     """
 
     name: ClassVar[str] = "aten"
@@ -358,7 +361,12 @@ class Aten(Op):
     kwargs: Mapping[str, AttrValue] = field(default_factory=dict)
 
     def infer(self, t: Typing) -> Type:
+        check_call(self.target, self.args, self.kwargs)
         leaves = [leaf for leaf in walk((self.args, self.kwargs))]
+        if self.target in NUMBER_CALLS:
+            for leaf in leaves:
+                if isinstance(leaf, Value):
+                    check(t.type(leaf).rank == 0, f"{self.target} takes numbers, {leaf} is none")
         if self.target in ELEMENTWISE_CALLS and (made := self._elementwise(t, leaves)) is not None:
             return made
         for leaf in leaves:

@@ -95,6 +95,8 @@ class Dim:
 DYNAMIC = Dim(None)
 
 
+# Element types of a tensor; `index` is that of sizes.
+DTYPES = ("f64", "f32", "f16", "bf16", "i64", "i32", "i16", "i8", "u8", "bool", "index")
 # Element types of a block-quantized matrix: one for each order of its bytes.
 PACKED = ("packed", "tiled")
 

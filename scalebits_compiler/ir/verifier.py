@@ -18,10 +18,9 @@ from scalebits_compiler.ir.module import FACTS, TEXTS, Module, Perm, Weight
 from scalebits_compiler.ir.op import FLOATS, Op, check, op_fields
 from scalebits_compiler.ir.printer import module_lines, print_attr
 from scalebits_compiler.ir.source import Source
-from scalebits_compiler.ir.types import PACKED, Dim, TensorType, TupleType, Type
+from scalebits_compiler.ir.types import DTYPES, PACKED, Dim, TensorType, TupleType, Type
 from scalebits_compiler.tasks import SEQ2SEQ
 
-DTYPES = ("f64", "f32", "f16", "bf16", "i64", "i32", "i16", "i8", "u8", "bool", "index")
 # How tensor files spell what may be stored for a type: a float may be stored in a narrower one.
 _FLOATS = ("F32", "F16", "BF16", "F64")
 _INTEGERS = ("I32", "I64")

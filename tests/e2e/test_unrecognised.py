@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from scalebits_compiler.errors import ArtifactError, UsageError
+from scalebits_compiler.runtime.manifest import (
+    MANIFEST,
+    MODULE_FILE,
+    FileRecord,
+    Manifest,
+    sha256_of,
+)
 from scalebits_compiler.runtime.session import load
 from scalebits_compiler.sessions import open as sessions
 from scalebits_compiler.sessions.open import open_session
@@ -27,10 +36,20 @@ def model(tiny_llama: Callable[..., Path]) -> Path:
 @pytest.fixture(scope="module")
 def artifact(model: Path, compile_small: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("model") / "out"
-    ran = compile_small(model, out, "--target", "reference")
+    dump = ("--dump-ir", out.parent / "dump")
+    ran = compile_small(model, out, "--target", "reference", *dump)
     assert ran.code == 0, ran.err
     assert "not recognised" in ran.out
     assert "more kinds: left to torch" in ran.out
+    return out
+
+
+@pytest.fixture(scope="module")
+def on_cpu(cli: Any, artifact: Path) -> Path:
+    """The same for the cpu target: torch runs the calls of its plan."""
+    out = artifact.parent / "cpu"
+    ran = cli("retarget", artifact, "--target", "cpu", "-o", out)
+    assert ran.code == 0, ran.err
     return out
 
 
@@ -65,12 +84,10 @@ def test_the_runtime_alone_refuses_it_by_name(artifact: Path) -> None:
 
 
 def test_kernels_for_the_products_and_torch_for_the_rest(
-    cli: Any, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Any, artifact: Path, on_cpu: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The cpu target says what torch runs; it gives what the definitions give."""
-    out = tmp_path / "out"
-    ran = cli("retarget", artifact, "--target", "cpu", "-o", out)
-    assert ran.code == 0, ran.err
+    out = on_cpu
     session = open_session(out)
     told = "step by step: torch runs aten.arange.default (transformer), "
     assert session.execution.startswith(told)
@@ -109,3 +126,65 @@ def test_the_cuda_target_refuses_it(cli: Any, artifact: Path, tmp_path: Path) ->
     assert "error: the runtime has no op for aten.arange.default (transformer)" in ran.err
     assert "more kinds of op" in ran.err
     assert "help: use --target reference" in ran.err
+
+
+def plant(text: Path, file: Path) -> None:
+    """Let the first softmax of a text make a file."""
+    hostile = f'{{target = "aten.from_file.default", args = ["{file}", true, 4]}}'
+    old = text.read_text()
+    new = re.sub(r'(?<= = aten )\{target = "aten\.softmax\.int".*?\}(?= : )', hostile, old, count=1)
+    assert new != old
+    text.write_text(new)
+
+
+def sign(folder: Path) -> None:
+    """Give the manifest the checksum of the text as it is now."""
+    text, path = folder / MODULE_FILE, folder / MANIFEST
+    manifest = Manifest.from_json(path.read_text())
+    record = FileRecord(sha256_of(text), text.stat().st_size)
+    path.write_text(replace(manifest, files={**manifest.files, MODULE_FILE: record}).to_json())
+
+
+@pytest.mark.parametrize("command", ["run", "eval", "verify", "diff", "retarget"])
+@pytest.mark.parametrize("target", ["reference", "cpu"])
+def test_the_text_of_an_artifact_reaches_no_files(
+    cli: Any,
+    artifact: Path,
+    on_cpu: Path,
+    copy_of: Any,
+    text: Path,
+    tmp_path: Path,
+    command: str,
+    target: str,
+) -> None:
+    copy, made = copy_of(artifact if target == "reference" else on_cpu), tmp_path / "made"
+    plant(copy / "module.sbir", made)
+    sign(copy)
+    options = {
+        "run": ("--prompt", "a"),
+        "eval": ("--text", text, "--windows", 1, "--seq-len", 16, "-q"),
+        "diff": (artifact,),
+        "retarget": ("--target", "reference", "-o", tmp_path / "out"),
+    }
+    ran = cli(command, copy, *options.get(command, ()))
+    assert ran.code == 1
+    assert "'aten.from_file.default' is no call that a text may make\n  --> " in ran.err
+    assert not made.exists()
+
+
+def test_a_dump_reaches_no_files(
+    cli: Any, compile_small: Any, model: Path, artifact: Path, copy_of: Any, tmp_path: Path
+) -> None:
+    made, copy = tmp_path / "made", copy_of(artifact.parent / "dump")
+    dump = copy / "01-canonicalize.sbir"
+    plant(dump, made)
+    bundle = ("--dump-ir", tmp_path / "dumps")
+    for ran in (
+        cli("opt", dump),
+        cli("opt", dump, "-p", "annotate-sensitivity", *bundle),
+        cli("opt", dump, "--no-verify", "-p", "annotate-sensitivity", *bundle),
+        compile_small(model, tmp_path / "out", "--target", "reference", "--from", dump),
+    ):
+        assert ran.code == 1
+        assert "'aten.from_file.default' is no call that a text may make" in ran.err
+        assert not made.exists()

@@ -11,6 +11,7 @@ from scalebits_compiler.errors import FrontendError
 from scalebits_compiler.frontend.hf import load_model, trace
 from scalebits_compiler.frontend.lower_fx import lower, short_name
 from scalebits_compiler.interpreter.executor import Executor
+from scalebits_compiler.ir.ops import Aten
 from scalebits_compiler.ir.parser import parse_module
 from scalebits_compiler.ir.printer import print_module
 from scalebits_compiler.ir.verifier import verify
@@ -175,3 +176,29 @@ def test_what_cannot_be_traced_is_an_error():
 
     with pytest.raises(FrontendError, match="Branches cannot be traced"):
         trace(Branches())
+
+
+@pytest.mark.parametrize("kind", ["like", "size", "new"])
+def test_memory_that_is_not_written_is_zero(tiny_llama, kind):
+    """Uninitialised memory, which the IR does not have, becomes zeros."""
+    source = load_model(tiny_llama())
+    forward = source.model.forward
+
+    def patched(input_ids, **kwargs):
+        found = forward(input_ids, **kwargs)
+        made = {
+            "like": lambda x: torch.empty_like(x, memory_format=torch.contiguous_format),
+            "size": lambda x: torch.empty(x.shape, dtype=x.dtype),
+            "new": lambda x: x.new_empty(x.shape),
+        }[kind](found.logits)
+        mask = torch.ones_like(found.logits, dtype=torch.bool)
+        found.logits = torch.where(mask, found.logits, made)
+        return found
+
+    source.model.forward = patched
+    module = lower(trace(source.model, source.task), source)
+    verify(module)
+    targets = [op.target for op in module.function.ops if isinstance(op, Aten)]
+    assert any("zeros" in target for target in targets)
+    result = Executor(module).run(tokens(2, 9))
+    torch.testing.assert_close(result, forward(tokens(2, 9)).logits)

@@ -15,6 +15,7 @@ import pytest
 
 from scalebits_compiler.codegen.reference import ReferenceTarget
 from scalebits_compiler.errors import UsageError
+from scalebits_compiler.ir import calls
 from scalebits_compiler.ir.parser import parse_module, read_module
 from scalebits_compiler.ir.resources import ResourceStore
 from scalebits_compiler.ir.save import save_module
@@ -208,3 +209,16 @@ def test_an_op_of_a_plugin_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     verify(module, source)
     x = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
     assert torch.equal(Executor(module).run(x), torch.nn.functional.gelu(x))
+
+
+def test_calls_of_other_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls, "_added", set())
+    path = tmp_path / "calls.py"
+    path.write_text(f"{IMPORT.strip()}\nPLUGIN = Plugin(calls=('torchvision.nms.default',))\n")
+    assert not calls.is_call("torchvision.nms.default")
+    load_plugins([path])
+    assert calls.is_call("torchvision.nms.default")
+    for name in ("aten.from_file.default", "os.system", "torch.load.x", "a.__class__.b", "a.b"):
+        with pytest.raises(UsageError, match=f"{name}' is no operator of a torch library"):
+            Registry().add(Plugin(calls=("torchvision.nms.default", name)), "one")
+        assert not calls.is_call(name)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -82,3 +84,63 @@ def test_a_skeleton_is_the_model_without_data(tiny_llama: Callable[..., Path]) -
     assert all(parameter.is_meta for parameter in made.parameters())
     assert list(linear_layers(made)) == list(linear_layers(empty_model(folder).model))
     assert "transformer.h.0.attn.c_attn.weight" in linear_layers(made)
+
+
+FOREIGN = {
+    "auto_map": {"AutoModelForCausalLM": "evil/repo--modeling.Evil"},
+    "trust_remote_code": True,
+    "_name_or_path": "evil/repo",
+    "_attn_implementation": "evil/kernels",
+    "attn_implementation": "evil/kernels",
+    "_attn_implementation_internal": "evil/kernels",
+    "_experts_implementation": "evil/kernels",
+    "experts_implementation": "evil/kernels",
+    "quantization_config": {"quant_method": "evil"},
+}
+SMALL = {
+    "vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "num_key_value_heads": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_config_reaches_no_foreign_code(monkeypatch: pytest.MonkeyPatch, nested: bool) -> None:
+    """Whatever it says, the class is the library's, its attention too, and nothing is fetched."""
+    from transformers.integrations import hub_kernels
+
+    def refused(*_: object, **__: object) -> None:
+        raise AssertionError("foreign code was asked for")
+
+    monkeypatch.setattr(hub_kernels, "get_kernel", refused)
+    monkeypatch.setattr(socket, "getaddrinfo", refused)
+    name, kind = ("LlamaForCausalLM", "llama")
+    plain = {"architectures": [name], "model_type": kind, **SMALL, **FOREIGN}
+    if nested:
+        text = {"model_type": "gemma3_text", **SMALL, **FOREIGN}
+        plain = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3"}
+        plain |= {"text_config": text, "vision_config": {**SMALL, **FOREIGN}, **FOREIGN}
+    model = skeleton(json.dumps(plain))
+    assert type(model).__module__.startswith("transformers.models.")
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    for config in filter(None, configs):
+        assert config._attn_implementation in ("sdpa", "eager")
+        assert not config._name_or_path
+        assert not hasattr(config, "auto_map")
+        assert not hasattr(config, "quantization_config")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]", "null", "{", '{"model_type": "../evil"}', '{"model_type": []}', "[" * 100_000,
+        '{"model_type": "llama", "architectures": ["os.system"]}',
+        '{"model_type": "llama", "architectures": [["a"]]}',
+        '{"model_type": "llama", "hidden_act": "os.system", "num_hidden_layers": 1}',
+        '{"model_type": "llama", "num_attention_heads": 0}',
+        '{"model_type": "detr", "architectures": ["DetrModel"]}',
+        '{"model_type": "timm_wrapper", "architecture": "hf-hub:evil/repo"}',
+    ],
+)  # fmt: skip
+def test_a_config_of_no_model_is_refused(text: str) -> None:
+    with pytest.raises(FrontendError):
+        skeleton(text)

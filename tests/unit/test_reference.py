@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from scalebits_compiler.errors import TargetError
+from scalebits_compiler.errors import TargetError, VerifyError
 from scalebits_compiler.frontend.capture import capture
 from scalebits_compiler.frontend.hf import load_model
 from scalebits_compiler.interpreter.executor import Executor
@@ -273,8 +273,8 @@ def test_padding_of_raw_calls_is_refused():
 
 def test_unknown_operator_and_missing_data():
     body = f'%y = aten {{target = "aten.no_such_thing.default", args = [%x]}} : {X}'
-    with pytest.raises(TargetError, match="no operator"):
-        Executor(build(body, "%y", X)).run(IDS)
+    with pytest.raises(VerifyError, match=r"'aten\.no_such_thing\.default' is no call"):
+        Executor(build(body, "%y", X))
     module = build(f"%y = linear %x, @w : {X}", "%y", X, "weight @w : f32[32, 32]")
     with pytest.raises(TargetError, match="@w has no data"):
         Executor(module).run(IDS)
