@@ -13,11 +13,11 @@ __all__ = ["__version__", "compile", "load"]
 
 if TYPE_CHECKING:
     from scalebits_compiler.driver.compile import compile_model as compile
-    from scalebits_compiler.runtime.session import load
+    from scalebits_compiler.sessions.open import load
 
 _LAZY = {
     "compile": ("scalebits_compiler.driver.compile", "compile_model"),
-    "load": ("scalebits_compiler.runtime.session", "load"),
+    "load": ("scalebits_compiler.sessions.open", "load"),
 }
 
 

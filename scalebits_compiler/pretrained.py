@@ -20,13 +20,35 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+# The library runs Python that an `auto_map` names, and kernels of a hub repository ("owner/name")
+# that an implementation names.
+_AUTO_MAP = "auto_map"
+_IMPLEMENTATIONS = (
+    "attn_implementation", "_attn_implementation", "_attn_implementation_internal",
+    "experts_implementation", "_experts_implementation", "_experts_implementation_internal",
+)  # fmt: skip
 # Of a config and the configs in it, what could make the library fetch or run something, or is not
 # the model's. So is every key that begins with `_`.
 _NOT_THE_MODEL = (
-    "auto_map", "quantization_config", "attn_implementation", "experts_implementation",
+    _AUTO_MAP, "quantization_config", "attn_implementation", "experts_implementation",
     "transformers_version", "name_or_path", "trust_remote_code", "code_revision", "use_kernels",
     "kernel_config", "backbone", "backbone_kwargs", "use_timm_backbone", "use_pretrained_backbone",
 )  # fmt: skip
+
+
+def code_in_config(config: Any) -> str | None:
+    """The field of a config (JSON) by which the library would run code from elsewhere, or None.
+
+    Fields of configs inside it count as well.
+    """
+    if not isinstance(config, dict):
+        return None
+    for name, value in config.items():
+        if name == _AUTO_MAP or (name in _IMPLEMENTATIONS and "/" in json.dumps(value)):
+            return name
+        if (found := code_in_config(value)) is not None:
+            return found
+    return None
 
 
 def _of_the_model(value: Any) -> Any:

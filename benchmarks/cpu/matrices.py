@@ -99,9 +99,10 @@ class OurKernels:
             choose_mode(variant, name)
         here = variant.name
         compile_kernels({here: specs[here]}, folder / "k.so")
+        code = (folder / "k.so").read_bytes()
         self.libraries: dict[str, KernelLibrary] = {}
         for name in names:
-            self.libraries[name] = KernelLibrary.open(folder / "k.so", dispatch, features, name)
+            self.libraries[name] = KernelLibrary.open(code, dispatch, features, name)
             self.libraries[name].threads = threads
 
     def describe(self) -> str:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -68,11 +65,6 @@ def copies_beyond_cache(size: int) -> int:
     return max(1, -(-4 * cache // size))
 
 
-@functools.cache
-def _folder() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="scalebits-bench-")
-
-
 def build_kernels(
     matrices: Sequence[tuple[TileLayout, U8]],
     dtype: str,
@@ -84,9 +76,7 @@ def build_kernels(
     gathered: matrices whose input is read through an index.
     """
     specs, dispatch = select_specs(matrices, dtype, gathered)
-    folder = Path(tempfile.mkdtemp(dir=_folder().name))
-    source = folder / "kernels.py"
-    source.write_text(emit_module(specs))
+    source, images = emit_module(specs).encode(), dict[str, bytes]()
     table: dict[str, Any] = {
         spec.key: {"warps": spec.warps, "stages": spec.stages, "binaries": {}} for spec in specs
     }
@@ -94,9 +84,9 @@ def build_kernels(
     if launcher == "binary":
         arch = "sm_{}{}".format(*torch.cuda.get_device_capability())
         for key, made in compile_specs(specs, [arch]).items():
-            (folder / f"{key}.cubin").write_bytes(made[arch].image)
+            images[f"{key}.cubin"] = made[arch].image
             entry = {"file": f"{key}.cubin", "shared": made[arch].shared}
             table[key]["binaries"][arch] = entry | {"scratch": made[arch].scratch}
-        started = BinaryLauncher(folder, table, SourceLauncher(source, table))
+        started = BinaryLauncher(images.__getitem__, table, SourceLauncher(source, table))
     count = torch.cuda.get_device_properties(0).multi_processor_count
     return Kernels(dispatch, started, torch.device("cuda", 0), count)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scalebits_compiler.artifact.output import check_output, output_folder
+from scalebits_compiler.codegen import kernel_cache
 from scalebits_compiler.codegen.plan import order_tensors
 from scalebits_compiler.errors import TargetError
 from scalebits_compiler.ir.attrs import Grid, Resource
@@ -18,6 +20,7 @@ from scalebits_compiler.ir.module import Module, Weight
 from scalebits_compiler.ir.printer import print_module
 from scalebits_compiler.ir.resources import tensor_entry
 from scalebits_compiler.numerics import safetensors
+from scalebits_compiler.runtime.kernel_files import kernels_digest
 from scalebits_compiler.runtime.manifest import (
     MANIFEST,
     MODEL_FILE,
@@ -80,9 +83,10 @@ def write_artifact(
 
     files: name inside the artifact -> contents or file to copy (tokenizer, generation_config.json,
     kernels/...). config: the model's Hugging Face config; `quantization_config` is added. Equal
-    arguments give equal bytes. Raises `UsageError` for an output that cannot be written,
-    `TargetError` for a module that is not packed or names that clash, `TooLarge` if its files,
-    the manifest included, take more than `most_bytes`.
+    arguments give equal bytes. The kernel cache remembers `kernels` as built on this machine; where
+    it cannot be written, sessions build them anew. Raises `UsageError` for an output that cannot
+    be written, `TargetError` for a module that is not packed or names that clash, `TooLarge` if
+    its files, the manifest included, take more than `most_bytes`.
     """
     if "packed" not in module.facts:
         raise TargetError(f"@{module.name} is not packed", help="run pack-blocks first")
@@ -108,6 +112,9 @@ def write_artifact(
         if most_bytes is not None and manifest.file_bytes > most_bytes:
             raise TooLarge(manifest.file_bytes, most_bytes)
         (folder / MANIFEST).write_text(manifest.to_json())
+    if kernels is not None:
+        with suppress(TargetError):
+            kernel_cache.remember(kernels_digest(manifest))
     return manifest
 
 

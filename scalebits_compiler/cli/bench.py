@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scalebits_compiler.cli.progress import progress_for
+from scalebits_compiler.cli.targets import add_trust
 from scalebits_compiler.runtime.cpu.isa import ACTIVATIONS, EXACT
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
     add("--new-tokens", type=int, default=32, metavar="N", help="tokens to decode (default 32)")
     add("--threads", type=int, metavar="N", help="of the CPU; default: the physical cores")
     add("--activations", choices=ACTIVATIONS, default=EXACT, help="int8 is faster, less exact")
+    add_trust(add)
     add("--repeat", type=int, default=5, metavar="N", help="rounds (default 5)")
     add("--json", action="store_true", help="print JSON")
     add("-q", "--quiet", action="store_true", help="no progress")
@@ -36,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     options = BenchOptions(
         args.prompt_tokens, args.new_tokens, args.threads, args.activations, args.repeat
     )
-    found = bench(args.artifact, options, progress_for(args.quiet))
+    found = bench(args.artifact, options, progress_for(args.quiet), args.trust_kernels)
     print(json.dumps(found, indent=2) if args.json else as_text(found))
     return 0
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scalebits_compiler.cli.progress import progress_for
+from scalebits_compiler.cli.targets import add_trust
 from scalebits_compiler.errors import UsageError
 from scalebits_compiler.runtime.cpu.isa import ACTIVATIONS, EXACT
 
@@ -36,6 +37,7 @@ def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
     add("--target", choices=("reference",), help="run by torch definitions, not by kernels")
     add("--plugin", type=Path, action="append", default=[], metavar="FILE", help="load a plugin")
     add("--activations", choices=ACTIVATIONS, default=EXACT, help="int8 is faster, less exact")
+    add_trust(add)
     add("--json", action="store_true", help="print JSON")
     add("-q", "--quiet", action="store_true", help="no progress")
     parser.set_defaults(run=run)
@@ -59,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
         target=args.target,
         activations=args.activations,
         registry=load_plugins(args.plugin),
+        trust_kernels=args.trust_kernels,
         progress=progress_for(args.quiet),
     )
     if args.json:

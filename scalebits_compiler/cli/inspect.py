@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 # Of the members of a class, so many are named; --json has all.
 MOST_NAMED = 6
+NOT_BUILT_HERE = "trust           not built on this machine: built anew to run, or --trust-kernels"
 BY_TORCH = "by torch as a whole, but for the products; there is no key-value cache"
 
 
@@ -55,7 +56,9 @@ def _is_model(folder: Path) -> bool:
 
 
 def describe(artifact: Artifact) -> dict[str, Any]:
-    """Everything `inspect` tells, for programs."""
+    """Everything `inspect` tells, for programs. No code of the artifact is loaded."""
+    from scalebits_compiler.sessions.trust import built_here
+
     manifest = artifact.manifest
     found = {
         "target": manifest.target["kind"],
@@ -73,6 +76,7 @@ def describe(artifact: Artifact) -> dict[str, Any]:
         found["kernels"] = _binaries(dispatch) if on_gpu else _kernels(dispatch)
         if found["kernels"].get("chosen"):
             found["kernels"] |= _execution(artifact)
+        found["kernels_built_here"] = built_here(manifest)
     return found
 
 
@@ -103,15 +107,15 @@ def _execution(artifact: Artifact) -> dict[str, Any]:
     """How a session on this machine runs a step, and on how many threads."""
     from scalebits_compiler.errors import ArtifactError
     from scalebits_compiler.runtime.cpu.features import default_threads
-    from scalebits_compiler.runtime.session import load
+    from scalebits_compiler.runtime.session import execution
 
     if artifact.manifest.plan is None:
         return {"execution": BY_TORCH, "threads": default_threads()}
     try:
-        session = load(artifact.path)
+        how, threads = execution(artifact)
     except ArtifactError as error:
         return {"execution": f"none: {error.message}", "threads": 0}
-    return {"execution": session.execution, "threads": session.threads}
+    return {"execution": how, "threads": threads}
 
 
 def _binaries(dispatch: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,6 +134,8 @@ def as_text(found: dict[str, Any]) -> str:
     ]
     if "kernels" in found:
         lines += _kernel_lines(found["kernels"])
+        if not found["kernels_built_here"]:
+            lines.append(NOT_BUILT_HERE)
     lines += _kept_lines(found)
     width = max(map(len, found["matrices"]))
     lines.append(f"{'matrix':<{width}}  {'shape':>13}  {'block':>9}  group  bits   blocks by width")

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from scalebits_compiler.cli.targets import add_trust
 from scalebits_compiler.runtime.cpu.isa import ACTIVATIONS, EXACT
 from scalebits_compiler.tasks import CAUSAL, ENCODER
 
@@ -36,6 +37,7 @@ def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
     add("--target", choices=("reference",), help="run by torch definitions, not by kernels")
     add("--plugin", type=Path, action="append", default=[], metavar="FILE", help="load a plugin")
     add("--activations", choices=ACTIVATIONS, default=EXACT, help="int8 is faster, less exact")
+    add_trust(add)
     add("--threads", type=int, metavar="N", help="for large models (default: physical cores)")
     add("--json", action="store_true", help="print prompts, tokens and text as JSON")
     parser.set_defaults(run=run)
@@ -47,7 +49,12 @@ def run(args: argparse.Namespace) -> int:
     from scalebits_compiler.sessions.open import open_session
 
     session = open_session(
-        args.artifact, args.target, args.activations, args.threads, load_plugins(args.plugin)
+        args.artifact,
+        args.target,
+        args.activations,
+        args.threads,
+        load_plugins(args.plugin),
+        args.trust_kernels,
     )
     if session.execution.startswith(("native: ", "step by step: ", "by torch: ")):
         print(f"note: runs {session.execution}", file=sys.stderr)

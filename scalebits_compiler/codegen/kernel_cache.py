@@ -1,4 +1,8 @@
-"""Compiled kernels, kept between compiles by a hash of all that their bytes depend on."""
+"""Compiled kernels, kept between compiles by a hash of all that their bytes depend on.
+
+It also remembers which kernels this machine has built: `sessions/trust.py` runs those of an
+artifact unasked only if they are among these.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +11,23 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 from scalebits_compiler.errors import TargetError
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
+_KNOWN = "known"
+_instead: ContextVar[Path | None] = ContextVar("instead", default=None)
 
 
 def cache_folder() -> Path:
-    """$SCALEBITS_CACHE, else $XDG_CACHE_HOME/scalebits, else ~/.cache/scalebits."""
+    """$SCALEBITS_CACHE, else $XDG_CACHE_HOME/scalebits, else ~/.cache/scalebits.
+
+    Within `temporary_cache` it is a temporary folder.
+    """
+    if (folder := _instead.get()) is not None:
+        return folder
     if named := os.environ.get("SCALEBITS_CACHE"):
         return Path(named)
     home = os.environ.get("XDG_CACHE_HOME")
@@ -43,6 +55,32 @@ def store(name: str, data: bytes) -> None:
         with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
             file.write(hashlib.sha256(data).digest() + data)
         Path(file.name).replace(folder / name)
+
+
+def remember(digest: str) -> None:
+    """Note that this machine has built the kernels of a digest (`kernel_files.kernels_digest`)."""
+    with _writing() as folder:
+        (folder / _KNOWN).mkdir(exist_ok=True)
+        (folder / _KNOWN / digest).touch()
+
+
+def remembers(digest: str) -> bool:
+    """Whether `remember` has noted this digest here; False if the cache cannot be read."""
+    try:
+        return (cache_folder() / _KNOWN / digest).is_file()
+    except OSError:
+        return False
+
+
+@contextmanager
+def temporary_cache() -> Iterator[None]:
+    """Use a folder that is deleted at the end in place of the cache, in this context."""
+    with tempfile.TemporaryDirectory(prefix="scalebits-") as folder:
+        token = _instead.set(Path(folder))
+        try:
+            yield
+        finally:
+            _instead.reset(token)
 
 
 def check_cache() -> None:

@@ -19,6 +19,7 @@ from scalebits_compiler.errors import FrontendError
 from scalebits_compiler.numerics.safetensors import read_header
 from scalebits_compiler.pretrained import (
     call,
+    code_in_config,
     empty,
     is_causal,
     model_class,
@@ -217,9 +218,9 @@ def _config(folder: Path) -> dict[str, Any]:
         raise FrontendError(
             f"{folder} is quantized already", help="give the folder of the original model"
         )
-    if "auto_map" in config:
+    if (field := code_in_config(config)) is not None:
         raise FrontendError(
-            f"{folder} needs Python code of its own (auto_map in config.json), which is not run",
+            f"{folder} needs Python code of its own ({field} in config.json), which is not run",
             help="use a model whose architecture is part of transformers",
         )
     return config

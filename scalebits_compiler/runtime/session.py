@@ -1,11 +1,13 @@
-"""A loaded artifact: logits, prefill and decode with a cache, generation."""
+"""A loaded artifact: logits, prefill and decode with a cache, generation.
+
+`scalebits_compiler.sessions.load` opens one: it decides which kernels may run.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,8 +18,8 @@ from scalebits_compiler.runtime.arguments import integers, whole
 from scalebits_compiler.runtime.artifact import Artifact
 from scalebits_compiler.runtime.cache import Cache, HostCache, KVCache, NativeCache, Replay
 from scalebits_compiler.runtime.call_lock import CallLock
-from scalebits_compiler.runtime.cpu.features import default_threads
 from scalebits_compiler.runtime.cpu.isa import ACTIVATIONS, EXACT
+from scalebits_compiler.runtime.kernel_files import KernelFiles
 from scalebits_compiler.runtime.manifest import COMPILE_AGAIN
 from scalebits_compiler.runtime.meter import HostMeter, Meter
 from scalebits_compiler.runtime.ops import CallRunner, Frame, RunCall
@@ -43,77 +45,94 @@ _NO_TEXT = "does not continue a text"
 _INSTEAD = {ENCODER: "use embed, or scalebitsc run OUT --prompt TEXT, which prints the embedding"}
 
 
-def load(
-    path: str | Path,
-    *,
-    activations: str = EXACT,
-    threads: int | None = None,
-    features: frozenset[str] | None = None,
-) -> Session:
-    """Open an artifact and make it ready to run.
+def check_runs(artifact: Artifact, activations: str, threads: int | None) -> None:
+    """Raise for what `make_session` refuses and can be known before any kernel is at hand.
 
-    activations: "exact" (weight-only semantics, about 3e-5 relative error) or "int8" (rounded to
-    8 bits, faster). threads: how many share a step of a large model, a core each; None: as many as
-    there are physical cores, see `cpu_features.default_threads`. They sleep between steps, so that
-    torch in the same process may use all cores too. features: processor flags, those of this
-    machine if None. Raises `ArtifactError` for a damaged artifact or one that this machine cannot
-    run, `TargetError` for int8 activations where the processor's kernels have none.
+    UsageError for options that are wrong; ArtifactError for kernels that this runtime cannot load,
+    and for a cuda artifact without a GPU.
     """
     if activations not in ACTIVATIONS:
         raise UsageError(
             f"unknown activations {activations!r}", help=f"use {' or '.join(ACTIVATIONS)}"
         )
     if threads is not None:
-        threads = whole(threads, "threads", 1, MOST_THREADS)
-    artifact = Artifact.open(path)
-    if artifact.manifest.target["kind"] == "cuda":
-        return _open_cuda(artifact, activations)
-    return Session(artifact, open_kernels(artifact, activations, threads, features))
+        whole(threads, "threads", 1, MOST_THREADS)
+    target, kernels = artifact.manifest.target["kind"], artifact.manifest.kernels
+    if target == "cuda":
+        if activations != EXACT:
+            raise UsageError(
+                f"{artifact.path} was compiled for the target 'cuda', which has exact activations"
+                " only",
+                help=f"leave --activations {activations} out",
+            )
+        from scalebits_compiler.runtime.cuda.session import check_gpu
 
-
-def _open_cuda(artifact: Artifact, activations: str) -> Session:
-    if activations != EXACT:
-        raise UsageError(
-            f"{artifact.path} was compiled for the target 'cuda', which has exact activations only",
-            help=f"leave --activations {activations} out",
-        )
-    from scalebits_compiler.runtime.cuda.session import load_cuda
-
-    return load_cuda(artifact)
-
-
-def open_kernels(
-    artifact: Artifact,
-    activations: str,
-    threads: int | None,
-    features: frozenset[str] | None = None,
-) -> KernelLibrary | None:
-    """The kernels of an artifact for the CPU, None if it has none; raises as `load`."""
-    kernels = artifact.manifest.kernels
-    if kernels is None:
-        return None
-    if "variants" not in kernels.dispatch:
+        check_gpu(artifact)
+    elif kernels is not None and "variants" not in kernels.dispatch:
         raise ArtifactError(
-            f"{artifact.path} was compiled for the target '{artifact.manifest.target['kind']}',"
+            f"{artifact.path} was compiled for the target '{target}',"
             " whose kernels this runtime cannot load",
             help="run it with --target reference, or with the runtime of the plugin that built it",
         )
-    try:
-        from scalebits_compiler.runtime.cpu.library import KernelLibrary
-    except ImportError as error:
-        raise ArtifactError(
-            f"{artifact.path} has compiled kernels, and {error.name} is not installed to load them",
-            help='pip install "scalebits-compiler[cpu]"',
-        ) from error
-    path = artifact.path / kernels.library
-    library = KernelLibrary.open(path, dict(kernels.dispatch), features, activations)
-    wanted = default_threads() if threads is None else threads
-    library.threads = wanted if library.threads_meet else 1
+
+
+def make_session(
+    artifact: Artifact,
+    kernels: KernelFiles | None,
+    activations: str = EXACT,
+    threads: int | None = None,
+    features: frozenset[str] | None = None,
+) -> Session:
+    """A session of an opened artifact that `check_runs` has passed.
+
+    kernels: those that run, None for an artifact without. activations, threads and features, and
+    what is raised, as `sessions.load` says.
+    """
+    if artifact.manifest.target["kind"] == "cuda":
+        from scalebits_compiler.runtime.cuda.session import load_cuda
+
+        if kernels is None:
+            raise ArtifactError(f"{artifact.path} has no CUDA kernels", help=COMPILE_AGAIN)
+        return load_cuda(artifact, kernels)
+    library = None
+    if kernels is not None:
+        library = open_kernels(kernels, activations, threads, features)
+    return Session(artifact, library)
+
+
+def open_kernels(
+    kernels: KernelFiles,
+    activations: str,
+    threads: int | None,
+    features: frozenset[str] | None = None,
+) -> KernelLibrary:
+    """Load kernels for the CPU; raises as `sessions.load`."""
+    from scalebits_compiler.runtime.cpu.library import KernelLibrary
+
+    code = kernels.read(kernels.library)
+    library = KernelLibrary.open(code, kernels.dispatch, features, activations)
+    library.share(threads)
     return library
 
 
+def execution(artifact: Artifact) -> tuple[str, int]:
+    """`Session.execution` and `.threads` of an artifact for the CPU here: no kernel is loaded.
+
+    Raises `ArtifactError` for an artifact that does not run here.
+    """
+    from scalebits_compiler.runtime.cpu.library import KernelLibrary
+
+    kernels = artifact.manifest.kernels
+    library = None
+    if kernels is not None:
+        library = KernelLibrary.without_code(kernels.dispatch)
+        library.share(None)
+    session = Session(artifact, library)
+    return session.execution, session.threads
+
+
 class Session:
-    """Runs one artifact. Made by `load`; goes on with any number of caches, in any order.
+    """Runs one artifact. Made by `make_session`; goes on with any number of caches, in any order.
 
     Several threads may use one session: `forward`, `prefill` and `decode` wait for each other, so
     each thread gets what it would get alone, and all together are no faster than one. A thread

@@ -26,8 +26,9 @@ from scalebits_compiler.runtime.artifact import Artifact
 from scalebits_compiler.runtime.cache import Cache, Replay
 from scalebits_compiler.runtime.call_lock import CallLock
 from scalebits_compiler.runtime.manifest import COMPILE_AGAIN, MODULE_FILE
-from scalebits_compiler.runtime.session import Session, open_kernels
+from scalebits_compiler.runtime.session import Session, check_runs, open_kernels
 from scalebits_compiler.runtime.weights import Weights
+from scalebits_compiler.sessions.trust import trusted_kernels
 from scalebits_compiler.tasks import SEQ2SEQ
 
 if TYPE_CHECKING:
@@ -192,11 +193,20 @@ def load_reference(path: str | Path, registry: Registry | None = None) -> Refere
 
 
 def load_with_kernels(
-    path: str | Path, activations: str, threads: int | None, registry: Registry | None = None
+    path: str | Path,
+    activations: str,
+    threads: int | None,
+    registry: Registry | None = None,
+    trust_kernels: bool = False,
 ) -> ReferenceSession:
-    """Open an artifact without a plan: torch runs its ops, kernels multiply its packed matrices."""
+    """Open an artifact without a plan: torch runs its ops, kernels multiply its packed matrices.
+
+    registry as in `load_reference`; trust_kernels as in `sessions.load`.
+    """
     artifact = Artifact.open(path)
-    library = open_kernels(artifact, activations, threads)
+    check_runs(artifact, activations, threads)
+    kernels = trusted_kernels(artifact, trust_kernels, registry)
+    library = None if kernels is None else open_kernels(kernels, activations, threads)
     return _open(artifact, registry, library)
 
 

@@ -40,9 +40,14 @@ class BenchOptions:
 
 
 def bench(
-    path: Path, options: BenchOptions | None = None, progress: Progress = no_progress
+    path: Path,
+    options: BenchOptions | None = None,
+    progress: Progress = no_progress,
+    trust_kernels: bool = False,
 ) -> dict[str, Any]:
     """Measure the artifact at `path` on random tokens; the result is JSON-able.
+
+    trust_kernels as in `sessions.load`.
 
     Rates are {median, low, high} over the rounds, tokens or bytes per second. A round measures
     memory bandwidth, prefill and decode one after the other, so that a busy machine slows all of
@@ -52,7 +57,9 @@ def bench(
     for an artifact that does not run here, `UsageError` for more tokens than the model knows.
     """
     options = options or BenchOptions()
-    session = load_with_torch(path, options.activations, options.threads)
+    session = load_with_torch(
+        path, options.activations, options.threads, trust_kernels=trust_kernels
+    )
     if not session.generates:
         raise UsageError(
             f"{path} is of the kind {session.task}: it does not decode token by token",

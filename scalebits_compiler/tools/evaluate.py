@@ -44,16 +44,19 @@ def open_model(
     target: str | None = None,
     activations: str = EXACT,
     registry: Registry | None = None,
+    trust_kernels: bool = False,
 ) -> Model:
     """An artifact or a Hugging Face folder as a function of token ids.
 
     `target` picks how an artifact is run: None as it was compiled, or "reference"; `registry` knows
-    the ops that its module may have.
+    the ops that its module may have; `trust_kernels` is as in `sessions.load`.
     """
     if is_artifact(path):
         from scalebits_compiler.sessions.open import open_session
 
-        session = open_session(path, target, activations, torch.get_num_threads(), registry)
+        session = open_session(
+            path, target, activations, torch.get_num_threads(), registry, trust_kernels
+        )
         return Model(
             lambda ids: torch.from_numpy(session.forward(ids.numpy())),
             session.task,
@@ -78,11 +81,13 @@ def evaluate(
     target: str | None = None,
     activations: str = EXACT,
     registry: Registry | None = None,
+    trust_kernels: bool = False,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Score a text with windows of `seq_len` tokens, no overlap, all but the first token scored.
 
-    windows: how many from the start of the text (None: all). versus: the original model. Gives the
+    windows: how many from the start of the text (None: all). versus: the original model.
+    trust_kernels: as in `sessions.load`, of both. Gives the
     keys perplexity, kl_divergence, top1_agreement, tokens, protocol, execution; of a model that
     does not predict the next token those of `PlaceMeter` instead, and `versus` is needed.
     """
@@ -92,10 +97,10 @@ def evaluate(
         raise UsageError(f"--seq-len {length} is more than the model's {limit} positions")
     tokenizer = load_tokenizer(path)
     tokens = read_windows(text, tokenizer, length)[:windows]
-    ours = open_model(path, target, activations, registry)
+    ours = open_model(path, target, activations, registry, trust_kernels)
     if ours.task in (ENCODER, MASKED):
         tokens = framed(tokens, tokenizer)
-    original = None if versus is None else open_model(versus)
+    original = None if versus is None else open_model(versus, trust_kernels=trust_kernels)
     if ours.task != CAUSAL and original is None:
         raise UsageError(
             f"{path} is of the kind {ours.task}: text alone does not score it",

@@ -7,18 +7,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 from scalebits_compiler.artifact.output import check_output
-from scalebits_compiler.artifact.repack import repack
+from scalebits_compiler.artifact.rebuild import build_for
 from scalebits_compiler.artifact.writer import WRITTEN_HERE, write_artifact
 from scalebits_compiler.codegen.target import TARGETS, parse_target
 from scalebits_compiler.errors import UsageError
-from scalebits_compiler.ir.parser import read_module
-from scalebits_compiler.ir.verifier import verify
 from scalebits_compiler.plugins import Registry, load_plugins
 from scalebits_compiler.runtime.artifact import Artifact
 from scalebits_compiler.runtime.artifact import verify as verify_files
-from scalebits_compiler.runtime.manifest import MODULE_FILE, Manifest
-
-KERNELS = "kernels/"  # what lies there belongs to the old target
+from scalebits_compiler.runtime.kernel_files import kernel_digests
+from scalebits_compiler.runtime.manifest import Manifest
 
 
 def retarget(
@@ -47,15 +44,10 @@ def retarget(
     check_output(out, force)
     manifest = verify_files(path)
     artifact = Artifact.open(path)
-    module, source = read_module(path / MODULE_FILE, registry.ops)
-    verify(module, source)
-    wanted.check_module(module)
-    wanted.check_gathers(bool(module.index_bits()))
-    kept = [name for name in manifest.files if not name.startswith(KERNELS)]
-    files = {name: path / name for name in kept if name not in WRITTEN_HERE}
+    replaced = {*WRITTEN_HERE, *kernel_digests(manifest)}
+    files = {name: path / name for name in manifest.files if name not in replaced}
     with tempfile.TemporaryDirectory(prefix="scalebits-") as folder:
-        module = repack(module, wanted.order)
-        built = wanted.build(module, Path(folder))
+        module, built = build_for(artifact, wanted, Path(folder), registry.ops)
         return write_artifact(
             out,
             module,

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import scalebits_compiler
-from scalebits_compiler.runtime.session import load
+from scalebits_compiler.sessions import load
 
 # tokenizers also requires huggingface-hub, which it imports to download only.
 INSTALLED = ("msgspec", "numpy", "safetensors", "tokenizers")
@@ -26,7 +26,10 @@ PROMPT = "The river"
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.CompletedProcess]:
-    """`bare(argument, ...)` runs the Python of a new environment outside of this source tree."""
+    """`bare(argument, ..., NAME=value)` runs a new environment's Python outside of this tree.
+
+    Names are environment variables.
+    """
     folder = tmp_path_factory.mktemp("bare")
     venv.create(folder, with_pip=False)
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
@@ -41,10 +44,11 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.C
     shutil.copytree(package, site / package.name, ignore=ignored)
     clean = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
 
-    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: object, **variables: object) -> subprocess.CompletedProcess[str]:
         command = [str(folder / "bin" / "python"), *map(str, arguments)]
+        env = clean | {name: str(value) for name, value in variables.items()}
         return subprocess.run(
-            command, cwd=folder, env=clean, capture_output=True, text=True, check=False
+            command, cwd=folder, env=env, capture_output=True, text=True, check=False
         )
 
     return run
@@ -64,6 +68,24 @@ def test_run_needs_four_packages(compiled: Any, bare: Callable[..., Any]) -> Non
     assert (said["variant"], said["execution"]) == (session.variant, "native")
     (generation,) = session.generate(PROMPT, 5)
     assert said["generations"][0]["tokens"] == list(generation.tokens)
+
+
+def test_kernels_of_another_machine_need_trust(
+    compiled: Any, bare: Callable[..., Any], tmp_path: Path
+) -> None:
+    """There is no compiler to build them anew."""
+    words = ("-m", "scalebits_compiler.cli.main", "run", compiled.path, "--prompt", PROMPT, "-n", 2)
+    elsewhere = {"SCALEBITS_CACHE": tmp_path / "empty"}
+    ran = bare(*words, **elsewhere)
+    assert ran.returncode == 1
+    message, remedies = ran.stderr.splitlines()
+    assert message.startswith(f"error: the kernels of {compiled.path} were not built on this")
+    assert message.endswith("cannot be built here: torch is not installed")
+    for remedy in ("--trust-kernels", "pip install", "--target reference"):
+        assert remedy in remedies
+    ran = bare(*words, "--trust-kernels", **elsewhere)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert ran.stdout == bare(*words).stdout
 
 
 def test_what_is_absent_is_named(compiled: Any, bare: Callable[..., Any], tmp_path: Path) -> None:

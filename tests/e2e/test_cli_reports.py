@@ -11,7 +11,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from scalebits_compiler.runtime.session import load
+from scalebits_compiler.sessions.open import load
 from scalebits_compiler.sessions.reference import load_reference
 
 EVAL_KEYS = {"perplexity", "kl_divergence", "top1_agreement", "tokens", "protocol", "execution"}

@@ -15,7 +15,8 @@ from safetensors.numpy import load_file
 
 from scalebits_compiler.runtime.artifact import Artifact
 from scalebits_compiler.runtime.cpu.features import cpu_features
-from scalebits_compiler.runtime.session import Session, load
+from scalebits_compiler.runtime.session import Session
+from scalebits_compiler.sessions.open import load
 from scalebits_compiler.sessions.reference import load_reference
 
 # Kernels sum in another order than torch and round activations to two int8 passes (3e-5).

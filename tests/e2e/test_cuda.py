@@ -14,7 +14,8 @@ from scalebits_compiler.driver.device import check_device
 from scalebits_compiler.errors import UsageError
 from scalebits_compiler.runtime.artifact import Artifact
 from scalebits_compiler.runtime.cuda.session import interpreted, missing_gpu
-from scalebits_compiler.runtime.session import load
+from scalebits_compiler.runtime.kernel_files import shipped_kernels
+from scalebits_compiler.sessions.open import load
 from scalebits_compiler.sessions.reference import load_reference
 
 pytest.importorskip("triton", reason="the cuda target's kernels need Triton")
@@ -80,7 +81,8 @@ def test_both_targets_give_the_same_logits(pair, triton_interpreter):
     ids = np.random.default_rng(0).integers(0, 256, (1, 6))
     expected = load_reference(pair.cpu).forward(ids)
     assert np.array_equal(load_reference(pair.cuda).forward(ids), expected)
-    for session in (load(pair.cpu), interpreted(Artifact.open(pair.cuda), 1)):
+    artifact = Artifact.open(pair.cuda)
+    for session in (load(pair.cpu), interpreted(artifact, shipped_kernels(artifact), 1)):
         assert np.abs(session.forward(ids) - expected).max() < 5e-3 * expected.std()
 
 
@@ -89,8 +91,9 @@ BENCH = ("--prompt-tokens", "2", "--new-tokens", "1", "--repeat", "2")
 
 def test_bench_measures_the_device(pair, cli, monkeypatch, triton_interpreter):
     """All but the GPU: the session and the meter of its memory run on the CPU."""
-    opened = interpreted(Artifact.open(pair.cuda), 1)
-    monkeypatch.setattr("scalebits_compiler.tools.bench.load_with_torch", lambda *_: opened)
+    artifact = Artifact.open(pair.cuda)
+    opened = interpreted(artifact, shipped_kernels(artifact), 1)
+    monkeypatch.setattr("scalebits_compiler.tools.bench.load_with_torch", lambda *_, **__: opened)
     monkeypatch.setattr("scalebits_compiler.runtime.meter.MOVED_BYTES", 1 << 20)
     monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda device: 7_000_000)
     ran = cli("bench", pair.cuda, *BENCH, "--json")

@@ -140,6 +140,7 @@ def test_a_config_in_the_text_runs_no_code(made: tuple[Path, Path, str]) -> None
     custom = {
         "auto_map": {"AutoModel": "evil--module.Model"},
         "_attn_implementation": "evil/kernel",
+        "text_config": {"attn_implementation": "evil/kernel"},
     }
     assert type(skeleton(json.dumps({**plain, **custom}))).__name__ == plain["architectures"][0]
     with pytest.raises(FrontendError, match="describes no model"):

@@ -13,8 +13,8 @@ import pytest
 from scalebits_compiler.ir.parser import read_module
 from scalebits_compiler.ir.verifier import verify
 from scalebits_compiler.runtime.artifact import Artifact
-from scalebits_compiler.runtime.session import load
 from scalebits_compiler.runtime.weights import Weights
+from scalebits_compiler.sessions.open import load
 from scalebits_compiler.sessions.reference import load_reference
 
 

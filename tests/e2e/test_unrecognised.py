@@ -20,9 +20,8 @@ from scalebits_compiler.runtime.manifest import (
     Manifest,
     sha256_of,
 )
-from scalebits_compiler.runtime.session import load
 from scalebits_compiler.sessions import open as sessions
-from scalebits_compiler.sessions.open import open_session
+from scalebits_compiler.sessions.open import load, open_session
 
 SIZES = {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8}
 

@@ -17,6 +17,7 @@ from scalebits_compiler.passes.pipeline import parse_passes, run_pipeline
 from scalebits_compiler.passes.table import PASSES
 from scalebits_compiler.runtime.artifact import Artifact
 from scalebits_compiler.runtime.cuda.session import interpreted
+from scalebits_compiler.runtime.kernel_files import shipped_kernels
 
 SMALL = {"num_hidden_layers": 1, "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
@@ -64,7 +65,8 @@ def test_a_family_computes_what_its_definition_does(
     module = repack(module, target.order)
     built = target.build(module, None)
     path = write(module, kernels=built.kernels, files=built.files)
-    session = interpreted(Artifact.open(path), multiprocessors=1)
+    artifact = Artifact.open(path)
+    session = interpreted(artifact, shipped_kernels(artifact), multiprocessors=1)
     assert session.captured == (family not in ("mixtral", "qwen3_moe"))
     assert session.execution.startswith("step by step: ") != session.captured
     if family == "bert":  # every token sees every other: nothing to generate

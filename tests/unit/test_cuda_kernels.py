@@ -32,10 +32,8 @@ def linear(layout, bits, arena, dtype, folder, multiprocessors=2, order=None):
     """order: column k of the matrix belongs to channel order[k] of the input."""
     plain, gathered = ([(layout, bits)], []) if order is None else ([], [(layout, bits)])
     specs, dispatch = select_specs(plain, dtype, gathered)
-    path = folder / f"kernels_{dtype}.py"
-    path.write_text(emit_module(specs))
     options = {spec.key: {"warps": spec.warps, "stages": spec.stages} for spec in specs}
-    launcher = SourceLauncher(path, options)
+    launcher = SourceLauncher(emit_module(specs).encode(), options)
     kernels = Kernels(dispatch, launcher, torch.device("cpu"), multiprocessors)
     index = None if order is None else torch.from_numpy(order.astype(np.uint16))
     return TiledLinear(kernels, layout, torch.from_numpy(arena), bits, index)

@@ -57,7 +57,9 @@ def launcher(monkeypatch, tmp_path):
     entry = {"file": "gone", "shared": 1024, "scratch": 2}
     table["gone"] = {"warps": 4, "stages": 3, "binaries": {"sm_90": entry}}
     lines = []
-    made = BinaryLauncher(tmp_path, table, FakeSource(), lines.append)
+    made = BinaryLauncher(
+        lambda name: (tmp_path / name).read_bytes(), table, FakeSource(), lines.append
+    )
     return made, lines
 
 

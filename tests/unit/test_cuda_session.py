@@ -9,6 +9,7 @@ from scalebits_compiler.codegen.triton.target import CudaTarget
 from scalebits_compiler.errors import UsageError
 from scalebits_compiler.runtime.artifact import Artifact
 from scalebits_compiler.runtime.cuda.session import interpreted
+from scalebits_compiler.runtime.kernel_files import shipped_kernels
 from scalebits_compiler.sessions.reference import load_reference
 
 # Relative to the spread of the logits. Activations are rounded to 11 bits (fp16) or 8 (bf16) at
@@ -31,7 +32,9 @@ def sessions(build_module, write, monkeypatch, tmp_path, triton_interpreter):
         module = repack(build_module(shape, seed), target.order)
         built = target.build(module, tmp_path)
         path = write(module, kernels=built.kernels, files=built.files)
-        return interpreted(Artifact.open(path), multiprocessors=1), load_reference(path)
+        artifact = Artifact.open(path)
+        ours = interpreted(artifact, shipped_kernels(artifact), multiprocessors=1)
+        return ours, load_reference(path)
 
     return open_both
 
@@ -94,7 +97,7 @@ def test_generation_runs(sessions, module_shape):
 
 def test_sessions_of_one_device_take_turns(sessions, module_shape, two_threads):
     ours, reference = sessions(module_shape(**SMALL))
-    other = interpreted(ours.artifact, multiprocessors=1)
+    other = interpreted(ours.artifact, shipped_kernels(ours.artifact), multiprocessors=1)
     ids = np.array([[5, 17]])
     logits, cache = ours.prefill(ids)
     expected = ours.forward(ids)

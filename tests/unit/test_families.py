@@ -34,8 +34,7 @@ from scalebits_compiler.passes.reorder.reorder_channels import with_orders
 from scalebits_compiler.pretrained import call
 from scalebits_compiler.runtime.cpu.features import cpu_features
 from scalebits_compiler.runtime.manifest import Kernels
-from scalebits_compiler.runtime.session import load
-from scalebits_compiler.sessions.open import open_session
+from scalebits_compiler.sessions.open import load, open_session
 from scalebits_compiler.sessions.reference import load_reference
 from scalebits_compiler.tools.inspect import analyse
 

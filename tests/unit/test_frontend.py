@@ -124,11 +124,18 @@ def test_broken_config(broken):
 
 
 @pytest.mark.parametrize(
-    ("key", "part"), [("quantization_config", "quantized already"), ("auto_map", "Python code")]
+    ("entry", "part"),
+    [
+        ({"quantization_config": {}}, "quantized already"),
+        ({"auto_map": {}}, "Python code of its own (auto_map"),
+        ({"attn_implementation": "evil/kernel"}, "Python code of its own (attn_implementation"),
+        ({"text_config": {"_attn_implementation": {"": "evil/kernel"}}}, "_attn_implementation"),
+        ({"experts_implementation": "evil/kernel"}, "experts_implementation"),
+    ],
 )
-def test_models_that_are_refused(broken, key, part):
+def test_models_that_are_refused(broken, entry, part):
     config = json.loads((broken / "config.json").read_text())
-    (broken / "config.json").write_text(json.dumps({**config, key: {}}))
+    (broken / "config.json").write_text(json.dumps({**config, **entry}))
     expect(broken, part)
 
 

@@ -43,7 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "codegen/triton": {*IR, "codegen", "runtime", "runtime/cuda"},
     "artifact": {*IR, "codegen", "interpreter", "runtime"},
     "plugins": {*IR, "passes", "codegen", "interpreter"},
-    "sessions": {*IR, "analysis", "interpreter", "codegen", "plugins", *RUNTIME},
+    "sessions": {*IR, "analysis", "interpreter", "codegen", "artifact", "plugins", *RUNTIME},
     "driver": {*COMPILER, "passes/canonicalize", "passes/search", "passes/rounding", *RUNTIME},
     "tools": {*COMPILER, "passes/canonicalize", "driver", "sessions", *RUNTIME},
     "cli": {*COMPILER, "passes/sensitivity", "driver", "sessions", "tools", *RUNTIME},

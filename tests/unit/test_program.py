@@ -92,7 +92,7 @@ def test_a_thread_that_waits_is_counted(tmp_path):
     grid = (BlockLayout(16, 32, 16, 32, 32), np.array([[3]], np.uint8))
     specs, dispatch = select_specs([grid])
     compile_kernels(specs, tmp_path / "k.so")
-    library = KernelLibrary.open(tmp_path / "k.so", dispatch)
+    library = KernelLibrary.open((tmp_path / "k.so").read_bytes(), dispatch)
     if not library.threads_meet:
         pytest.skip("one thread here")
     told = []

@@ -12,7 +12,7 @@ from scalebits_compiler.numerics.layout import BlockLayout
 from scalebits_compiler.runtime.cpu.features import cpu_features
 from scalebits_compiler.runtime.cpu.program import CODE
 from scalebits_compiler.runtime.manifest import Kernels
-from scalebits_compiler.runtime.session import load
+from scalebits_compiler.sessions.open import load
 
 torch = pytest.importorskip("torch")
 spec = pytest.importorskip("scalebits_compiler.codegen.tvm.spec", reason="needs apache-tvm")

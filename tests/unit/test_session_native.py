@@ -20,9 +20,10 @@ from scalebits_compiler.runtime.cpu import native
 from scalebits_compiler.runtime.cpu import thread_gating as team
 from scalebits_compiler.runtime.cpu.features import cpu_features
 from scalebits_compiler.runtime.cpu.native_ops import NotNative
+from scalebits_compiler.runtime.kernel_files import shipped_kernels
 from scalebits_compiler.runtime.manifest import Kernels
-from scalebits_compiler.runtime.session import Session, load, open_kernels
-from scalebits_compiler.sessions.open import open_session
+from scalebits_compiler.runtime.session import Session, open_kernels
+from scalebits_compiler.sessions.open import load, open_session
 from scalebits_compiler.sessions.reference import load_reference
 
 pytest.importorskip("tvm", reason="the kernel compiler needs apache-tvm")
@@ -159,7 +160,7 @@ def test_two_threads_share_the_helpers_of_one_library(llama, monkeypatch, genera
     alone = load(llama, threads=1)
     artifact, prompts = alone.artifact, [[3, 1, 4], [1, 5, 9]]
     expected = [alone.generate(prompt, 12)[0].tokens for prompt in prompts]
-    library = open_kernels(artifact, "exact", 2)
+    library = open_kernels(shipped_kernels(artifact), "exact", 2)
     session, other = Session(artifact, library), Session(artifact, library)
     assert generate_in_threads(session, prompts, 12) == expected
     assert session.calls is other.calls

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -51,10 +52,18 @@ def compile_specs(
     Raises `TargetError` if Triton is missing or fails.
     """
     cores = len(os.sched_getaffinity(0))
+    # Threads of a pool do not inherit the context, in which the cache may be a temporary one.
+    context = copy_context()
     with ThreadPoolExecutor(cores) as pool:
         # The kernels with the most widths take longest: they come first.
         order = sorted(specs, key=lambda spec: (-len(spec.bits), -spec.tile_m))
-        made = dict(zip(order, pool.map(lambda spec: _binaries(spec, archs), order), strict=True))
+        made = dict(
+            zip(
+                order,
+                pool.map(lambda spec: context.copy().run(_binaries, spec, archs), order),
+                strict=True,
+            )
+        )
     return {spec.key: made[spec] for spec in specs}
 
 

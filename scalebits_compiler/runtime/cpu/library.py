@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,11 @@ from numpy.typing import NDArray
 from scalebits_compiler.errors import ArtifactError, TargetError
 from scalebits_compiler.numerics.layout import BlockLayout
 from scalebits_compiler.runtime.call_lock import CallLock
-from scalebits_compiler.runtime.cpu.features import cpu_features, prefetch_distance
+from scalebits_compiler.runtime.cpu.features import (
+    cpu_features,
+    default_threads,
+    prefetch_distance,
+)
 from scalebits_compiler.runtime.cpu.isa import EXACT, choose_mode, choose_variant
 from scalebits_compiler.runtime.cpu.program import (
     CHUNK_TOKENS,
@@ -93,30 +98,48 @@ class KernelLibrary:
     @classmethod
     def open(
         cls,
-        path: Path,
+        library: bytes,
         dispatch: Mapping[str, Any],
         features: frozenset[str] | None = None,
         activations: str = EXACT,
     ) -> KernelLibrary:
-        """Load the shared object `path`; choose the first variant of `dispatch` that runs here.
+        """Load a shared object, given as its bytes: its code runs in this process.
 
-        `features` are processor flags (default: those of this one). Raises `ArtifactError` if no
-        variant runs here, or the file or table is damaged; `TargetError` if the chosen variant
-        does not have the `activations`.
+        Of `dispatch` the first variant that runs here is taken. `features` are processor flags
+        (default: those of this one). Raises `ArtifactError` if no variant runs here, or the object
+        or table is damaged; `TargetError` if the chosen variant does not have the `activations`.
         """
-        flags = cpu_features() if features is None else features
-        variant = choose_variant(cpu_dispatch(dispatch, str(path)).variants, flags)
-        mode = choose_mode(variant, activations)
-        if not path.is_file():
-            raise ArtifactError(f"kernel file {path} is missing", help="compile the model again")
+        variant, mode = cls._choose(dispatch, features, activations)
         try:
-            run = ctypes.CDLL(str(path))[variant.run]
+            run = _load(library)[variant.run]
         except (OSError, AttributeError) as error:
             raise ArtifactError(
-                f"kernel file {path} cannot be loaded: {error}", help="compile the model again"
+                f"the kernel library cannot be loaded: {error}", help="compile the model again"
             ) from None
         run.argtypes, run.restype = (ctypes.c_int64,) * 6, None
         return cls(run, variant, mode)
+
+    @classmethod
+    def without_code(cls, dispatch: Mapping[str, Any]) -> KernelLibrary:
+        """What `open` would give here, by the table alone: it says what there is, and runs nothing.
+
+        Raises as `open`.
+        """
+        return cls(None, *cls._choose(dispatch, None, EXACT))
+
+    @staticmethod
+    def _choose(
+        dispatch: Mapping[str, Any], features: frozenset[str] | None, activations: str
+    ) -> tuple[VariantRecord, str]:
+        """The variant that runs here, and its arithmetic."""
+        flags = cpu_features() if features is None else features
+        variant = choose_variant(cpu_dispatch(dispatch, "kernels.dispatch").variants, flags)
+        return variant, choose_mode(variant, activations)
+
+    def share(self, threads: int | None) -> None:
+        """Split large programs over so many threads, by default those of `default_threads`."""
+        most = default_threads() if threads is None else threads
+        self.threads = most if self.threads_meet else 1
 
     def number(
         self,
@@ -225,6 +248,30 @@ class KernelLibrary:
             for job in jobs:
                 job.wait()
         self._team.tell(float(counts[:, WAITED].sum() / counts[:, TOOK].sum()))
+
+
+_objects: dict[str, ctypes.CDLL] = {}
+"""The loaded shared objects by the sha256 of their bytes."""
+
+
+def _load(library: bytes) -> ctypes.CDLL:
+    """A shared object, given as its bytes.
+
+    It is loaded from memory, not from a file: nobody can change it after it was checked. The memory
+    stays open, and with it its name, by which the dynamic loader would take another object that
+    gets the same name for this one.
+    """
+    digest = hashlib.sha256(library).hexdigest()
+    if digest not in _objects:
+        memory = os.memfd_create("scalebits-kernels", os.MFD_CLOEXEC)
+        try:
+            with os.fdopen(memory, "wb", closefd=False) as file:
+                file.write(library)
+            _objects[digest] = ctypes.CDLL(f"/proc/self/fd/{memory}")
+        except BaseException:
+            os.close(memory)
+            raise
+    return _objects[digest]
 
 
 class PackedLinear:

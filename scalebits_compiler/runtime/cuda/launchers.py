@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
+import hashlib
+import linecache
 from collections.abc import Callable, Mapping, Sequence
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -14,44 +13,46 @@ import torch
 from scalebits_compiler.errors import ArtifactError
 from scalebits_compiler.runtime.cuda.driver import Driver, Function
 from scalebits_compiler.runtime.cuda.kernels import Grid
+from scalebits_compiler.runtime.kernel_files import Tell, say
 from scalebits_compiler.runtime.manifest import COMPILE_AGAIN
-
-Tell = Callable[[str], None]
-
-
-def say(line: str) -> None:
-    """Print a line where it does not mix with results."""
-    print(line, file=sys.stderr)
 
 
 class SourceLauncher:
-    """Compiles a kernel when it is first started; runs it on the CPU under TRITON_INTERPRET=1."""
+    """Compiles a kernel when it is first started; runs it on the CPU under TRITON_INTERPRET=1.
 
-    def __init__(self, path: Path, kernels: Mapping[str, Any]) -> None:
-        self._path, self._table = path, kernels
+    source: the text of the Python module with the Triton kernels. It runs in this process.
+    """
+
+    def __init__(self, source: bytes, kernels: Mapping[str, Any]) -> None:
+        self._source, self._table = source, kernels
         self._module: ModuleType | None = None
 
     def launch(self, kernel: str, grid: Grid, arguments: Sequence[torch.Tensor | int]) -> None:
         """Start a kernel; see `kernels.Launcher`."""
         if self._module is None:
-            self._module = _imported(self._path)
+            self._module = _imported(self._source)
         options = {"num_warps": self._table[kernel]["warps"]}
         options["num_stages"] = self._table[kernel]["stages"]
         getattr(self._module, kernel)[grid](*arguments, **options)
 
 
-def _imported(path: Path) -> ModuleType:
-    name = f"scalebits_kernels_{abs(hash(path.resolve()))}"
-    spec = spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise ArtifactError(f"{path} cannot be imported", help=COMPILE_AGAIN)
-    module = module_from_spec(spec)
+def _imported(source: bytes) -> ModuleType:
+    """The module of a source that was checked; no file is read, which could have changed since."""
+    name = f"scalebits_kernels_{hashlib.sha256(source).hexdigest()[:16]}"
+    module = ModuleType(name)
     try:
-        spec.loader.exec_module(module)
+        text = source.decode()
+        # Triton reads the text of a function through the cache of source lines.
+        linecache.cache[f"<{name}>"] = (len(text), None, text.splitlines(True), f"<{name}>")
+        exec(compile(text, f"<{name}>", "exec"), vars(module))
     except ImportError as error:
         raise ArtifactError(
-            f"{path} needs {error.name}, which is not installed",
+            f"the source of the kernels needs {error.name}, which is not installed",
             help='pip install "scalebits-compiler[cuda]"',
+        ) from error
+    except (UnicodeDecodeError, SyntaxError, ValueError) as error:
+        raise ArtifactError(
+            f"the source of the kernels cannot be imported: {error}", help=COMPILE_AGAIN
         ) from error
     return module
 
@@ -60,14 +61,19 @@ class BinaryLauncher:
     """Loads the binaries of a device's architecture; nothing is compiled.
 
     A binary that is missing, or that the driver refuses, is replaced by its source, which Triton
-    compiles; `tell` is given one line about it.
+    compiles; `tell` is given one line about it. read: the bytes of a file that the table names;
+    OSError if there is none.
     """
 
     def __init__(
-        self, folder: Path, kernels: Mapping[str, Any], fallback: SourceLauncher, tell: Tell = say
+        self,
+        read: Callable[[str], bytes],
+        kernels: Mapping[str, Any],
+        fallback: SourceLauncher,
+        tell: Tell = say,
     ) -> None:
         major, minor = torch.cuda.get_device_capability()
-        self._folder, self._table, self._fallback, self._tell = folder, kernels, fallback, tell
+        self._read, self._table, self._fallback, self._tell = read, kernels, fallback, tell
         self._driver = Driver()
         self._capability = (major, minor)
         self._functions: dict[str, Function | None] = {}
@@ -94,7 +100,7 @@ class BinaryLauncher:
             return None
         binary = entry["binaries"][arch]
         try:
-            image = (self._folder / binary["file"]).read_bytes()
+            image = self._read(binary["file"])
             return self._driver.load(
                 image, kernel, binary["shared"], 32 * entry["warps"], binary["scratch"]
             )

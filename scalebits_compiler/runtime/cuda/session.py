@@ -13,10 +13,11 @@ from scalebits_compiler.runtime.artifact import Artifact
 from scalebits_compiler.runtime.call_lock import CallLock
 from scalebits_compiler.runtime.cuda.cache import DeviceCache
 from scalebits_compiler.runtime.cuda.kernels import Kernels
-from scalebits_compiler.runtime.cuda.launchers import BinaryLauncher, SourceLauncher, Tell, say
+from scalebits_compiler.runtime.cuda.launchers import BinaryLauncher, SourceLauncher
 from scalebits_compiler.runtime.cuda.meter import DeviceMeter
 from scalebits_compiler.runtime.cuda.ops import OPS, UNCAPTURED, Frame
 from scalebits_compiler.runtime.cuda.weights import DeviceWeights
+from scalebits_compiler.runtime.kernel_files import KernelFiles
 from scalebits_compiler.runtime.manifest import COMPILE_AGAIN
 from scalebits_compiler.runtime.plan import PRODUCTS, Step
 from scalebits_compiler.runtime.session import Session, runnable
@@ -25,23 +26,32 @@ F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
 
 
-def load_cuda(artifact: Artifact, tell: Tell = say) -> CudaSession:
-    """A session on the current GPU, with the artifact's binaries where they fit.
-
-    `tell` gets a line for every kernel whose source has to be compiled. Raises `ArtifactError`
-    where there is no GPU.
-    """
+def check_gpu(artifact: Artifact) -> None:
+    """Raise `ArtifactError` where there is no GPU to run a cuda artifact on."""
     if not torch.cuda.is_available():
         raise ArtifactError(
             f"{artifact.path} was compiled for the target 'cuda', and {missing_gpu()}",
             help=f"`scalebitsc retarget {artifact.path} --target cpu -o NEW` makes an artifact"
             " that runs here; `scalebitsc run --target reference` runs this one, slowly",
         )
+
+
+def gpu_arch() -> str:
+    """The architecture of the current GPU, as `--arch` names it."""
+    return "sm_{}{}".format(*torch.cuda.get_device_capability())
+
+
+def load_cuda(artifact: Artifact, kernels: KernelFiles) -> CudaSession:
+    """A session on the current GPU, with the kernels' binaries where they fit.
+
+    Standard error gets a line for every kernel whose source has to be compiled. Raises
+    `ArtifactError` where there is no GPU.
+    """
+    check_gpu(artifact)
     device = torch.device("cuda", torch.cuda.current_device())
     torch.cuda.init()
-    table = _kernel_table(artifact)
-    sources = source_launcher(artifact)
-    launcher = BinaryLauncher(artifact.path, table["kernels"], sources, tell)
+    table = _kernel_table(artifact, kernels)
+    launcher = BinaryLauncher(kernels.read, table["kernels"], _sources(kernels, table))
     count = torch.cuda.get_device_properties(device).multi_processor_count
     return CudaSession(artifact, DeviceWeights(artifact, Kernels(table, launcher, device, count)))
 
@@ -53,28 +63,26 @@ def missing_gpu() -> str:
     return "torch finds no NVIDIA GPU and driver here"
 
 
-def _kernel_table(artifact: Artifact) -> dict:
-    kernels = artifact.manifest.kernels
-    if kernels is None or "kernels" not in kernels.dispatch:
+def _kernel_table(artifact: Artifact, kernels: KernelFiles) -> dict:
+    if "kernels" not in kernels.dispatch:
         raise ArtifactError(f"{artifact.path} has no table of CUDA kernels", help=COMPILE_AGAIN)
     return dict(kernels.dispatch)
 
 
-def source_launcher(artifact: Artifact) -> SourceLauncher:
-    """Runs the kernels of an artifact from their Triton source."""
-    kernels = artifact.manifest.kernels
-    assert kernels is not None
-    return SourceLauncher(artifact.path / kernels.library, _kernel_table(artifact)["kernels"])
+def _sources(kernels: KernelFiles, table: dict) -> SourceLauncher:
+    """Runs kernels from their Triton source."""
+    return SourceLauncher(kernels.read(kernels.library), table["kernels"])
 
 
-def interpreted(artifact: Artifact, multiprocessors: int = 2) -> CudaSession:
+def interpreted(artifact: Artifact, kernels: KernelFiles, multiprocessors: int = 2) -> CudaSession:
     """A session on the CPU under TRITON_INTERPRET=1, which must be set before Triton is imported.
 
     The same code as on a GPU but for the captured graph; far too slow for more than tests.
     """
     device = torch.device("cpu")
-    kernels = Kernels(_kernel_table(artifact), source_launcher(artifact), device, multiprocessors)
-    return CudaSession(artifact, DeviceWeights(artifact, kernels))
+    table = _kernel_table(artifact, kernels)
+    interpreter = Kernels(table, _sources(kernels, table), device, multiprocessors)
+    return CudaSession(artifact, DeviceWeights(artifact, interpreter))
 
 
 class CudaSession(Session):
