@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import scalebits_compiler
-from scalebits_compiler.sessions import load
+from scalebits_compiler.sessions.open import load
 
 # tokenizers also requires huggingface-hub, which it imports to download only.
 INSTALLED = ("msgspec", "numpy", "safetensors", "tokenizers")

@@ -11,7 +11,7 @@ import pytest
 from safetensors import safe_open
 
 from scalebits_compiler.runtime import meter
-from scalebits_compiler.sessions import load
+from scalebits_compiler.sessions.open import load
 
 FEW = ("--prompt-tokens", "5", "--new-tokens", "3", "--repeat", "3")
 

@@ -21,7 +21,7 @@ from scalebits_compiler.numerics.quantize import LevelTable
 from scalebits_compiler.passes.base import PassContext, TextSplit
 from scalebits_compiler.passes.pipeline import parse_passes, run_pipeline
 from scalebits_compiler.passes.table import PASSES
-from scalebits_compiler.sessions import load
+from scalebits_compiler.sessions.open import load
 
 MOE = {
     "num_hidden_layers": 1,

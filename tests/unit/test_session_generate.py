@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from scalebits_compiler.errors import ArtifactError, UsageError
 from scalebits_compiler.runtime.generate import TextStream
 from scalebits_compiler.runtime.sampling import Sampling
-from scalebits_compiler.sessions import load
+from scalebits_compiler.sessions.open import load
 
 WRONG_TYPES = ("1", [1], True, 1j)
 
