@@ -140,8 +140,10 @@ def test_a_config_in_the_text_runs_no_code(made: tuple[Path, Path, str]) -> None
     custom = {
         "auto_map": {"AutoModel": "evil--module.Model"},
         "_attn_implementation": "evil/kernel",
-        "text_config": {"attn_implementation": "evil/kernel"},
+        "inner": {"attn_implementation": "evil/kernel", "size": 1},
     }
-    assert type(skeleton(json.dumps({**plain, **custom}))).__name__ == plain["architectures"][0]
+    built: Any = skeleton(json.dumps({**plain, **custom}))
+    assert type(built).__name__ == plain["architectures"][0]
+    assert built.config.inner == {"size": 1}
     with pytest.raises(FrontendError, match="describes no model"):
         skeleton("{}")
