@@ -8,11 +8,12 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 import scalebits_compiler as sb
 from scalebits_compiler.codegen import kernel_cache as cache
