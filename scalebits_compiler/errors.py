@@ -1,10 +1,12 @@
 """The error tree (layer L0). What a user can cause is a `ScalebitsError`; the rest are bugs.
 
-Only `cli/main.py` formats errors and exits: 2 for `UsageError`, 130 for `Interrupted`, else 1.
+Only `cli/main.py` formats errors and exits: 2 for `UsageError`, 128 and the number of the signal
+where one ended the program, else 1.
 """
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass, field
 
 
@@ -28,7 +30,11 @@ class UsageError(ScalebitsError):
 
 
 class Interrupted(ScalebitsError):
-    """The user stopped the program (exit code 130)."""
+    """A signal has ended the program; the message says what is left (exit code 128 + signal)."""
+
+
+class OutputError(ScalebitsError):
+    """An output cannot be written now: the disk is full, or another run is writing it."""
 
 
 class FrontendError(ScalebitsError):
@@ -57,3 +63,37 @@ class TargetError(ScalebitsError):
 
 class ArtifactError(ScalebitsError):
     """An artifact is damaged, incomplete or of another version."""
+
+
+# How libraries say that an allocation, a mapping or a thread was refused, where they raise no type
+# of exception of its own: torch, C++, Rust (safetensors, tokenizers), Python's threads.
+_NO_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "bad_alloc",
+    "memory allocation of",
+    "can't start new thread",
+    "resource temporarily unavailable",
+)
+
+
+def memory_error(error: BaseException) -> BaseException | None:
+    """The exception that says that memory ran out: `error`, or one that it was raised from.
+
+    None if there is none.
+    """
+    current: BaseException | None = error
+    while current is not None and not _states_no_memory(current):
+        hidden = current.__suppress_context__
+        current = current.__cause__ or (None if hidden else current.__context__)
+    return current
+
+
+def _states_no_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    text = str(error).lower()
+    return not isinstance(error, ScalebitsError) and any(part in text for part in _NO_MEMORY)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -83,7 +85,9 @@ def build_kernels(
     started: Launcher = SourceLauncher(source, table)
     if launcher == "binary":
         arch = "sm_{}{}".format(*torch.cuda.get_device_capability())
-        for key, made in compile_specs(specs, [arch]).items():
+        with tempfile.TemporaryDirectory() as folder:
+            binaries = compile_specs(specs, [arch], Path(folder))
+        for key, made in binaries.items():
             images[f"{key}.cubin"] = made[arch].image
             entry = {"file": f"{key}.cubin", "shared": made[arch].shared}
             table[key]["binaries"][arch] = entry | {"scratch": made[arch].scratch}

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scalebits_compiler.artifact.output import check_output, output_folder
 from scalebits_compiler.codegen import kernel_cache
 from scalebits_compiler.codegen.plan import order_tensors
 from scalebits_compiler.errors import TargetError
@@ -39,8 +38,6 @@ from scalebits_compiler.runtime.plan import Plan
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["WRITTEN_HERE", "check_output", "write_artifact"]
-
 PLAN_FILE = "plan.safetensors"
 WRITTEN_HERE = (MANIFEST, MODEL_FILE, PLAN_FILE, MODULE_FILE, "config.json")
 # The tensors begin on a cache line.
@@ -66,7 +63,7 @@ class TooLarge(TargetError):
 
 
 def write_artifact(
-    out: Path,
+    folder: Path,
     module: Module,
     *,
     target: Mapping[str, Any],
@@ -76,17 +73,16 @@ def write_artifact(
     config: Mapping[str, Any],
     summary: Mapping[str, Any],
     provenance: Provenance,
-    force: bool = False,
     most_bytes: int | None = None,
 ) -> Manifest:
-    """Write the artifact of a packed module to the folder `out`, which appears at once, complete.
+    """Write the artifact of a packed module into a folder that is empty or not there.
 
     files: name inside the artifact -> contents or file to copy (tokenizer, generation_config.json,
     kernels/...). config: the model's Hugging Face config; `quantization_config` is added. Equal
     arguments give equal bytes. The kernel cache remembers `kernels` as built on this machine; where
-    it cannot be written, sessions build them anew. Raises `UsageError` for an output that cannot
-    be written, `TargetError` for a module that is not packed or names that clash, `TooLarge` if
-    its files, the manifest included, take more than `most_bytes`.
+    it cannot be written, sessions build them anew. Raises `TargetError` for a module that is not
+    packed or names that clash, `TooLarge` if its files, the manifest included, take more than
+    `most_bytes`, `OSError` where a file cannot be written.
     """
     if "packed" not in module.facts:
         raise TargetError(f"@{module.name} is not packed", help="run pack-blocks first")
@@ -94,24 +90,24 @@ def write_artifact(
         check_name(name, "files")
         if name in WRITTEN_HERE:
             raise TargetError(f"the file {name} is written by the artifact writer itself")
-    with output_folder(out, force) as folder:
-        weights = _write_module(folder, module)
-        for name, source in files.items():
-            _write_file(folder / name, source)
-        (folder / "config.json").write_text(_config_text(config, target, summary))
-        manifest = Manifest(
-            target=target,
-            files=_records(folder),
-            weights=weights,
-            plan=plan,
-            kernels=kernels,
-            summary=summary,
-            provenance=provenance,
-        )
-        manifest.check()
-        if most_bytes is not None and manifest.file_bytes > most_bytes:
-            raise TooLarge(manifest.file_bytes, most_bytes)
-        (folder / MANIFEST).write_text(manifest.to_json())
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = _write_module(folder, module)
+    for name, source in files.items():
+        _write_file(folder / name, source)
+    (folder / "config.json").write_text(_config_text(config, target, summary))
+    manifest = Manifest(
+        target=target,
+        files=_records(folder),
+        weights=weights,
+        plan=plan,
+        kernels=kernels,
+        summary=summary,
+        provenance=provenance,
+    )
+    manifest.check()
+    if most_bytes is not None and manifest.file_bytes > most_bytes:
+        raise TooLarge(manifest.file_bytes, most_bytes)
+    (folder / MANIFEST).write_text(manifest.to_json())
     if kernels is not None:
         with suppress(TargetError):
             kernel_cache.remember(kernels_digest(manifest))

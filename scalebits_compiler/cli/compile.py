@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import resource
 import shlex
 import sys
 from dataclasses import asdict
@@ -13,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from scalebits_compiler.cli.inspect import calls
 from scalebits_compiler.cli.progress import progress_for
+from scalebits_compiler.cli.stopping import saying_what_is_left
 from scalebits_compiler.cli.targets import add_target
-from scalebits_compiler.errors import Interrupted, UsageError
+from scalebits_compiler.errors import ScalebitsError, UsageError
 from scalebits_compiler.ir.coerce import is_union
 from scalebits_compiler.numerics.device import Placement
 
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
 # Of matrices with one fate, so many are named; --json has all.
 MOST_NAMED = 4
+# Bytes of data that Python has once torch is loaded, about.
+_LEAST_MEMORY = 256 << 20
 
 
 def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -63,7 +67,11 @@ def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
     add("--plugin", type=Path, action="append", default=[], metavar="FILE", help="load a plugin")
     add("--json", action="store_true", help="print the summary as JSON")
     add("-q", "--quiet", action="store_true", help="no progress")
-    parser.set_defaults(run=run)
+    told = (
+        "fewer windows (--calib-windows, --accept-windows), shorter ones (--seq-len) and"
+        " --no-tuning take less"
+    )
+    parser.set_defaults(run=run, memory_help=told)
 
 
 def _add_pass_options(parser: argparse.ArgumentParser) -> None:
@@ -132,6 +140,7 @@ def _block(text: str) -> tuple[int, int]:
 
 def run(args: argparse.Namespace) -> int:
     """Compile and print the summary."""
+    _check_memory_limit()
     from scalebits_compiler.artifact.output import check_dump_folder
     from scalebits_compiler.driver.checkpoint import state_folder
     from scalebits_compiler.driver.compile import Hooks, compile_budgets, compile_model
@@ -161,19 +170,26 @@ def run(args: argparse.Namespace) -> int:
     folder = state_folder(args.output)
     if args.resume and not folder.is_dir():
         _note(f"there is no {folder.name} to go on with, starting anew")
-    try:
+    with saying_what_is_left(args.output, folder):
         if len(args.avg_bits) > 1 or args.search_only:
             what = args.model, args.output, args.avg_bits, options, hooks, args.start
             made = compile_budgets(*what, args.search_only)
             print(json.dumps(frontier_json(made), indent=2) if args.json else frontier_text(made))
             return 0
         report = compile_model(args.model, args.output, options, hooks, args.start)
-    except KeyboardInterrupt:
-        if folder.is_dir():
-            raise Interrupted("the search so far is kept, go on with --resume") from None
-        raise
-    print(json.dumps(as_json(report), indent=2) if args.json else as_text(report))
-    return 0
+        print(json.dumps(as_json(report), indent=2) if args.json else as_text(report))
+        return 0
+
+
+def _check_memory_limit() -> None:
+    """The libraries that are loaded first end the process where memory runs out meanwhile."""
+    limit = resource.getrlimit(resource.RLIMIT_DATA)[0]
+    if limit != resource.RLIM_INFINITY and limit < _LEAST_MEMORY:
+        raise ScalebitsError(
+            f"out of memory: the limit on data of this process, {limit:,} bytes, is less than"
+            f" {_LEAST_MEMORY:,}",
+            help="raise it: ulimit -d unlimited",
+        )
 
 
 def _note(text: str) -> None:

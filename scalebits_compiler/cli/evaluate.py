@@ -40,7 +40,7 @@ def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
     add_trust(add)
     add("--json", action="store_true", help="print JSON")
     add("-q", "--quiet", action="store_true", help="no progress")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, memory_help="fewer --windows or a shorter --seq-len take less")
 
 
 def run(args: argparse.Namespace) -> int:

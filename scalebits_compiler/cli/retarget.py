@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from scalebits_compiler.cli.stopping import saying_what_is_left
 from scalebits_compiler.cli.targets import add_target
 
 if TYPE_CHECKING:
@@ -31,13 +32,14 @@ def run(args: argparse.Namespace) -> int:
     from scalebits_compiler.plugins import load_plugins
     from scalebits_compiler.tools.retarget import retarget
 
-    manifest = retarget(
-        args.artifact,
-        args.output,
-        args.target,
-        force=args.force,
-        registry=load_plugins(args.plugin),
-    )
+    with saying_what_is_left(args.output):
+        manifest = retarget(
+            args.artifact,
+            args.output,
+            args.target,
+            force=args.force,
+            registry=load_plugins(args.plugin),
+        )
     found = {
         "output": str(args.output),
         "target": manifest.target["kind"],

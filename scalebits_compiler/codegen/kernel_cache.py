@@ -15,6 +15,7 @@ from contextvars import ContextVar
 from pathlib import Path
 
 from scalebits_compiler.errors import TargetError
+from scalebits_compiler.files import complete_file, remove_parts
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _KNOWN = "known"
@@ -52,9 +53,9 @@ def load(name: str) -> bytes | None:
 def store(name: str, data: bytes) -> None:
     """Store under a name: its hash and the bytes, in a file that appears complete."""
     with _writing() as folder:
-        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+        # The hash tells a file of which a power failure has left a part.
+        with complete_file(folder / name, durable=False) as file:
             file.write(hashlib.sha256(data).digest() + data)
-        Path(file.name).replace(folder / name)
 
 
 def remember(digest: str) -> None:
@@ -84,9 +85,14 @@ def temporary_cache() -> Iterator[None]:
 
 
 def check_cache() -> None:
-    """Raise `TargetError`, before any work, if nothing can be stored."""
-    with _writing() as folder, tempfile.TemporaryFile(dir=folder):
-        pass
+    """Raise `TargetError`, before any work, if nothing can be stored.
+
+    What killed processes have left is removed.
+    """
+    with _writing() as folder:
+        remove_parts(folder)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
 
 
 @contextmanager

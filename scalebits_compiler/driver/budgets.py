@@ -9,9 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from scalebits_compiler.artifact.output import output_folder
 from scalebits_compiler.artifact.sizes import summarize
-from scalebits_compiler.driver.compilation import Compilation, CompileOptions, CompileReport, Hooks
+from scalebits_compiler.driver.compilation import (
+    CompileOptions,
+    CompileReport,
+    Hooks,
+    open_compilation,
+)
 from scalebits_compiler.errors import UsageError
 from scalebits_compiler.ir.module import Module
 from scalebits_compiler.ir.save import resource_keys, save_module, write_tensors, write_text
@@ -55,36 +59,37 @@ def compile_budgets(
     """
     falling = _falling(budgets)
     chosen = replace(options or CompileOptions(), avg_bits=falling[0])
-    work = Compilation(model, Path(out), chosen, hooks or Hooks(), start)
-    before, search, after = work.split()
-    later = search  # without swaps, the hulls of all budgets are those of the same curves
-    if search.rounds:
-        later = replace(search, warm=True, rounds=WARM_ROUNDS)
-    searches = [replace(search, avg_bits=falling[0])]
-    searches += [replace(later, avg_bits=bits) for bits in falling[1:]]
-    module = work.run(work.module, before, searches)
-    reports: dict[str, CompileReport] = {}
-    points: list[dict[str, Any]] = []
-    with output_folder(work.out, chosen.force) as folder:
-        shared = replace(module, tensors=())
-        if search_only:
-            save_module(shared, folder / _BEFORE)
-        for item in searches:
-            module = work.run(module, [item])
-            name = _name(item.avg_bits)
-            point = _point(name, work.ctx.report[item.name], summarize(module))
+    with open_compilation(model, Path(out), chosen, hooks or Hooks(), start) as work:
+        before, search, after = work.split()
+        later = search  # without swaps, the hulls of all budgets are those of the same curves
+        if search.rounds:
+            later = replace(search, warm=True, rounds=WARM_ROUNDS)
+        searches = [replace(search, avg_bits=falling[0])]
+        searches += [replace(later, avg_bits=bits) for bits in falling[1:]]
+        module = work.run(work.module, before, searches)
+        reports: dict[str, CompileReport] = {}
+        points: list[dict[str, Any]] = []
+        with work.output.replacement() as folder:
+            shared = replace(module, tensors=())
             if search_only:
-                _save_widths(module, shared, folder / f"{name}.sbir")
-                point |= {"dump": f"{name}.sbir"}
-            else:
-                report = work.emit(work.run(module, after), folder / name)
-                reports[name] = replace(report, out=work.out / name, passes=dict(report.passes))
-                point |= {"folder": name, "file_bytes": report.manifest.file_bytes}
-            points.insert(0, point)
-        (folder / FRONTIER).write_text(json.dumps({"points": points}, indent=1) + "\n")
-        (folder / "frontier.txt").write_text(table(points))
-    work.search.remove()
-    return Frontier(work.out, reports, points, work.stages.seconds)
+                save_module(shared, folder / _BEFORE)
+            for item in searches:
+                module = work.run(module, [item])
+                name = _name(item.avg_bits)
+                point = _point(name, work.ctx.report[item.name], summarize(module))
+                if search_only:
+                    _save_widths(module, shared, folder / f"{name}.sbir")
+                    point |= {"dump": f"{name}.sbir"}
+                else:
+                    manifest = work.emit(work.run(module, after), folder / name)
+                    report = work.report(Path(out) / name, manifest)
+                    reports[name] = replace(report, passes=dict(report.passes))
+                    point |= {"folder": name, "file_bytes": manifest.file_bytes}
+                points.insert(0, point)
+            (folder / FRONTIER).write_text(json.dumps({"points": points}, indent=1) + "\n")
+            (folder / "frontier.txt").write_text(table(points))
+        work.search.remove()
+        return Frontier(Path(out), reports, points, work.stages.seconds)
 
 
 def _save_widths(module: Module, shared: Module, path: Path) -> None:

@@ -1,4 +1,7 @@
-"""The state of a search in a folder beside the output, so that a killed compile can go on (L3)."""
+"""The state of a search in a folder beside the output, so that a killed compile can go on (L3).
+
+Whoever has the lock of the output (artifact/output.py) owns the folder: no other run touches it.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from msgspec import Struct
 
 from scalebits_compiler import __version__
 from scalebits_compiler.errors import UsageError
+from scalebits_compiler.files import remove_parts
 from scalebits_compiler.ir.save import replacing
 from scalebits_compiler.numerics.layout import FORMAT_VERSION
 from scalebits_compiler.runtime.schema import convert, parse_json
@@ -47,17 +51,19 @@ class SearchFolder:
 
     def __init__(self, folder: Path, resume: bool) -> None:
         self.folder, self.resume = folder, resume
+        self._saved: set[Path] = set()
 
     def check(self, force: bool) -> None:
-        """UsageError if there is a state that would be lost: neither --resume nor --force."""
-        if self.resume or not self._files():
-            return
-        if not force:
+        """UsageError if there is a state that would be lost: neither --resume nor --force.
+
+        With --force it is replaced by the first state of the new search, not before: a compile that
+        fails until then has not lost it.
+        """
+        if self._files() and not self.resume and not force:
             raise UsageError(
                 f"{self.folder} holds the state of a search that was cut short",
                 help="go on with --resume, or start over with --force",
             )
-        self.remove()
 
     def load(self, name: str, identity: Mapping[str, str]) -> dict[str, Any] | None:
         """The last state of a search; None if there is none or none is wanted.
@@ -91,9 +97,14 @@ class SearchFolder:
             raise UsageError(f"cannot write {self.folder}: {error.strerror}") from error
         with replacing(self._path(name)) as file:
             file.write(json.dumps(body).encode())
+        self._saved.add(self._path(name))
+        if not self.resume:
+            for path in set(self._files()) - self._saved:
+                path.unlink(missing_ok=True)
 
     def remove(self) -> None:
         """Remove the states, and the folder if it holds nothing else."""
+        remove_parts(self.folder)
         for path in self._files():
             path.unlink(missing_ok=True)
         with suppress(OSError):

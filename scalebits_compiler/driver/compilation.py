@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scalebits_compiler import __version__
-from scalebits_compiler.artifact.output import check_output
+from scalebits_compiler.artifact.output import Output, open_output
 from scalebits_compiler.artifact.repack import repack
 from scalebits_compiler.artifact.sizes import summarize
 from scalebits_compiler.artifact.writer import write_artifact
@@ -105,6 +105,24 @@ class CompileReport:
     place: Placement
 
 
+@contextmanager
+def open_compilation(
+    model: str | Path,
+    out: Path,
+    options: CompileOptions,
+    hooks: Hooks,
+    start: Path | None = None,
+) -> Iterator[Compilation]:
+    """The compilation of a model to `out`, which no other run writes until the block ends.
+
+    Raises a ScalebitsError for what can be refused before any work.
+    """
+    passes = pipeline_for(options, hooks.registry.passes)
+    target = _prepare(Path(model), out, options, passes, hooks.registry)
+    with open_output(out, options.force) as output:
+        yield Compilation(model, output, target, passes, options, hooks, start)
+
+
 def evaluator(module: Module, place: Placement | None = None) -> Evaluator:
     """The reference target's executor, as passes are given it."""
     from scalebits_compiler.interpreter.executor import Executor
@@ -121,15 +139,15 @@ class Compilation:
     def __init__(
         self,
         model: str | Path,
-        out: Path,
+        output: Output,
+        target: Target,
+        passes: list[Pass],
         options: CompileOptions,
         hooks: Hooks,
         start: Path | None = None,
     ) -> None:
-        self.out, self.options, self.hooks = out, options, hooks
-        self.search = SearchFolder(state_folder(out), options.resume)
-        passes = pipeline_for(options, hooks.registry.passes)
-        self.target = _prepare(Path(model), out, options, passes, hooks.registry)
+        self.output, self.target, self.options, self.hooks = output, target, options, hooks
+        self.search = SearchFolder(state_folder(output.path), options.resume)
         self.search.check(options.force)
         self.stages = _Stages(hooks.progress)
         self.source = self.stages.run("load", lambda: load_source(model))
@@ -201,21 +219,26 @@ class Compilation:
             self.stages.add(name, seconds)
         return module
 
-    def emit(self, module: Module, out: Path, most_bytes: int | None = None) -> CompileReport:
-        """Build the kernels of a packed module and write its artifact to `out`.
+    def emit(self, module: Module, folder: Path, most_bytes: int | None = None) -> Manifest:
+        """Build the kernels of a packed module and write its artifact into an empty folder.
 
-        TooLarge if its files take more than `most_bytes`; nothing is left of it then.
+        TooLarge if its files take more than `most_bytes`.
         """
-        with tempfile.TemporaryDirectory(prefix="scalebits-") as folder:
+        with self.output.temporary_folder() as beside:
             module = repack(module, self.target.order)
-            built = self.stages.run("kernels", lambda: self.target.build(module, Path(folder)))
+            built = self.stages.run("kernels", lambda: self.target.build(module, beside))
             if self.hooks.on_kernels is not None:
                 self.hooks.on_kernels(built)
-            manifest = self.stages.run("write", lambda: self._write(module, built, out, most_bytes))
+            return self.stages.run("write", lambda: self._write(module, built, folder, most_bytes))
+
+    def report(self, out: Path, manifest: Manifest) -> CompileReport:
+        """What was done so far, for the artifact that is or will be at `out`."""
         ctx = self.ctx
         return CompileReport(out, manifest, self.stages.seconds, ctx.report, ctx.place)
 
-    def _write(self, module: Module, built: Built, out: Path, most_bytes: int | None) -> Manifest:
+    def _write(
+        self, module: Module, built: Built, folder: Path, most_bytes: int | None
+    ) -> Manifest:
         source, target = self.source, self.target
         provenance = Provenance(
             pipeline=",".join(module.history),
@@ -227,7 +250,7 @@ class Compilation:
         )
         extra = {path.name: path for path in source.tokenizer_files}
         return write_artifact(
-            out,
+            folder,
             replace(module, calibration=None, tuning=None, acceptance=None),
             target={"kind": target.name, **asdict(target)},
             plan=built.plan,
@@ -236,7 +259,6 @@ class Compilation:
             config=source.config,
             summary=summarize(module),
             provenance=provenance,
-            force=self.options.force,
             most_bytes=most_bytes,
         )
 
@@ -287,7 +309,7 @@ def remaining(passes: Sequence[Pass], module: Module) -> list[Pass]:
 def _prepare(
     model: Path, out: Path, options: CompileOptions, passes: Sequence[Pass], registry: Registry
 ) -> Target:
-    """The target; refuses everything that can be refused before any work."""
+    """The target; refuses all that can be refused without the output, before any work."""
     from scalebits_compiler.frontend.calibration import read_text
 
     if options.seed < 0:
@@ -307,7 +329,6 @@ def _prepare(
     target = parse_target(options.target, table)
     target.check()
     target.check_gathers(_gathers(passes))
-    check_output(out, options.force)
     return target
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from scalebits_compiler.artifact.sizes import summarize
 from scalebits_compiler.driver.budgets import Frontier, compile_budgets
 from scalebits_compiler.driver.compilation import (
-    Compilation,
     CompileOptions,
     CompileReport,
     Hooks,
     evaluator,
+    open_compilation,
     pipeline_for,
     remaining,
 )
@@ -47,16 +47,18 @@ def compile_model(
     facts it lacks are run. Raises a ScalebitsError for anything a user can mend. Equal inputs and
     options give equal bytes.
     """
-    work = Compilation(model, Path(out), options or CompileOptions(), hooks or Hooks(), start)
-    if work.options.fit is not None:
-        from scalebits_compiler.driver.fit_to_size import compile_to_size
+    options, hooks = options or CompileOptions(), hooks or Hooks()
+    with open_compilation(model, Path(out), options, hooks, start) as work:
+        if options.fit is not None:
+            from scalebits_compiler.driver.fit_to_size import compile_to_size
 
-        return compile_to_size(work, work.options.fit)
-    module = work.run(work.module, work.passes)
-    _check_budget(module, work.options.avg_bits)
-    report = work.emit(module, work.out)
-    work.search.remove()
-    return report
+            return compile_to_size(work, Path(out), options.fit)
+        module = work.run(work.module, work.passes)
+        _check_budget(module, options.avg_bits)
+        with work.output.replacement() as folder:
+            manifest = work.emit(module, folder)
+        work.search.remove()
+        return work.report(Path(out), manifest)
 
 
 def _check_budget(module: Module, avg_bits: float) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,7 +24,7 @@ _PER_MATRIX, _ONCE = 64, 512
 _TRIES = 3
 
 
-def compile_to_size(work: Compilation, most_bytes: int) -> CompileReport:
+def compile_to_size(work: Compilation, out: Path, most_bytes: int) -> CompileReport:
     """The best artifact whose files, all of them, take at most `most_bytes`.
 
     What the files hold besides the searched matrices is measured on trial artifacts: of the least
@@ -50,12 +49,13 @@ def compile_to_size(work: Compilation, most_bytes: int) -> CompileReport:
         item = replace(search, avg_bits=(budget + 0.5) / costs.weights)
         done = work.run(module, [item, *after])
         try:
-            report = work.emit(done, work.out, most_bytes)
+            with work.output.replacement() as folder:
+                manifest = work.emit(done, folder, most_bytes)
         except TooLarge as error:
             beside += error.excess
             continue
         work.search.remove()
-        return report
+        return work.report(out, manifest)
     raise PassError(f"no artifact of at most {most_bytes:,} bytes was found in {_TRIES} tries")
 
 
@@ -85,8 +85,8 @@ def _check_least(most_bytes: int, least: int, what: str, told: str) -> None:
 
 def _bytes_beside(work: Compilation, module: Module, bits: Ints, costs: Costs) -> int:
     """Bytes of an artifact without its searched matrices, measured by writing one of zeros."""
-    with tempfile.TemporaryDirectory(prefix="scalebits-") as folder:
-        written = work.emit(_trial(module, bits), Path(folder) / "trial").manifest
+    with work.output.temporary_folder() as folder:
+        written = work.emit(_trial(module, bits), folder)
     rest = written.file_bytes - costs.total(bits) // 8
     return rest + _ONCE + _PER_MATRIX * len(module.quantized())
 

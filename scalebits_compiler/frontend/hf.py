@@ -15,7 +15,7 @@ import msgspec
 import torch
 from torch import nn
 
-from scalebits_compiler.errors import FrontendError
+from scalebits_compiler.errors import FrontendError, memory_error
 from scalebits_compiler.numerics.safetensors import read_header
 from scalebits_compiler.pretrained import (
     call,
@@ -142,7 +142,9 @@ def trace(model: nn.Module, task: str = CAUSAL) -> torch.export.ExportedProgram:
                 strict=False,
             )
             return _functional(exported)
-    except Exception as error:  # torch.export raises errors of many kinds, all mean the same here
+    except Exception as error:  # torch.export raises errors of many kinds
+        if memory_error(error) is not None:
+            raise
         lines = str(error).partition(" For more information")[0].strip().splitlines()
         reason = lines[0].rstrip(".! ") if lines else repr(error)
         raise FrontendError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -10,7 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from scalebits_compiler.errors import IRError
+from scalebits_compiler.errors import IRError, memory_error
+from scalebits_compiler.files import complete_file, remove_parts
 from scalebits_compiler.ir.attrs import Resource
 from scalebits_compiler.ir.module import TEXTS, Module
 from scalebits_compiler.ir.printer import print_module
@@ -20,16 +20,18 @@ from scalebits_compiler.numerics import safetensors
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` when it is complete, or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    """A file that takes the place of `path` when it is complete, or not at all.
+
+    IRError if it cannot be written. What killed processes left of it is removed.
+    """
     try:
-        with part.open("wb") as file:
+        remove_parts(path.parent, path.name)
+        with complete_file(path) as file:
             yield file
-        part.replace(path)
     except OSError as error:
+        if memory_error(error) is not None:
+            raise
         raise IRError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def resource_keys(module: Module) -> list[str]:

@@ -8,7 +8,13 @@ from dataclasses import MISSING, dataclass, fields, replace
 from difflib import get_close_matches
 from typing import Any, get_type_hints
 
-from scalebits_compiler.errors import ParseError, PassError, ScalebitsError, UsageError
+from scalebits_compiler.errors import (
+    ParseError,
+    PassError,
+    ScalebitsError,
+    UsageError,
+    memory_error,
+)
 from scalebits_compiler.ir.coerce import coerce, type_text
 from scalebits_compiler.ir.module import Module
 from scalebits_compiler.ir.printer import print_attr, print_attrs
@@ -273,6 +279,8 @@ def run_pipeline(
         try:
             module = _run_one(module, item, ctx, observers)
         except Exception as error:
+            if memory_error(error) is not None:  # no bug of the pass: nothing to reproduce
+                raise
             raise _explained(error, item, module, observers) from error
     return module
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-from scalebits_compiler.artifact.output import check_output
+from scalebits_compiler.artifact.output import open_output
 from scalebits_compiler.artifact.rebuild import build_for
 from scalebits_compiler.artifact.writer import WRITTEN_HERE, write_artifact
 from scalebits_compiler.codegen.target import TARGETS, parse_target
@@ -41,22 +40,21 @@ def retarget(
         raise UsageError(
             f"the output {out} holds the artifact {path}", help="give a folder of its own with -o"
         )
-    check_output(out, force)
-    manifest = verify_files(path)
-    artifact = Artifact.open(path)
-    replaced = {*WRITTEN_HERE, *kernel_digests(manifest)}
-    files = {name: path / name for name in manifest.files if name not in replaced}
-    with tempfile.TemporaryDirectory(prefix="scalebits-") as folder:
-        module, built = build_for(artifact, wanted, Path(folder), registry.ops)
-        return write_artifact(
-            out,
-            module,
-            target={"kind": wanted.name, **asdict(wanted)},
-            plan=built.plan,
-            kernels=built.kernels,
-            files={**files, **built.files},
-            config=artifact.config,
-            summary=manifest.summary,
-            provenance=manifest.provenance,
-            force=force,
-        )
+    with open_output(out, force) as output:
+        manifest = verify_files(path)
+        artifact = Artifact.open(path)
+        replaced = {*WRITTEN_HERE, *kernel_digests(manifest)}
+        files = {name: path / name for name in manifest.files if name not in replaced}
+        with output.temporary_folder() as beside, output.replacement() as folder:
+            module, built = build_for(artifact, wanted, beside, registry.ops)
+            return write_artifact(
+                folder,
+                module,
+                target={"kind": wanted.name, **asdict(wanted)},
+                plan=built.plan,
+                kernels=built.kernels,
+                files={**files, **built.files},
+                config=artifact.config,
+                summary=manifest.summary,
+                provenance=manifest.provenance,
+            )

@@ -170,20 +170,35 @@ def test_killed_compile_leaves_the_search_and_goes_on(
     out = tmp_path / "out"
     process = killed_at("kernels", command(compiled.model, out, text), signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
-    assert [path.name for path in tmp_path.iterdir()] == ["out.search"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.partial", "out.search"]
     ran = compile_small(compiled.model, out, "--resume")
     assert ran.code == 0, ran.err
     same_bytes(compiled.path, out)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("stage", ["sensitivity at full precision", "kernels", "write"])
+@pytest.mark.parametrize(
+    ("stage", "sign", "code"),
+    [
+        ("trace", signal.SIGTERM, 143),
+        ("sensitivity at full precision", signal.SIGINT, 130),
+        ("kernels", signal.SIGTERM, 143),
+        ("write", signal.SIGHUP, 129),
+    ],
+)
 def test_interrupted_compile_says_so(
-    cli: Any, compiled: Any, text: Path, tmp_path: Path, monkeypatch: Any, stage: str
+    cli: Any,
+    compiled: Any,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: Any,
+    stage: str,
+    sign: signal.Signals,
+    code: int,
 ) -> None:
     def progress(items: Any, label: str, total: int | None = None) -> Iterator[Any]:
         if label == stage:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), sign)
         return iter(items)
 
     monkeypatch.setattr("scalebits_compiler.cli.compile.progress_for", lambda quiet: progress)
@@ -199,7 +214,7 @@ def test_interrupted_compile_says_so(
     ran = cli("compile", compiled.model, "-o", tmp_path / "out", "--calib", text, *small)
     searched = stage in ("kernels", "write")
     told = "the search so far is kept, go on with --resume" if searched else "nothing was written"
-    assert (ran.code, ran.err) == (130, f"interrupted; {told}\n")
+    assert (ran.code, ran.err) == (code, f"interrupted; {told}\n")
     left = [path.name for path in tmp_path.iterdir()]
     assert left == (["out.search"] if searched else [])
 
@@ -214,11 +229,12 @@ from scalebits_compiler.cli.main import main
 def dying(name):
     kept = getattr(Path, name)
     def act(self, *args):
-        if ".partial-" in str(self) and (name != "write_text" or self.name == "manifest.json"):
+        if ".partial" in str(self) and self.name in ("manifest.json", "artifact"):
             os.kill(os.getpid(), signal.SIGKILL)
         return kept(self, *args)
     setattr(Path, name, act)
 
+output._exchange = lambda *_: False
 dying(sys.argv[1])
 main(sys.argv[2:])
 """
@@ -233,8 +249,8 @@ def test_killed_while_writing(
     argv = command(compiled.model, old, text, "--force", "--target", "reference")[3:]
     done = subprocess.run([sys.executable, "-c", _DIES, moment, *argv], capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
-    names = sorted(path.name for path in old.parent.iterdir())
-    assert any(".partial-" in name for name in names)
+    assert old.with_name(f".{old.name}.partial").is_dir()
+    assert old.exists() == (moment == "write_text")
     if moment == "write_text":
         same_bytes(compiled.path, old)
     # A refusal after the crash must have put the old artifact back, whole.

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from scalebits_compiler.artifact.output import open_output
 from scalebits_compiler.artifact.sizes import matrix_summary
 from scalebits_compiler.artifact.writer import write_artifact
 from scalebits_compiler.codegen.plan import make_plan, unplanned
@@ -260,18 +261,18 @@ def write(tmp_path):
 
     def _write(module, out=None, limit=64, kernels=None, files=None, force=False):
         out = tmp_path / "out" if out is None else out
-        write_artifact(
-            out,
-            module,
-            target={"kind": kind_of(kernels)},
-            plan=None if unplanned(module.function) else make_plan(module),
-            kernels=kernels,
-            files={"generation_config.json": b'{"eos_token_id": 0}', **(files or {})},
-            config={"model_type": "llama", "max_position_embeddings": limit},
-            summary=summary(module),
-            provenance=provenance(),
-            force=force,
-        )
+        with open_output(out, force) as output, output.replacement() as folder:
+            write_artifact(
+                folder,
+                module,
+                target={"kind": kind_of(kernels)},
+                plan=None if unplanned(module.function) else make_plan(module),
+                kernels=kernels,
+                files={"generation_config.json": b'{"eos_token_id": 0}', **(files or {})},
+                config={"model_type": "llama", "max_position_embeddings": limit},
+                summary=summary(module),
+                provenance=provenance(),
+            )
         return out
 
     return _write

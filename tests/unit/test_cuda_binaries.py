@@ -61,12 +61,12 @@ def listing(image, path):
 
 
 @pytest.fixture(scope="module")
-def built():
+def built(tmp_path_factory):
     """(spec, arch) -> binary, compiled once for all tests."""
-    found = {}
+    found, folder = {}, tmp_path_factory.mktemp("build")
     for spec in dict.fromkeys(spec for spec, _ in BUILT):
         archs = [arch for other, arch in BUILT if other == spec]
-        made = compile_specs([spec], archs)[spec.key]
+        made = compile_specs([spec], archs, folder)[spec.key]
         found |= {(spec, arch): made[arch] for arch in archs}
     return found
 
@@ -90,7 +90,7 @@ def test_a_conversion_would_be_seen(tmp_path, monkeypatch):
     """The check above can fail: with a plain conversion in the source there are I2F."""
     plain = aot.emit_module([DENSE]).replace(".to(kind, bitcast=True)", ".to(kind)")
     monkeypatch.setattr(aot, "emit_module", lambda specs: plain)
-    binary = compile_specs([DENSE], ["sm_80"])[DENSE.key]["sm_80"]
+    binary = compile_specs([DENSE], ["sm_80"], tmp_path)[DENSE.key]["sm_80"]
     opcodes = listing(binary.image, tmp_path / "kernel.cubin").opcodes
     assert [name for name in opcodes if name.startswith("I2F")]
 
@@ -99,16 +99,16 @@ def test_the_cache_is_by_content(tmp_path, monkeypatch):
     monkeypatch.setenv("SCALEBITS_CACHE", str(tmp_path))
     calls = []
     compiled = {"sm_90": aot.Binary(b"\x00binary\n\xff", 48, 2)}
-    monkeypatch.setattr(aot, "_compile", lambda spec, archs: calls.append(spec) or compiled)
+    monkeypatch.setattr(aot, "_compile", lambda spec, *_: calls.append(spec) or compiled)
     for _ in range(2):
-        assert compile_specs([DENSE], ["sm_90"]) == {DENSE.key: compiled}
+        assert compile_specs([DENSE], ["sm_90"], tmp_path) == {DENSE.key: compiled}
     assert calls == [DENSE]
-    compile_specs([DECODE], ["sm_90"])
+    compile_specs([DECODE], ["sm_90"], tmp_path)
     assert calls == [DENSE, DECODE]
     assert len(list(tmp_path.glob("*.kernel"))) == len(list(tmp_path.iterdir())) == 2
     for path in tmp_path.iterdir():
         path.write_bytes(path.read_bytes()[:-1])
-    assert compile_specs([DENSE], ["sm_90"]) == {DENSE.key: compiled}
+    assert compile_specs([DENSE], ["sm_90"], tmp_path) == {DENSE.key: compiled}
     assert calls == [DENSE, DECODE, DENSE]
 
 
@@ -116,4 +116,4 @@ def test_what_triton_refuses_is_one_error(tmp_path, monkeypatch):
     monkeypatch.setenv("SCALEBITS_CACHE", str(tmp_path))
     monkeypatch.setattr(aot, "emit_module", lambda specs: "import triton\n")
     with pytest.raises(TargetError, match="could not compile the kernel dequantize_fp16"):
-        compile_specs([DENSE], ["sm_90"])
+        compile_specs([DENSE], ["sm_90"], tmp_path)

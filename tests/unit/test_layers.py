@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2] / "scalebits_compiler"
 NAME = "scalebits_compiler"
-LOW = {"errors", "progress", "tasks"}
+LOW = {"errors", "files", "progress", "tasks"}
 IR = {*LOW, "numerics", "ir"}
 PASSES = {*IR, "analysis", "passes"}
 COMPILER = {*PASSES, "pretrained", "frontend", "interpreter", "codegen", "artifact", "plugins"}
@@ -21,6 +21,7 @@ RUNTIME = {"runtime", "runtime/cpu", "runtime/cuda"}
 # here, its own parent included, may import nothing: there is no default.
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "files": set(),
     "progress": set(),
     "tasks": set(),
     "pretrained": {*LOW},

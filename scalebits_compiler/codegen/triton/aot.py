@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from scalebits_compiler.codegen import kernel_cache as cache
+from scalebits_compiler.codegen.children import Children
 from scalebits_compiler.codegen.triton import worker
 from scalebits_compiler.codegen.triton.emit import emit_module, parameters
 from scalebits_compiler.errors import TargetError
@@ -44,36 +45,35 @@ class Binary:
 
 
 def compile_specs(
-    specs: Sequence[KernelSpec], archs: Sequence[str]
+    specs: Sequence[KernelSpec], archs: Sequence[str], folder: Path
 ) -> dict[str, dict[str, Binary]]:
     """Key of each spec -> architecture (sm_XY) -> binary. The same specs give the same bytes.
 
     Kernels are compiled side by side, one for each core; what the cache has is not compiled.
-    Raises `TargetError` if Triton is missing or fails.
+    folder: for temporary files. Raises `TargetError` if Triton is missing or fails.
     """
     cores = len(os.sched_getaffinity(0))
     # Threads of a pool do not inherit the context, in which the cache may be a temporary one.
     context = copy_context()
-    with ThreadPoolExecutor(cores) as pool:
+    # The children end before the pool waits for its threads, which wait for them.
+    with ThreadPoolExecutor(cores) as pool, Children() as children:
         # The kernels with the most widths take longest: they come first.
         order = sorted(specs, key=lambda spec: (-len(spec.bits), -spec.tile_m))
-        made = dict(
-            zip(
-                order,
-                pool.map(lambda spec: context.copy().run(_binaries, spec, archs), order),
-                strict=True,
-            )
-        )
+        work = partial(_binaries, archs=archs, folder=folder, children=children)
+        results = pool.map(lambda spec: context.copy().run(work, spec), order)
+        made = dict(zip(order, results, strict=True))
     return {spec.key: made[spec] for spec in specs}
 
 
-def _binaries(spec: KernelSpec, archs: Sequence[str]) -> dict[str, Binary]:
+def _binaries(
+    spec: KernelSpec, archs: Sequence[str], folder: Path, children: Children
+) -> dict[str, Binary]:
     names = {arch: f"{_content(spec, arch)}.kernel" for arch in archs}
     kept = {arch: cache.load(name) for arch, name in names.items()}
     found = {arch: _parse(stored) for arch, stored in kept.items() if stored is not None}
     missing = [arch for arch in archs if arch not in found]
     if missing:
-        for arch, binary in _compile(spec, missing).items():
+        for arch, binary in _compile(spec, missing, folder, children).items():
             cache.store(names[arch], _print(binary))
             found[arch] = binary
     return {arch: found[arch] for arch in archs}
@@ -107,20 +107,16 @@ def _content(spec: KernelSpec, arch: str) -> str:
     return cache.content_key(*parts, json.dumps(SETTINGS))
 
 
-def _compile(spec: KernelSpec, archs: Sequence[str]) -> dict[str, Binary]:
-    with tempfile.TemporaryDirectory(prefix="scalebits-") as name:
+def _compile(
+    spec: KernelSpec, archs: Sequence[str], beside: Path, children: Children
+) -> dict[str, Binary]:
+    with tempfile.TemporaryDirectory(dir=beside) as name:
         folder = Path(name)
         (folder / "kernels.py").write_text(emit_module([spec]))
         environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-        environment |= {**SETTINGS, "TRITON_CACHE_DIR": str(folder / "cache")}
-        done = subprocess.run(
-            [sys.executable, worker.__file__],
-            input=json.dumps(job_of(spec, archs, folder)),
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        environment |= {**SETTINGS, "TRITON_CACHE_DIR": str(folder / "cache"), "TMPDIR": name}
+        job = json.dumps(job_of(spec, archs, folder))
+        done = children.run([sys.executable, worker.__file__], job, environment)
         if done.returncode:
             raise TargetError(
                 f"Triton could not compile the kernel {spec.key} for {', '.join(archs)}",

@@ -78,7 +78,7 @@ class CudaTarget(Target):
         specs, dispatch = select_specs(plain, self.dtype, gathered)
         files: dict[str, Path | bytes] = {LIBRARY: emit_module(specs).encode()}
         kernels = {}
-        made = compile_specs(specs, self.archs)
+        made = compile_specs(specs, self.archs, folder)
         for spec in specs:
             entries = {}
             for arch, binary in made[spec.key].items():

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from scalebits_compiler.codegen.children import Children
 from scalebits_compiler.codegen.tvm.attention import (
     build_attention,
     build_positions,
@@ -76,7 +76,8 @@ def compile_kernels(
     """
     linker = find_linker()
     sources: dict[str, str] = {}
-    with tempfile.TemporaryDirectory(prefix="scalebits-") as folder:
+    out_path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out_path.parent) as folder:
         objects = []
         for name, specs in specs_by_variant.items():
             for symbol, function in build_functions(name, specs).items():
@@ -126,12 +127,12 @@ def _link(linker: Sequence[str], objects: Sequence[Path], out_path: Path) -> Non
     flags = ["--build-id=none", "--gc-sections", f"--version-script={exports}"]
     if linker[1:]:
         flags = [f"-Wl,{flag}" for flag in flags]
-    out_path.parent.mkdir(parents=True, exist_ok=True)
     command = [*linker, "-shared", "-s", *flags, "-o", str(out_path), *map(str, objects)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    with Children() as children:
+        done = children.run(command)
     if done.returncode:
         raise TargetError(
             f"{linker[0]} could not link the kernels to {out_path}",
-            help="check that the folder can be written and that the linker is for this machine",
+            help="check that its disk has space and that the linker is for this machine",
             notes=done.stderr.splitlines()[:5],
         )

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
-import tempfile
+import os
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import tvm
@@ -49,12 +48,19 @@ def object_of(variant: str, function: Any, script: str) -> bytes:
     name = f"{cache.content_key(script, _compiler(variant))}.o"
     if (kept := cache.load(name)) is not None:
         return kept
-    with tempfile.TemporaryDirectory(prefix="scalebits-") as folder:
-        path = Path(folder) / "kernel.o"
-        lowered(variant, function).write_to_file(str(path), "o")
-        made = path.read_bytes()
+    made = _machine_code(lowered(variant, function))
     cache.store(name, made)
     return made
+
+
+def _machine_code(module: Any) -> bytes:
+    """The object file of a module of TVM, by way of a file in memory.
+
+    On a disk LLVM would end the process where there is no space left.
+    """
+    with os.fdopen(os.memfd_create("kernel.o"), "rb") as file:
+        module.write_to_file(f"/proc/self/fd/{file.fileno()}", "o")
+        return file.read()
 
 
 def lowered(variant: str, function: Any) -> Any:
