@@ -154,12 +154,15 @@ def _classes(artifact: Artifact) -> dict[str, Any]:
     from scalebits_compiler.analysis.order_classes import describe
     from scalebits_compiler.errors import ParseError
     from scalebits_compiler.ir.parser import read_module
+    from scalebits_compiler.ir.verifier import verify
     from scalebits_compiler.runtime.manifest import MODULE_FILE
 
     try:
-        return describe(read_module(artifact.path / MODULE_FILE)[0])
+        module, source = read_module(artifact.path / MODULE_FILE)
     except ParseError as error:
         return {"classes_unknown": error.message}
+    verify(module, source)
+    return describe(module)
 
 
 def analysis_lines(found: dict[str, Any]) -> Iterator[str]:

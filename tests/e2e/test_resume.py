@@ -138,4 +138,7 @@ def test_foreign_states_are_refused(
         assert "another version, 0.1.0 (format 9)" in told or "a module that was edited" in told
     state.write_bytes(kept[: len(kept) // 2])
     assert "is no search state" in refused()
+    for change in ({"identity": []}, {"state": 1}, {"format": "other"}, {"more": 1}):
+        state.write_text(json.dumps({**body, **change}))
+        assert "is no search state: " in refused()
     shutil.rmtree(folder)

@@ -49,6 +49,21 @@ def test_a_changed_byte(
     assert f"{name} was changed after the build (checksum)" in ran.err
 
 
+@pytest.mark.parametrize("line", ["rms_norm", "weight @rotary_emb.inv_freq"])
+def test_a_module_that_lacks_what_it_reads(
+    cli: Any, compiled: Any, copy_of: Callable[[Path], Path], line: str
+) -> None:
+    copy = copy_of(compiled.path)
+    lines = (copy / "module.sbir").read_text().splitlines(keepends=True)
+    lines.remove(next(text for text in lines if line in text))
+    (copy / "module.sbir").write_text("".join(lines))
+    sign(copy)
+    for command in ("inspect", "verify"):
+        ran = cli(command, copy)
+        assert ran.code == 1
+        assert f"{copy / 'module.sbir'}:" in ran.err
+
+
 def test_a_module_of_another_plan(cli: Any, compiled: Any, copy_of: Callable[[Path], Path]) -> None:
     copy = copy_of(compiled.path)
     text = (copy / "module.sbir").read_text()

@@ -14,6 +14,7 @@ from scalebits_compiler.ir.verifier import verify as verify_module
 from scalebits_compiler.runtime import artifact as artifact_module
 from scalebits_compiler.runtime.artifact import Artifact, StoredTensor, map_tensors, verify
 from scalebits_compiler.runtime.manifest import FileRecord, Manifest, sha256_of
+from scalebits_compiler.runtime.plan import Step, WeightRecord
 
 
 @pytest.fixture
@@ -95,6 +96,24 @@ def test_configs_have_the_types_that_the_runtime_reads(module, write):
         path.write_text(change(read, files=files).to_json())
         with pytest.raises(ArtifactError, match=f"{name}: .*{message}"):
             Artifact.open(out)
+
+
+def test_sequences_are_no_longer_than_a_table_of_positions(module, write):
+    """Whatever the config says: a kernel would read behind the table."""
+    opened = Artifact.open(write(module))
+    assert opened.limit == 64
+    manifest = opened.manifest
+    assert manifest.plan is not None
+    positions = next(step.out for step in manifest.plan.steps if step.op == "positions")
+    look_up = Step("embedding", (positions,), ("places",), {}, "place", ())
+    for rows in (40, 100):
+        places = WeightRecord.dense("F32", (rows, 8))
+        changed = change(
+            manifest,
+            plan=change(manifest.plan, steps=(*manifest.plan.steps, look_up)),
+            weights={**manifest.weights, "places": places},
+        )
+        assert replace(opened, manifest=changed).limit == min(rows, 64)
 
 
 def test_weights_are_mapped_not_copied(module, write):

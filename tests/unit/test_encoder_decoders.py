@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, processors
 
-from scalebits_compiler.errors import UsageError, VerifyError
+from scalebits_compiler.errors import ArtifactError, UsageError, VerifyError
 from scalebits_compiler.frontend.hf import load_model, trace
 from scalebits_compiler.frontend.lower_fx import lower
 from scalebits_compiler.interpreter.executor import Executor
@@ -143,6 +143,14 @@ def test_a_batch_gives_what_each_prompt_gives_alone(session: EncoderDecoderSessi
     assert session.generate(PROMPTS, 6) == [session.generate(p, 6)[0] for p in PROMPTS]
     with pytest.raises(UsageError, match="cannot skip padding: it is an encoder-decoder"):
         session.prefill([[0, 5], [5, 6]], pad=[1, 0])
+
+
+def test_a_forced_first_token_is_one_that_the_model_writes(session: EncoderDecoderSession) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        for token in (-1, 256, 2**70):
+            patch.setattr(type(session.artifact), "generation", lambda *_, token=token: token)
+            with pytest.raises(ArtifactError, match=f"forced_bos_token_id: {token} is not among"):
+                session.prefill([[5, 6]])
 
 
 def test_token_by_token_is_as_in_one_pass(session: EncoderDecoderSession) -> None:

@@ -159,6 +159,12 @@ def test_missing_shard_is_named(broken):
     expect(broken, "model-00001-of-00002.safetensors")
 
 
+@pytest.mark.parametrize("index", [[], {"weight_map": {"a": ["b"]}}, {"weight_map": 1}, {}])
+def test_an_index_of_wrong_types(broken, index):
+    (broken / "model.safetensors.index.json").write_text(json.dumps(index))
+    expect(broken, "model.safetensors.index.json cannot be read: ")
+
+
 def test_missing_tensor_is_named_not_initialised(broken):
     file = broken / "model.safetensors"
     tensors = load_file(file)

@@ -4,13 +4,15 @@ import os
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from scalebits_compiler.runtime.cpu import features as cpu_features
 from scalebits_compiler.runtime.cpu.features import default_threads
+from scalebits_compiler.runtime.cpu.lowering import _final_product_input
 from scalebits_compiler.runtime.cpu.native_ops import together
 from scalebits_compiler.runtime.cpu.program import ALONE, ALONE_NUMBERS, SYNC, Program
 from scalebits_compiler.runtime.cpu.thread_gating import FIRST_PAUSE, LONGEST_PAUSE, Team
-from scalebits_compiler.runtime.plan import Step
+from scalebits_compiler.runtime.plan import Plan, Step
 
 
 def steps(*sizes):
@@ -64,6 +66,25 @@ def test_products_of_one_input_come_together_and_values_live_until_their_last_re
         ("rope", "r", ("p", "q")),
         ("add", "y", ("k", "r")),
     ]
+
+
+def test_logits_of_the_last_position_need_a_product_that_nothing_else_depends_on():
+    """Its input is cut to the last position of each row: whatever else read it would be cut too."""
+
+    def final(*steps):
+        made = [Step(op, inputs, (), {}, out, ()) for op, out, *inputs in steps]
+        made = [replace(step, inputs=tuple(step.inputs[0].split())) for step in made]
+        return _final_product_input(Plan("ids", tuple(made), made[-1].out, (), "", ""))
+
+    norm, head = ("rms_norm", "x", "h"), ("linear", "y", "x")
+    assert final(norm, head) == "x"
+    assert final(norm, head, ("tanh", "z", "y"), ("scale", "o", "z")) == "x"
+    # The input, the product and what follows it have one reader each.
+    assert final(norm, ("silu", "s", "x"), head) is None
+    assert final(norm, head, ("tanh", "z", "y"), ("scale", "o", "y")) is None
+    assert final(norm, head, ("add", "o", "y x")) is None
+    # The last product in order does not make the result.
+    assert final(norm, ("silu", "s", "x"), ("linear", "y", "h"), ("tanh", "o", "s")) is None
 
 
 def test_a_team_pauses_after_waiting_and_longer_each_time():

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -225,6 +226,19 @@ class TestGoingOn:
         again = SearchState.from_json(json.loads(saved[rounds]))
         swap_search(again, fake.costs, fake.score, fake.held, settings_, lambda _: None)
         assert again.as_json() == whole.as_json()
+
+    @pytest.mark.parametrize(
+        "change",
+        [{"bits": "39"}, {"bits": ""}, {"bits": [3]}, {"loss": "1"}, {"starts": {"a": None}},
+         {"round": 1.5}, {"done": 0}, {"steps": [{}]}, {"steps": 1}, {"more": 1}],
+    )  # fmt: skip
+    def test_a_state_of_wrong_types(self, change: dict[str, Any]) -> None:
+        fake = Fake.make(3)
+        plain = json.loads(json.dumps(best_start(
+            {"given": np.full(24, 3)}, [], {}, fake.held).as_json()))  # fmt: skip
+        SearchState.from_json(plain)
+        with pytest.raises(msgspec.ValidationError):
+            SearchState.from_json({**plain, **change})
 
     def test_work_is_bounded(self) -> None:
         """Whatever the held loss says: halving ends, and a default search stays below 40."""

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from scalebits_compiler.errors import ArtifactError, UsageError
 from scalebits_compiler.ir.attrs import Value
@@ -19,9 +20,11 @@ from scalebits_compiler.runtime.cpu import library as kernels
 from scalebits_compiler.runtime.cpu import native
 from scalebits_compiler.runtime.cpu import thread_gating as team
 from scalebits_compiler.runtime.cpu.features import cpu_features
-from scalebits_compiler.runtime.cpu.native_ops import NotNative
+from scalebits_compiler.runtime.cpu.native_ops import RULES, NotNative
+from scalebits_compiler.runtime.cpu.native_ops import Value as Rows
 from scalebits_compiler.runtime.kernel_files import shipped_kernels
-from scalebits_compiler.runtime.manifest import Kernels
+from scalebits_compiler.runtime.manifest import Kernels, Manifest
+from scalebits_compiler.runtime.plan import Step
 from scalebits_compiler.runtime.session import Session, open_kernels
 from scalebits_compiler.sessions.open import load, open_session
 from scalebits_compiler.sessions.reference import load_reference
@@ -313,6 +316,48 @@ def test_torch_runs_its_ops_and_the_program_the_rest(partly, ids, monkeypatch):
     session.on_step = lambda name, _: seen.update([name])
     np.testing.assert_array_equal(session.forward(ids), found)
     assert seen["torch"] == 4
+
+
+def signed_plan(folder, change):
+    """The artifact with another plan, and the digest made right."""
+    path = folder / "manifest.json"
+    manifest = Manifest.from_json(path.read_text())
+    path.write_text(structs.replace(manifest, plan=change(manifest.plan)).to_json())
+
+
+def test_a_plan_whose_calls_are_not_those_of_the_module_is_refused(partly):
+    """A call is run by the number of its op, so an edited one would run another op."""
+
+    def edited(plan):
+        first, *others = plan.calls
+        return structs.replace(plan, calls=(structs.replace(first, index=first.index + 1), *others))
+
+    signed_plan(partly, edited)
+    with pytest.raises(ArtifactError, match=r"the plan is not that of module\.sbir"):
+        open_session(partly)
+
+
+@pytest.mark.parametrize(
+    "made", [np.zeros((3, 21, 5), np.float32), np.zeros((3, 21, 104), np.int64), 7]
+)
+def test_what_torch_gives_must_be_what_the_plan_says(partly, ids, made):
+    session = open_session(partly)
+    plan = session.artifact.manifest.plan
+    assert plan is not None
+    assert [call.channels for call in plan.calls] == [0, 104] * 2
+    run = session.call_runner
+    assert run is not None
+    session.call_runner = lambda call, *rest: made if call.channels else run(call, *rest)
+    with pytest.raises(ArtifactError, match=r"torch gave .* the plan says 104 channels of no"):
+        session.forward(ids)
+
+
+@pytest.mark.parametrize("op", ["linear", "qlinear", "bias"])
+def test_products_and_biases_of_heads_are_not_native(op):
+    """Their kernels would take the heads of a token for one row."""
+    heads = SimpleNamespace(values={"x": Rows(np.zeros((2, 8), np.float32), 2)})
+    with pytest.raises(NotNative, match=f"{op} of heads"):
+        RULES[op](heads, Step(op, ("x",), ("w",), {}, "y", ()))  # type: ignore[arg-type]
 
 
 def test_without_torch_the_op_is_named(partly, ids):
