@@ -7,6 +7,7 @@ where one ended the program, else 1.
 from __future__ import annotations
 
 import errno
+import os
 from dataclasses import dataclass, field
 
 
@@ -97,3 +98,25 @@ def _states_no_memory(error: BaseException) -> bool:
         return error.errno == errno.ENOMEM
     text = str(error).lower()
     return not isinstance(error, ScalebitsError) and any(part in text for part in _NO_MEMORY)
+
+
+_REMEDIES = {
+    errno.EMFILE: "raise the limit on open files, for example with ulimit -n 1024",
+    errno.ENFILE: "close other programs: the system has no open files left",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+    errno.ENOSPC: "make room on that disk",
+    errno.EDQUOT: "make room in your quota on that disk",
+}
+
+
+def system_remedy(reason: OSError | str) -> str:
+    """What to do about a limit of the system; empty for any other reason.
+
+    reason: the exception, or what a program printed in English.
+    """
+    if isinstance(reason, OSError):
+        if reason.errno == errno.ENOENT and "temporary directory" in str(reason):
+            return "name a folder that you may write to in the environment variable TMPDIR"
+        return _REMEDIES.get(reason.errno or 0, "")
+    texts = (remedy for code, remedy in _REMEDIES.items() if os.strerror(code) in reason)
+    return next(texts, "")

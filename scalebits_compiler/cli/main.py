@@ -7,11 +7,18 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 
 from scalebits_compiler import __version__
 from scalebits_compiler.cli.stopping import stop_signals
-from scalebits_compiler.errors import Interrupted, ScalebitsError, UsageError, memory_error
+from scalebits_compiler.errors import (
+    Interrupted,
+    ScalebitsError,
+    UsageError,
+    memory_error,
+    system_remedy,
+)
 
 # Command -> the module of its parser, in the order of the help text.
 COMMANDS = {
@@ -82,7 +89,7 @@ def _explain(error: Exception, memory_help: str) -> bool:
         _silence_output()
     elif isinstance(error, OSError):
         # A full disk, a lost mount: nothing half-written stays, see artifact/output.py.
-        _print_error(ScalebitsError(str(error)))
+        _print_error(ScalebitsError(str(error), system_remedy(error)))
         _silence_output()
     else:
         return False
@@ -103,7 +110,8 @@ def _out_of_memory(error: BaseException, help_: str) -> ScalebitsError:
 
 def _silence_output() -> None:
     """What is still buffered for standard output cannot be written; Python would try at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with suppress(OSError):  # the limit on open files
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -14,16 +14,31 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 
-from scalebits_compiler.errors import TargetError
+from scalebits_compiler.errors import TargetError, system_remedy
 from scalebits_compiler.files import complete_file, remove_parts
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _KNOWN = "known"
 _instead: ContextVar[Path | None] = ContextVar("instead", default=None)
+_ANOTHER = "name another folder in the environment variable SCALEBITS_CACHE"
+
+
+def user_cache() -> Path:
+    """$XDG_CACHE_HOME, else ~/.cache. Raises `TargetError` where no home folder is known."""
+    if named := os.environ.get("XDG_CACHE_HOME"):
+        return Path(named)
+    try:
+        return Path.home() / ".cache"
+    except RuntimeError as error:
+        raise TargetError(
+            f"there is no folder for caches: HOME is not set, and the user {os.getuid()} has no"
+            " home folder",
+            help="set HOME, or XDG_CACHE_HOME, to a folder that you may write to",
+        ) from error
 
 
 def cache_folder() -> Path:
-    """$SCALEBITS_CACHE, else $XDG_CACHE_HOME/scalebits, else ~/.cache/scalebits.
+    """$SCALEBITS_CACHE, else `scalebits` in the `user_cache`.
 
     Within `temporary_cache` it is a temporary folder.
     """
@@ -31,8 +46,7 @@ def cache_folder() -> Path:
         return folder
     if named := os.environ.get("SCALEBITS_CACHE"):
         return Path(named)
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path("~").expanduser() / ".cache") / "scalebits"
+    return user_cache() / "scalebits"
 
 
 def content_key(*parts: str) -> str:
@@ -41,10 +55,13 @@ def content_key(*parts: str) -> str:
 
 
 def load(name: str) -> bytes | None:
-    """What was stored under a name; None if nothing was, or if the file has been damaged."""
+    """What was stored under a name; None if nothing was, or it cannot be read or is damaged."""
     try:
-        stored = (cache_folder() / name).read_bytes()
-    except OSError:
+        path = cache_folder() / name
+        if not path.is_file():  # a pipe would never end
+            return None
+        stored = path.read_bytes()
+    except (OSError, TargetError):
         return None
     digest, data = stored[:_DIGEST_BYTES], stored[_DIGEST_BYTES:]
     return data if hashlib.sha256(data).digest() == digest else None
@@ -69,7 +86,7 @@ def remembers(digest: str) -> bool:
     """Whether `remember` has noted this digest here; False if the cache cannot be read."""
     try:
         return (cache_folder() / _KNOWN / digest).is_file()
-    except OSError:
+    except (OSError, TargetError):
         return False
 
 
@@ -102,7 +119,20 @@ def _writing() -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         yield folder
     except OSError as error:
-        raise TargetError(
-            f"the kernel cache {folder} cannot be written: {error.strerror or error}",
-            help="name another folder in the environment variable SCALEBITS_CACHE",
-        ) from error
+        raise _unwritable(folder, error) from error
+
+
+def _unwritable(folder: Path, error: OSError) -> TargetError:
+    if not folder.is_dir() and (folder.exists() or folder.is_symlink()):
+        return TargetError(
+            f"the kernel cache {folder} is not a folder", help=f"remove it, or {_ANOTHER}"
+        )
+    path, help = Path(error.filename2 or error.filename or folder), system_remedy(error)
+    if isinstance(error, (IsADirectoryError, FileExistsError)) and folder in path.parents:
+        help = f"remove {path}: it is in the place of something else"
+    else:
+        path = folder
+    return TargetError(
+        f"the kernel cache {path} cannot be written: {error.strerror or error}",
+        help=f"{help}, or {_ANOTHER}" if help else _ANOTHER,
+    )

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from msgspec import Struct
 
 from scalebits_compiler import __version__
-from scalebits_compiler.errors import UsageError
+from scalebits_compiler.errors import UsageError, system_remedy
 from scalebits_compiler.files import remove_parts
 from scalebits_compiler.ir.save import replacing
 from scalebits_compiler.numerics.layout import FORMAT_VERSION
@@ -57,8 +57,13 @@ class SearchFolder:
         """UsageError if there is a state that would be lost: neither --resume nor --force.
 
         With --force it is replaced by the first state of the new search, not before: a compile that
-        fails until then has not lost it.
+        fails until then has not lost it. UsageError for something else than a folder in its place.
         """
+        if not self.folder.is_dir() and (self.folder.exists() or self.folder.is_symlink()):
+            raise UsageError(
+                f"{self.folder} is not a folder, and the state of the search belongs there",
+                help="remove it, or give another output with -o",
+            )
         if self._files() and not self.resume and not force:
             raise UsageError(
                 f"{self.folder} holds the state of a search that was cut short",
@@ -94,7 +99,9 @@ class SearchFolder:
         try:
             self.folder.mkdir(exist_ok=True)
         except OSError as error:
-            raise UsageError(f"cannot write {self.folder}: {error.strerror}") from error
+            raise UsageError(
+                f"cannot write {self.folder}: {error.strerror}", help=system_remedy(error)
+            ) from error
         with replacing(self._path(name)) as file:
             file.write(json.dumps(body).encode())
         self._saved.add(self._path(name))

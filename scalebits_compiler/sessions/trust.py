@@ -129,14 +129,16 @@ def _built(
             _, built = build_for(artifact, chosen, Path(folder), registry.ops)
             return _print(built)
     except ModuleNotFoundError as error:
-        why = f"{error.name} is not installed"
+        why, notes = f"{error.name} is not installed", []
     except ScalebitsError as error:
         why = error.message
+        notes = [f"to build them, {error.help}"] if error.help else []
     raise ArtifactError(
         f"{_foreign(artifact)}, and cannot be built here: {why}",
         help="--trust-kernels (in Python trust_kernels=True) runs those of the artifact, if you"
         ' trust where it comes from; pip install "scalebits-compiler[cpu]" (or [cuda]) lets them be'
         " built here; --target reference runs without them, by torch",
+        notes=notes,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -70,7 +71,28 @@ def test_a_full_disk(compiled: Any) -> None:
     assert ran.returncode == 1
     assert ran.stderr.startswith("error: ")
     assert "No space left" in ran.stderr
-    assert len(ran.stderr.splitlines()) == 1
+    assert ran.stderr.splitlines()[1:] == ["help: make room on that disk"]
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (OSError(errno.EMFILE, "Too many open files", "a.txt"), "with ulimit -n 1024"),
+        (OSError(errno.EFBIG, "File too large", "a.txt"), "(ulimit -f)"),
+        (FileNotFoundError(errno.ENOENT, "No usable temporary directory found in a.txt"), "TMPDIR"),
+    ],
+)
+def test_limits_of_the_system(
+    cli: Any, monkeypatch: pytest.MonkeyPatch, error: OSError, remedy: str
+) -> None:
+    def run(_: object) -> int:
+        raise error
+
+    monkeypatch.setattr("scalebits_compiler.cli.passes.run", run)
+    monkeypatch.setattr("scalebits_compiler.cli.main._silence_output", lambda: None)
+    ran = cli("passes")
+    refused(ran, 1, str(error.strerror), "a.txt", remedy)
+    assert len(ran.err.splitlines()) == 2
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -145,6 +167,20 @@ def test_output_that_exists(compile_small: Any, model: Path, tmp_path: Path) -> 
     refused(compile_small(model, tmp_path / "mine"), 2, "mine is a file", "help:")
     refused(compile_small(model, tmp_path / "mine" / "out"), 2, "cannot write", "help:")
     assert (tmp_path / "mine").read_text() == "keep"
+
+
+@pytest.mark.parametrize("odd", ["file", "dangling link"])
+def test_something_in_the_place_of_the_search_state(
+    compile_small: Any, model: Path, out: Path, odd: str
+) -> None:
+    state = out.with_name("out.search")
+    if odd == "file":
+        state.write_text("keep")
+    else:
+        state.symlink_to("nowhere")
+    ran = compile_small(model, out, "--target", "reference", "--force")
+    refused(ran, 2, f"{state} is not a folder", "help: remove it")
+    assert state.is_symlink() or state.read_text() == "keep"
 
 
 def test_output_that_cannot_be_made(compile_small: Any, model: Path) -> None:

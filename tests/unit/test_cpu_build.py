@@ -1,11 +1,14 @@
 """What the CPU kernels are compiled to, and what stops their compilation."""
 
+import errno
+import os
 import platform
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from scalebits_compiler.codegen import kernel_cache
 from scalebits_compiler.codegen.triton.target import CudaTarget
 from scalebits_compiler.errors import TargetError
 from scalebits_compiler.runtime.cpu.features import cpu_features, prefetch_distance
@@ -100,14 +103,106 @@ def test_a_script_is_the_whole_function():
     tvm.ir.assert_structural_equal(again, function)
 
 
-def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
-    (tmp_path / "file").write_bytes(b"")
-    monkeypatch.setenv("SCALEBITS_CACHE", str(tmp_path / "file"))
-    with pytest.raises(TargetError, match=r"kernel cache .* cannot be written") as error:
+@pytest.mark.parametrize("odd", ["file", "dangling link", "below a file"])
+def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch, odd):
+    folder, reason = tmp_path / "cache", "is not a folder"
+    if odd == "dangling link":
+        folder.symlink_to(tmp_path / "nowhere" / "far")
+    else:
+        folder.write_bytes(b"")
+    if odd == "below a file":
+        folder, reason = folder / "inner", "cannot be written: Not a directory"
+    monkeypatch.setenv("SCALEBITS_CACHE", str(folder))
+    for target in (CpuTarget(), CudaTarget()):
+        with pytest.raises(TargetError, match=f"the kernel cache {folder} {reason}") as error:
+            target.check()
+        assert "SCALEBITS_CACHE" in error.value.help
+
+
+def test_no_home(tmp_path, monkeypatch):
+    def unknown(uid):
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    for name in ("SCALEBITS_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    assert kernel_cache.load("name") is None
+    assert not kernel_cache.remembers("digest")
+    message = f"HOME is not set, and the user {os.getuid()} has no home folder"
+    for target in (CpuTarget(), CudaTarget()):
+        with pytest.raises(TargetError, match=message) as error:
+            target.check()
+        assert "set HOME" in error.value.help
+    monkeypatch.setenv("SCALEBITS_CACHE", str(tmp_path))
+    CudaTarget().check()
+    with pytest.raises(TargetError, match=message):
+        CpuTarget().check()  # TVM could not be imported
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    CpuTarget().check()
+
+
+def test_odd_entries_of_the_cache(tmp_path, monkeypatch):
+    """A pipe and a link to nowhere are replaced; a folder may hold something, and is named."""
+    monkeypatch.setenv("SCALEBITS_CACHE", str(tmp_path))
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "far")
+    for name in ("pipe", "link"):
+        assert kernel_cache.load(name) is None
+        kernel_cache.store(name, b"data")
+        assert kernel_cache.load(name) == b"data"
+    (tmp_path / "folder").mkdir()
+    assert kernel_cache.load("folder") is None
+    with pytest.raises(
+        TargetError, match=f"{tmp_path / 'folder'} cannot be written: Is a"
+    ) as error:
+        kernel_cache.store("folder", b"data")
+    remedy = f"remove {tmp_path / 'folder'}: it is in the place of something else, or name another"
+    assert error.value.help == f"{remedy} folder in the environment variable SCALEBITS_CACHE"
+    (tmp_path / "known").write_bytes(b"")
+    assert not kernel_cache.remembers("digest")
+    with pytest.raises(TargetError, match=f"{tmp_path / 'known'} cannot be written: File exists"):
+        kernel_cache.remember("digest")
+
+
+@pytest.mark.parametrize(
+    ("code", "remedy"),
+    [
+        (errno.EMFILE, "ulimit -n 1024, or name another folder"),
+        (errno.ENOSPC, "make room on that disk, or name another folder"),
+        (errno.EACCES, "name another folder"),
+    ],
+)
+def test_a_cache_at_a_limit(tmp_path, monkeypatch, code, remedy):
+    def refuse(**_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setenv("SCALEBITS_CACHE", str(tmp_path))
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    with pytest.raises(TargetError, match=f"cannot be written: {os.strerror(code)}") as error:
         CpuTarget().check()
-    assert "SCALEBITS_CACHE" in error.value.help
-    with pytest.raises(TargetError, match=r"kernel cache .* cannot be written"):
-        CudaTarget().check()
+    assert remedy in error.value.help
+
+
+@pytest.mark.parametrize(
+    ("script", "reason", "remedy"),
+    [
+        ("echo 'ld: cannot find a.o: Too many open files' >&2; exit 1", "Too many", "ulimit -n"),
+        ("echo 'ld: final link failed: No space left on device' >&2; exit 1", "No space", "room"),
+        ("kill -XFSZ $$", "signal SIGXFSZ has ended it", "ulimit -f"),
+        ("echo 'ld: unknown target' >&2; echo more >&2; exit 1", "ld: unknown target", "machine"),
+        ("exit 3", "exit code 3", "this linker is for this machine"),
+    ],
+)
+def test_why_linking_failed(tmp_path, monkeypatch, script, reason, remedy):
+    linker = tmp_path / "ld"
+    linker.write_text(f"#!/bin/sh\n{script}\n")
+    linker.chmod(0o755)
+    monkeypatch.setattr("shutil.which", lambda _: str(linker))
+    monkeypatch.setattr("scalebits_compiler.codegen.tvm.build.object_of", lambda *_: b"object")
+    with pytest.raises(TargetError, match=f"could not link the kernels to .*: .*{reason}") as error:
+        compile_kernels(small_specs(), tmp_path / "cpu.so")
+    assert remedy in error.value.help
+    assert error.value.notes == (["more"] if "more" in script else [])
 
 
 @pytest.mark.skipif(not X86, reason="x86 assembly")

@@ -162,5 +162,7 @@ def test_a_target_without_kernels_builds_none(foreign):
     artifact, _ = foreign
     with pytest.raises(ArtifactError, match="its target has no kernels"):
         trusted_kernels(with_target(artifact, kind="reference"), tell=lambda line: None)
-    with pytest.raises(ArtifactError, match="there is no target 'evil:module'"):
+    with pytest.raises(ArtifactError, match="there is no target 'evil:module'") as error:
         trusted_kernels(with_target(artifact, kind="evil:module"), tell=lambda line: None)
+    (note,) = error.value.notes
+    assert note.startswith("to build them, ")

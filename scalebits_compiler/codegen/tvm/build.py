@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -36,7 +39,7 @@ from scalebits_compiler.codegen.tvm.spec import (
     threads_meet,
     variant_record,
 )
-from scalebits_compiler.errors import TargetError
+from scalebits_compiler.errors import TargetError, system_remedy
 
 BUILDERS: dict[str, Callable[[Any], Any]] = {
     "quantize": build_quantize,
@@ -129,10 +132,27 @@ def _link(linker: Sequence[str], objects: Sequence[Path], out_path: Path) -> Non
         flags = [f"-Wl,{flag}" for flag in flags]
     command = [*linker, "-shared", "-s", *flags, "-o", str(out_path), *map(str, objects)]
     with Children() as children:
-        done = children.run(command)
+        # Messages in English: the remedy depends on them.
+        done = children.run(command, environment={**os.environ, "LC_ALL": "C"})
     if done.returncode:
-        raise TargetError(
-            f"{linker[0]} could not link the kernels to {out_path}",
-            help="check that its disk has space and that the linker is for this machine",
-            notes=done.stderr.splitlines()[:5],
-        )
+        raise _link_error(linker[0], out_path, done.returncode, done.stderr)
+
+
+_SIGNALLED = 128  # what `Children.run` adds to the number of a signal
+
+
+def _link_error(linker: str, out_path: Path, code: int, printed: str) -> TargetError:
+    """Why linking failed: what the linker says, or the signal that has ended it."""
+    lines = printed.strip().splitlines()
+    remedy = system_remedy(printed)
+    if code > _SIGNALLED:
+        reason = f"signal {signal.Signals(code - _SIGNALLED).name} has ended it"
+        if code == _SIGNALLED + signal.SIGXFSZ:
+            remedy = system_remedy(OSError(errno.EFBIG, ""))
+    else:
+        reason = lines[0] if lines else f"exit code {code}"
+    return TargetError(
+        f"{linker} could not link the kernels to {out_path}: {reason}",
+        help=remedy or "check that this linker is for this machine, or put another one on PATH",
+        notes=lines[1:5],
+    )

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from scalebits_compiler.codegen.kernel_cache import check_cache
+from scalebits_compiler.codegen.kernel_cache import check_cache, user_cache
 from scalebits_compiler.codegen.plan import make_plan, unplanned
 from scalebits_compiler.codegen.target import Built, Target
 from scalebits_compiler.errors import TargetError
@@ -35,10 +35,11 @@ class CpuTarget(Target):
                 "the cpu target needs TVM, which is not installed",
                 help='pip install "scalebits-compiler[cpu]", or compile with --target reference',
             )
+        check_cache()
+        user_cache()  # TVM names a folder below it when it is imported
         from scalebits_compiler.codegen.tvm.build import find_linker
 
         find_linker()
-        check_cache()
 
     def build(self, module: Module, folder: Path) -> Built:
         """Select, compile and link the kernels that the module's matrices need.
