@@ -11,7 +11,7 @@ MODEL := models/wikitext2-llama-1m
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo results test lint types fmt docs install clean
+.PHONY: help demo results test fuzz lint types fmt docs install clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +24,10 @@ results: $(VENV)/.cpu ## print the table of the README (minutes)
 
 test: $(VENV)/.dev ## run all tests
 	@$(BIN)/python -m pytest -n auto --dist loadfile
+
+fuzz: $(VENV)/.dev ## run 100,000 cases of the fuzzer on two cores; the log is out/fuzz.jsonl
+	@mkdir -p $(OUT)
+	@$(BIN)/python -m tests.fuzz --full --cases 100000 --workers 2 --log $(OUT)/fuzz.jsonl
 
 lint: $(VENV)/.dev ## check style and formatting
 	@$(BIN)/ruff check

@@ -75,7 +75,7 @@ def _fuzz(args: argparse.Namespace, work: Path) -> int:
     known = bases.bases(work, args.full)
     scratch = work / "scratch"
     scratch.mkdir(exist_ok=True)
-    cases.warm_up(known, scratch, work)
+    cases.warm_up(known, scratch, work, args.full)
     os.chdir(work)
     lines = [] if args.case is not None else args.corpus.read_text().splitlines()
     corpus = [Case.from_json(line) for line in lines if line and not line.startswith("#")]
@@ -83,9 +83,9 @@ def _fuzz(args: argparse.Namespace, work: Path) -> int:
 
     def make(index: int) -> Case:
         """Numbers below 0 are the corpus."""
-        return corpus[index] if index < 0 else mutations.generate(args.seed, index, known)
+        return corpus[index] if index < 0 else mutations.generate(args.seed, index, known, args.full)
 
-    runner, tally = Runner(make, known, work), report.Tally()
+    runner, tally = Runner(make, known, work, args.full), report.Tally()
     if args.case is not None:
         first = args.case if args.first is None else args.first
         indexes: Iterator[int] = iter(range(first, args.case + 1))

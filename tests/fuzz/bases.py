@@ -148,7 +148,7 @@ def _without_kernels(artifact: Path, out: Path) -> None:
 
 def _search_state(work: Path, model: Path, out: Path) -> None:
     """What a killed compile leaves: it ends when the state of the search would be removed."""
-    from scalebits_compiler.search_state import SearchFolder
+    from scalebits_compiler.driver.checkpoint import SearchFolder
 
     remove = SearchFolder.remove
     SearchFolder.remove = lambda _: None  # type: ignore[method-assign]

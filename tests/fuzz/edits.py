@@ -119,7 +119,7 @@ def _with_file_digests(manifest: bytes, folder: Path) -> bytes:
             content = path.read_bytes()
             digest = hashlib.sha256(content).hexdigest()
             body["files"][name] = {"sha256": digest, "bytes": len(content)}
-    return json.dumps(body, indent=1, sort_keys=True).encode()
+    return json.dumps(body, sort_keys=True).encode()
 
 
 def is_damaged(folder: Path, source: Path) -> bool:
@@ -192,7 +192,7 @@ def _edited_json(body: Any, edit: Edit) -> str:
         raise NotApplicable
     else:
         parent[last] = _RAW if "raw" in edit else edit["to"]
-    text = json.dumps(root[0], indent=1).replace(json.dumps(_TWICE)[1:-1], "")
+    text = json.dumps(root[0]).replace(json.dumps(_TWICE)[1:-1], "")
     times = edit.get("times", 1)
     raw = edit.get("raw", "") * times + edit.get("close", "") * times
     return text.replace(json.dumps(_RAW), raw)

@@ -37,8 +37,8 @@ _WEIGHTS = {
 }  # fmt: skip
 
 
-def generate(seed: int, index: int, known: dict[str, Base]) -> Case:
-    """The case of this number; equal arguments give equal cases."""
+def generate(seed: int, index: int, known: dict[str, Base], full: bool) -> Case:
+    """The case of this number; equal arguments give equal cases. `full`: slow entries, too."""
     rng = random.Random(f"{seed}/{index}")
     names = list(known)
     base = known[rng.choices(names, [_WEIGHTS[name] for name in names])[0]]
@@ -47,7 +47,7 @@ def generate(seed: int, index: int, known: dict[str, Base]) -> Case:
     while len(edits) < wanted:
         file = _file(rng, base)
         edits += _edits(rng, base, file)
-    entry, subject = _entry(rng, base, edits[0]["file"])
+    entry, subject = _entry(rng, base, edits[0]["file"], full)
     return Case(base.name, entry, subject, rng.random() < 0.8, tuple(edits))
 
 
@@ -58,9 +58,13 @@ def _file(rng: random.Random, base: Base) -> str:
     return rng.choices(base.files, [weight(name) for name in base.files])[0]
 
 
-def _entry(rng: random.Random, base: Base, edited: str) -> tuple[str, str]:
+def _entry(rng: random.Random, base: Base, edited: str, full: bool) -> tuple[str, str]:
     """An entry that can read the edited file, and what it is given."""
-    fitting = [name for name, entry in ENTRIES.items() if entry.what == base.what]
+    fitting = [
+        name
+        for name, entry in ENTRIES.items()
+        if entry.what == base.what and (full or not entry.slow)
+    ]
     if base.what == "artifact":
         subject = rng.choice(["layers.0.mlp.down_proj", "q_proj", "self_attn.o_proj"])
         if edited.endswith(".sbir") and rng.random() < 0.6:

@@ -55,10 +55,11 @@ class _Child:
 
 
 class Runner:
-    """make(index) gives a case; work holds the bases; limit is the seconds of a hang."""
+    """make(index) gives a case; work holds the bases; full as in `run_case`."""
 
-    def __init__(self, make: Make, bases: dict[str, Base], work: Path, limit: float = LIMIT):
-        self.make, self.bases, self.work, self.limit = make, bases, work, limit
+    def __init__(self, make: Make, bases: dict[str, Base], work: Path, full: bool):
+        self.make, self.bases, self.work, self.full = make, bases, work, full
+        self.limit = LIMIT
         self._started = 0
 
     def run(self, indexes: Iterator[int], workers: int = 1) -> Iterator[Result]:
@@ -120,7 +121,7 @@ class Runner:
             _tell(pipe, {"index": index, "case": case.to_json()})
             faulthandler.dump_traceback_later(self.limit * 0.9, file=stack)
             start = time.process_time()
-            outcome = run_case(case, self.bases[case.base], folder / "scratch", self.work)
+            outcome = run_case(case, self.bases[case.base], folder / "scratch", self.work, self.full)
             faulthandler.cancel_dump_traceback_later()
             seconds = time.process_time() - start
             _tell(pipe, {"index": index, "outcome": asdict(outcome), "seconds": seconds})
