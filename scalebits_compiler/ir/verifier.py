@@ -348,6 +348,8 @@ def _verify_op(typing: Rigid, op: Op) -> None:
     check(op.result not in typing.known, f"{op.result} is defined twice")
     hints = {spec.name: spec.hint for spec in op_fields(type(op))}
     _verify_fields(op, f"of '{op.name}'", hints)
+    for value in op.operands():  # an op may take its own from what is stated alone
+        typing.raw_type(value)
     found = op.infer(typing)
     check(found == op.type, f"{op.name} gives {found}, the text says {op.type}")
     _verify_type(typing.module, op.type, f"the result of {op.name}")

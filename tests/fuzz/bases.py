@@ -100,7 +100,7 @@ def build(work: Path, full: bool) -> None:
             _compile(work, model, out, "--gather", "fused")
     with _once(work / "cuda") as out:
         if out is not None:
-            _run("retarget", work / "cpu", "--target", "cuda", "--arch", "sm_80", "-o", out)
+            _run("retarget", work / "cpu", "--target", 'cuda{arch = "sm_80"}', "-o", out)
 
 
 def bases(work: Path, full: bool) -> dict[str, Base]:
