@@ -64,7 +64,7 @@ def groups_of(path: Path, options: argparse.Namespace) -> list[Groups]:
         for symbol, found in st.load_matrices(module, ctx).items()
     }
     windows = ctx.windows(module, "granularity").calibration
-    curves = st.width_curves(driver.evaluator(module), matrices, windows, ctx)
+    curves = st.distortion_curves(driver.evaluator(module), matrices, windows, ctx)
     return [
         Groups(curves[symbol], block_sums(torch.ones_like(found.dense), found.block))
         for symbol, found in matrices.items()
@@ -80,8 +80,10 @@ def gain(groups: Sequence[Groups], rows: int, width: float) -> float:
     curves = np.concatenate([curve for curve, _ in parts], 1)
     weights = np.concatenate([count for _, count in parts]).astype(np.int64)
     total, blocks = int(weights.sum()), np.ones(len(weights), np.int64)
-    costs = Costs(weights, 0 * blocks, round(width * total), blocks, 8 * blocks, total)
-    uniform = np.log([surrogate(curves, bits * blocks) for bits in range(1, 9)])
+    widths = np.arange(1, 9)
+    table, budget = widths[:, None] * weights, round(width * total)
+    costs = Costs(table, budget, 0 * blocks, 7 * blocks, widths.astype(float), total, 0, total)
+    uniform = np.log([surrogate(curves, place * blocks) for place in range(8)])
     return dual_bound(curves, costs) / float(np.exp(np.interp(width, range(1, 9), uniform)))
 
 

@@ -40,7 +40,7 @@ from scalebits_compiler.numerics.metrics import QualityMeter
 from scalebits_compiler.passes.base import PassContext
 from scalebits_compiler.passes.pipeline import parse_passes, run_pipeline
 from scalebits_compiler.passes.search.assign_bits import AssignBits, block_costs
-from scalebits_compiler.passes.search.initial_allocations import Costs
+from scalebits_compiler.passes.search.initial_allocations import Costs, best_uniform
 
 if TYPE_CHECKING:
     from scalebits_compiler.passes.base import LinearRule, Part, PartRule, WeightRule
@@ -268,32 +268,31 @@ class Subject:
 
 
 def uniform(module: Module, budget: float) -> Module:
-    """With the width of every block that `evenly` gives."""
-    bits = evenly(block_costs(module, AssignBits(avg_bits=budget)))
+    """With the format of every block that `evenly` gives; ids are places on the ladder plus 1."""
+    ids = evenly(block_costs(module, AssignBits(avg_bits=budget))) + 1
     grids, offset = {}, 0
     for weight in module.quantized():
         shape = weight.grid_shape()
         count = math.prod(shape)
-        grids[weight.symbol] = bits[offset : offset + count].reshape(shape).astype(np.uint8)
+        grids[weight.symbol] = ids[offset : offset + count].reshape(shape).astype(np.uint8)
         offset += count
     return replace(module.with_bits(grids), facts=module.facts | {"bits"})
 
 
 def evenly(costs: Costs) -> np.ndarray:
-    """The widest uniform width that fits, and one bit more for every n-th block as room is left."""
-    blocks = len(costs.fixed)
-    width = max(w for w in range(1, 9) if costs.total(np.full(blocks, w)) <= costs.budget)
-    bits = np.full(blocks, width, dtype=np.int64)
-    if width == 8:
-        return bits
-    left = costs.budget - costs.total(bits)
-    share = left / costs.per_bit.sum()
+    """The finest uniform choice that fits, and every n-th block one step up as room is left."""
+    place, choice = best_uniform(costs)
+    choice, blocks = choice.copy(), len(choice)
+    if place == len(costs.table) - 1:
+        return choice
+    left, price = costs.budget - costs.total(choice), costs.up(choice)
+    share = left / price.sum()
     ticks = np.floor(np.arange(1, blocks + 1) * share) - np.floor(np.arange(blocks) * share)
     for block in np.flatnonzero(ticks):
-        if costs.per_bit[block] <= left:
-            bits[block] += 1
-            left -= costs.per_bit[block]
-    return bits
+        if price[block] <= left:
+            choice[block] += 1
+            left -= price[block]
+    return choice
 
 
 def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -40,23 +40,23 @@ def spearman(one: Sequence[float], other: Sequence[float]) -> float:
     return float(np.corrcoef(ranks(one), ranks(other))[0, 1])
 
 
-def points(module: Module, options: argparse.Namespace, ctx: PassContext) -> dict[str, st.Bits]:
-    """The reference points: widths by matrix."""
+def points(module: Module, options: argparse.Namespace, ctx: PassContext) -> dict[str, st.Choices]:
+    """The reference points: bit-widths less 1 (places on the ladder) by matrix."""
     symbols = module.quantized()
-    found: dict[str, st.Bits] = {
-        f"uniform {bits}": {w.symbol: torch.full(w.grid_shape(), bits) for w in symbols}
+    found: dict[str, st.Choices] = {
+        f"uniform {bits}": {w.symbol: torch.full(w.grid_shape(), bits - 1) for w in symbols}
         for bits in options.uniform
     }
     for budget in options.budgets:
         searched = run_pipeline(module, parse_passes(f"assign-bits{{avg-bits = {budget}}}"), ctx)
         found[f"searched {budget:g}"] = {
-            w.symbol: torch.from_numpy(searched.bits(w)).long() for w in searched.quantized()
+            w.symbol: torch.from_numpy(searched.bits(w)).long() - 1 for w in searched.quantized()
         }
     return found
 
 
 def correlations(
-    module: Module, bits: st.Bits, loss: str, options: argparse.Namespace, ctx: PassContext
+    module: Module, bits: st.Choices, loss: str, options: argparse.Namespace, ctx: PassContext
 ) -> dict[str, float]:
     """{"up": ..., "down": ...} over a sample of blocks that may move."""
     evaluator = driver.evaluator(module)

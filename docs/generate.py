@@ -18,7 +18,7 @@ from scalebits_compiler.ir.module import FACTS, Weight
 from scalebits_compiler.ir.op import FieldSpec, Op, op_fields
 from scalebits_compiler.ir.ops import OPS
 from scalebits_compiler.ir.printer import print_attr
-from scalebits_compiler.numerics.layout import PIECES
+from scalebits_compiler.numerics.formats.uniform import PIECES
 from scalebits_compiler.passes.table import PASSES, PIPELINES, find_pass
 from scalebits_compiler.runtime.plan import STEP_RULES
 

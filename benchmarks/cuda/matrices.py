@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scalebits_compiler.codegen.triton.aot import compile_specs
 from scalebits_compiler.codegen.triton.emit import emit_module
 from scalebits_compiler.codegen.triton.spec import select_specs
-from scalebits_compiler.numerics.layout import SCALE_SHIFT
+from scalebits_compiler.numerics.formats.base import SCALE_SHIFT
 from scalebits_compiler.numerics.tiles import TileLayout
 from scalebits_compiler.runtime.cuda.kernels import Kernels, Launcher
 from scalebits_compiler.runtime.cuda.launchers import BinaryLauncher, SourceLauncher

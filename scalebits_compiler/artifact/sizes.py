@@ -11,6 +11,7 @@ import numpy as np
 from scalebits_compiler.ir.module import Module, Weight
 from scalebits_compiler.ir.ops import Aten
 from scalebits_compiler.ir.roles import dense_matrices, untraced
+from scalebits_compiler.numerics.formats import bits_of, format_of
 from scalebits_compiler.numerics.layout import BlockLayout
 
 
@@ -23,13 +24,14 @@ def matrix_summary(weight: Weight, bits: np.ndarray, index_bits: int = 0) -> dic
     assert weight.block is not None
     assert weight.group is not None
     layout = BlockLayout(rows, columns, *weight.block, weight.group)
-    widths, counts = np.unique(bits, return_counts=True)
+    numbers, counts = np.unique(bits, return_counts=True)
+    names = [format_of(number).name for number in numbers.tolist()]
     stored = layout.nbytes(bits) + bits.size + index_bits // 8
     return {
         "shape": [rows, columns],
         "block": list(weight.block),
         "group": weight.group,
-        "histogram": {str(w): int(c) for w, c in zip(widths, counts, strict=True)},
+        "histogram": {name: int(c) for name, c in zip(names, counts, strict=True)},
         "code_bits": _code_bits(bits, rows, columns, weight.block),
         "effective_bits": 8 * stored / (rows * columns),
         "bytes": stored,
@@ -38,11 +40,12 @@ def matrix_summary(weight: Weight, bits: np.ndarray, index_bits: int = 0) -> dic
     }
 
 
-def _code_bits(bits: np.ndarray, rows: int, columns: int, block: tuple[int, int]) -> float:
-    """Mean width over the weights (edge blocks count by the weights they hold)."""
+def _code_bits(ids: np.ndarray, rows: int, columns: int, block: tuple[int, int]) -> float:
+    """Mean bits of a code over the weights (edge blocks count by the weights they hold)."""
     heights = np.diff([*range(0, rows, block[0]), rows])
     widths = np.diff([*range(0, columns, block[1]), columns])
-    return float((bits * np.multiply.outer(heights, widths)).sum() / (rows * columns))
+    weights = np.multiply.outer(heights, widths)
+    return float((bits_of(ids) * weights).sum() / (rows * columns))
 
 
 def summarize(module: Module) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from scalebits_compiler.cli.targets import add_target
 from scalebits_compiler.errors import ScalebitsError, UsageError
 from scalebits_compiler.ir.coerce import is_union
 from scalebits_compiler.numerics.device import Placement
+from scalebits_compiler.numerics.formats import format_of
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
@@ -333,12 +334,13 @@ def as_text(report: CompileReport) -> str:
     lines += _gathers(report)
     search = report.passes.get("assign-bits")
     if isinstance(search, dict):
-        kept = "searched widths" if search["shipped"] == "search" else "uniform widths (they won)"
+        searched = search["shipped"] == "search"
+        kept = "searched formats" if searched else "one format for all (it won)"
         lines.append(f"  assignment      {kept}, held-out loss {search['held_loss']:.4f} nats")
         if search["unreached"]:
             lines.append(
                 f"  never reached   {_few(search['unreached'])}: the calibration text has no token"
-                f" for them; {search['unreached_bits']} bits, rounded to nearest"
+                f" for them; format {search['unreached_bits']}, rounded to nearest"
             )
     lines += _own_widths(summary["matrices"])
     lines += [
@@ -356,10 +358,10 @@ def as_text(report: CompileReport) -> str:
 
 
 def _own_widths(matrices: dict[str, dict[str, Any]]) -> list[str]:
-    """The matrices whose width was given."""
+    """The matrices whose format was given."""
     return [
-        f"  width as asked  {symbol}: {found['fixed_bits']} bits, {found['bytes']:,} bytes, in"
-        " neither average"
+        f"  format as asked {symbol}: {format_of(found['fixed_bits'])}, {found['bytes']:,} bytes,"
+        " in neither average"
         for symbol, found in matrices.items()
         if "fixed_bits" in found
     ]

@@ -1,4 +1,4 @@
-"""`scalebitsc explain`: why the blocks of a matrix have their widths."""
+"""`scalebitsc explain`: why the blocks of a matrix have their formats."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MOST_SHOWN = 8
 
 def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command `explain`."""
-    parser = subparsers.add_parser("explain", help="why the blocks of a matrix have their widths")
+    parser = subparsers.add_parser("explain", help="why the blocks of a matrix have their formats")
     add = parser.add_argument
     add("artifact", type=Path, metavar="OUT", help="a folder that compile wrote")
     add("layer", metavar="LAYER", help="a matrix, e.g. layers.0.mlp.down_proj, or its end")
@@ -68,7 +68,7 @@ def _index(stored: int) -> str:
 
 def _first(item: dict[str, Any]) -> int:
     """How soon a block would be moved, either way."""
-    return min(move["rank"] for move in (item["one_more"], item["one_less"]) if move)
+    return min(move["rank"] for move in (item["up"], item["down"]) if move)
 
 
 def _rate(rate: float | None, sign: int) -> str:
@@ -83,20 +83,18 @@ def _step(moved: dict[str, Any], verb: str) -> str:
 
 
 def _block(item: dict[str, Any], count: int, price: dict[str, Any]) -> list[str]:
-    lines = [f"block {item['row']},{item['column']}: {item['bits']} bits"]
-    for key, label, what in (
-        ("one_more", "one bit more", "raise"), ("one_less", "one bit less", "lower")
-    ):  # fmt: skip
+    lines = [f"block {item['row']},{item['column']}: format {item['format']}"]
+    for key, what in (("up", "raise"), ("down", "lower")):
         move = item[key]
         if move is None:
-            lines.append(f"  {label}  not allowed")
+            lines.append(f"  {key}  not allowed")
             continue
         near = price[what] is not None and move["per_stored_bit"] <= price[what]
         verdict = "one of the next" if near else "not of the next"
         error = "" if move["error"] is None else f" +- {move['error']:.6f}"
         lines.append(
-            f"  {label}  {move['change']:+.6f}{error} nats for"
-            f" {item['stored_bits_of_a_bit']} stored bits, {move['per_stored_bit']:+.2e} each;"
+            f"  {key} to {move['format']}  {move['change']:+.6f}{error} nats for"
+            f" {move['stored_bits']} stored bits, {move['per_stored_bit']:+.2e} each;"
             f" rank {move['rank']} of {count}: {verdict}"
         )
     return lines

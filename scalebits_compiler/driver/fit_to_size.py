@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from scalebits_compiler.artifact.writer import TooLarge
 from scalebits_compiler.driver.compilation import Compilation, CompileReport
@@ -37,13 +38,14 @@ def compile_to_size(work: Compilation, out: Path, most_bytes: int) -> CompileRep
     pinned = search.pinned(module)
     costs = searched_costs(pinned, search)
     least, most = costs.total(costs.low), costs.total(costs.high)
-    beside = _bytes_beside(work, pinned, costs.low, costs)
+    beside = _bytes_beside(work, pinned, search, costs.low, costs)
     told = "head and embedding can be quantized too: --head-bits, --embedding-bits"
     _check_least(most_bytes, beside + -(-least // 8), "the smallest feasible has", told)
-    how = search.name, search.loss, search.whole_blocks
+    how = search.name, search.ladder(), search.loss, search.whole_blocks
     curves = SearchProblem.load(pinned, work.ctx, *how).curves
     guess = replace(costs, budget=max(least, 8 * (most_bytes - beside)))
-    beside = _bytes_beside(work, pinned, greedy_raise(curves, guess, costs.low), costs)
+    likely = greedy_raise(curves, guess, costs.low)
+    beside = _bytes_beside(work, pinned, search, likely, costs)
     for _ in range(_TRIES):
         budget = min(max(least, 8 * (most_bytes - beside)), most)
         item = replace(search, avg_bits=(budget + 0.5) / costs.weights)
@@ -83,16 +85,19 @@ def _check_least(most_bytes: int, least: int, what: str, told: str) -> None:
         )
 
 
-def _bytes_beside(work: Compilation, module: Module, bits: Ints, costs: Costs) -> int:
+def _bytes_beside(
+    work: Compilation, module: Module, search: AssignBits, choice: Ints, costs: Costs
+) -> int:
     """Bytes of an artifact without its searched matrices, measured by writing one of zeros."""
+    ids = np.array([item.id for item in search.ladder()], np.uint8)[choice]
     with work.output.temporary_folder() as folder:
-        written = work.emit(_trial(module, bits), folder)
-    rest = written.file_bytes - costs.total(bits) // 8
+        written = work.emit(_trial(module, ids), folder)
+    rest = written.file_bytes - costs.total(choice) // 8
     return rest + _ONCE + _PER_MATRIX * len(module.quantized())
 
 
-def _trial(module: Module, bits: Ints) -> Module:
-    """The module packed with zeros at the widths `bits` of its searched blocks."""
+def _trial(module: Module, ids: NDArray[np.uint8]) -> Module:
+    """The module packed with zeros in the formats `ids` of its searched blocks."""
     import torch
 
     grids, offset = {}, 0
@@ -102,7 +107,7 @@ def _trial(module: Module, bits: Ints) -> Module:
             grids[weight.symbol] = np.full(shape, weight.fixed_bits, np.uint8)
             continue
         count = shape[0] * shape[1]
-        grids[weight.symbol] = bits[offset : offset + count].reshape(shape).astype(np.uint8)
+        grids[weight.symbol] = ids[offset : offset + count].reshape(shape)
         offset += count
     made = module.with_bits(grids)
     tensors = {

@@ -16,8 +16,8 @@ _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 def dense(module: Module, weight: Weight) -> torch.Tensor:
     """The tensor a weight stands for: float32 (other dtypes than floats stay), in stored order.
 
-    A packed matrix is unpacked, a rounded one (codes, scales) is dequantized:
-    w = scale * (code - (2**bits - 1) / 2). Raises TargetError if the weight has no data.
+    A packed matrix is unpacked, a rounded one (codes, scales) is decoded by its formats. Raises
+    TargetError if the weight has no data.
     """
     if weight.type.is_packed:
         return torch.from_numpy(_unpacked(module, weight))

@@ -45,14 +45,14 @@ class Resource:
 
 @dataclass(frozen=True)
 class Grid:
-    """Bit width of every block of a matrix, row-major: `grid([[4, 3], [3, 2]])`. Hashable."""
+    """Format id of every block of a matrix, row-major: `grid([[4, 3], [3, 2]])`. Hashable."""
 
     rows: tuple[bytes, ...]
 
     @staticmethod
-    def of(bits: np.ndarray) -> Grid:
+    def of(ids: np.ndarray) -> Grid:
         """From an integer array [block rows, block columns] with values 0..255."""
-        return Grid(tuple(row.tobytes() for row in np.ascontiguousarray(bits, dtype=np.uint8)))
+        return Grid(tuple(row.tobytes() for row in np.ascontiguousarray(ids, dtype=np.uint8)))
 
     def array(self) -> np.ndarray:
         """uint8 [block rows, block columns]; a fresh writable array."""
@@ -64,12 +64,12 @@ class Grid:
         return len(self.rows), len(self.rows[0]) if self.rows else 0
 
     def histogram(self) -> tuple[tuple[int, int], ...]:
-        """((bits, number of blocks), ...) in rising bits."""
+        """((id, number of blocks), ...) in rising ids."""
         counts = np.bincount(np.frombuffer(b"".join(self.rows), dtype=np.uint8))
-        return tuple((int(bits), int(counts[bits])) for bits in np.flatnonzero(counts))
+        return tuple((int(number), int(counts[number])) for number in np.flatnonzero(counts))
 
     def digest(self) -> str:
-        """Eight hex digits that change with any width."""
+        """Eight hex digits that change with any id."""
         return f"{zlib.crc32(b'/'.join(self.rows)):08x}"
 
     def __str__(self) -> str:

@@ -213,7 +213,7 @@ def _grid(rows: tuple[Any, ...], token: Token) -> Grid:
     cells = [cell for row in rows for cell in row]
     wrong = [c for c in cells if not isinstance(c, int) or isinstance(c, bool) or not 0 <= c <= 255]
     if wrong:
-        raise Located(f"{wrong[0]} in a grid is no bit width; widths are 1 to 8", token)
+        raise Located(f"{wrong[0]} in a grid is no format id; these are 1 to 255", token)
     return Grid(tuple(bytes(row) for row in rows))
 
 

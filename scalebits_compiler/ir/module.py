@@ -36,15 +36,15 @@ class Perm:
 class Weight:
     """A tensor of the model. The fields below `data` belong to matrices that are quantized.
 
-    block: (rows, columns) of a block; group: columns per scale; limits: (least, most) bits that a
-    block may get; fixed_bits: one width for the whole matrix, which is then neither searched nor
-    counted in the average (head, embedding); bits: width of every block, in the text or beside it
-    with `hist` = ((bits, blocks), ...); row_scores, column_scores: summed sensitivity of each line,
-    float32; block_scores: float32 [block rows, block columns, 2], the predicted change of the loss
-    for one bit more and one bit less at a reference width; move_scores: bfloat16 [block rows, block
-    columns, 4], the same two at the assigned widths, and their standard errors; codes, scales:
-    the rounded matrix, uint8 [n, k] and float16 [n, groups]; rounded_at: digest of the widths that
-    it was rounded at, so that widths edited later are noticed.
+    block: (rows, columns) of a block; group: columns per scale; limits: ids of the formats with the
+    least and the most bits that a block may get (numerics/formats; 1 to 8 are the uniform
+    bit-widths); fixed_bits: id of one format for the whole matrix, which is then neither searched
+    nor counted in the average (head, embedding); bits: format id of every block, in the text or
+    beside it with `hist` = ((id, blocks), ...); row_scores, column_scores: summed sensitivity of
+    each line, float32; move_scores: bfloat16 [block rows, block columns, 4], the predicted change
+    of the loss for the next format up and the next one down from the assigned ones, and their
+    standard errors; codes, scales: the rounded matrix, uint8 [n, k] and float16 [n, groups];
+    rounded_at: digest of the formats that it was rounded to, so that later edits are noticed.
     """
 
     symbol: str
@@ -59,7 +59,6 @@ class Weight:
     hist: tuple[tuple[int, int], ...] | None = None
     row_scores: Resource | None = None
     column_scores: Resource | None = None
-    block_scores: Resource | None = None
     move_scores: Resource | None = None
     codes: Resource | None = None
     scales: Resource | None = None
@@ -145,7 +144,7 @@ class Module:
         return [weight for weight in self.weights.values() if weight.quantize]
 
     def searched(self) -> list[Weight]:
-        """Those of them whose widths are searched, and count in the average."""
+        """Those of them whose formats are searched, and count in the average."""
         return [weight for weight in self.quantized() if weight.fixed_bits is None]
 
     def index_bits(self) -> dict[str, int]:
@@ -165,7 +164,7 @@ class Module:
         return self.weights[name]
 
     def bits(self, weight: Weight) -> np.ndarray:
-        """uint8 [block rows, block columns]: the assigned width of every block."""
+        """uint8 [block rows, block columns]: the assigned format id of every block."""
         if isinstance(weight.bits, Grid):
             return weight.bits.array()
         if weight.bits is None:

@@ -19,6 +19,7 @@ from scalebits_compiler.ir.op import FLOATS, Op, check, op_fields
 from scalebits_compiler.ir.printer import module_lines, print_attr
 from scalebits_compiler.ir.source import Source
 from scalebits_compiler.ir.types import DTYPES, PACKED, Dim, TensorType, TupleType, Type
+from scalebits_compiler.numerics.formats import INSTALL, format_of, unknown
 from scalebits_compiler.tasks import SEQ2SEQ
 
 # How tensor files spell what may be stored for a type: a float may be stored in a narrower one.
@@ -230,7 +231,6 @@ def _tensors_of(weight: Weight) -> dict[str, _Stored]:
         "bits": (("U8",), weight.grid_shape()),
         "row_scores": (("F32",), shape[:1]),
         "column_scores": (("F32",), shape[1:]),
-        "block_scores": (("F32",), (*weight.grid_shape(), 2)),
         "codes": (("U8",), shape),
         "scales": (("F16",), groups),
     }
@@ -288,13 +288,14 @@ def _verify_blocks(weight: Weight) -> None:
 
 
 def _verify_limits(weight: Weight) -> None:
-    name = f"@{weight.symbol}"
-    low, high = weight.limits or (1, 8)
-    check(1 <= low <= high <= 8, f"{name}: limits {low}..{high} are not within 1..8")
-    fixed = weight.fixed_bits
-    if fixed is not None:
-        check(1 <= fixed <= 8, f"{name}: fixed_bits {fixed} is not within 1..8")
-        check(weight.limits is None, f"{name} has a fixed width, and limits too")
+    name, fixed = f"@{weight.symbol}", weight.fixed_bits
+    numbers = [*(weight.limits or ()), *(() if fixed is None else (fixed,))]
+    for number in unknown(numbers):
+        raise VerifyError(f"{name}: no number format has the id {number}", help=INSTALL)
+    if weight.limits is not None:
+        low, high = map(format_of, weight.limits)
+        check(low.bits <= high.bits, f"{name}: limits {low.id}..{high.id} are in falling order")
+        check(fixed is None, f"{name} has a fixed format, and limits too")
 
 
 def _verify_bits(module: Module, weight: Weight) -> None:
@@ -312,14 +313,19 @@ def _verify_bits(module: Module, weight: Weight) -> None:
         f"{name} has {_times(weight.grid_shape())} blocks, its bits are a grid of"
         f" {_times(grid.shape)}",
     )
-    wrong = grid[(grid < 1) | (grid > 8)]
-    check(wrong.size == 0, f"{name}: {wrong[0] if wrong.size else ''} bits; widths are 1 to 8")
-    low, high = weight.limits or (weight.fixed_bits or 1, weight.fixed_bits or 8)
-    for width in grid[(grid < low) | (grid > high)][:1]:
-        raise VerifyError(f"{name}: {width} bits; it is limited to {low}..{high}")
+    for number in unknown(grid):
+        raise VerifyError(f"{name}: no number format has the id {number}", help=INSTALL)
+    limits = weight.limits or (weight.fixed_bits and (weight.fixed_bits,) * 2)
+    if limits:
+        low, high = map(format_of, limits)
+        for item in map(format_of, np.unique(grid).tolist()):
+            check(
+                low.bits <= item.bits <= high.bits,
+                f"{name}: {item}; it is limited to {low.name}..{high.name}",
+            )
     if weight.rounded_at not in (None, Grid.of(grid).digest()):
         raise VerifyError(
-            f"{name}: the bits were changed after it was rounded, its codes are for other widths",
+            f"{name}: the bits were changed after it was rounded, its codes are for other formats",
             help="edit a dump from before round-weights, and run round-weights on it",
         )
     if weight.hist is not None:

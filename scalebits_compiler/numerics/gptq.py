@@ -1,9 +1,9 @@
-"""Error-feedback rounding (layer L0, torch): GPTQ at a width per group.
+"""Error-feedback rounding (layer L0, torch): GPTQ with a format per group.
 
 Frantar et al. 2022 (arXiv 2210.17323): columns are rounded one after the other, and the error of
 each is carried into the columns to come by the inverse Hessian H = Σ x xᵀ of the layer's output
-error. Differences here: every (row, group) has its own width, and a group's scale is fitted when
-its first column is reached, on the weights as the feedback has left them.
+error. Differences here: every (row, group) has its own number format, and a group's scale is fitted
+when its first column is reached, on the weights as the feedback has left them.
 """
 
 from __future__ import annotations
@@ -12,12 +12,7 @@ import torch
 from torch import Tensor
 
 from scalebits_compiler.errors import PassError
-from scalebits_compiler.numerics.quantize import (
-    Quantized,
-    column_weight,
-    fit_groups,
-    middle,
-)
+from scalebits_compiler.numerics.quantize import Quantized, column_weight, places
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
@@ -41,24 +36,15 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     raise PassError("the Hessian of a layer's inputs is not positive definite; its inputs overflow")
 
 
-def fit_mixed(groups: Tensor, bits: Tensor, weight: Tensor, clip: bool) -> Tensor:
-    """Scales of one group per row, groups [m, g], at a width per row, bits [m]: float16 [m]."""
-    scales = torch.zeros(len(groups), dtype=torch.float16, device=groups.device)
-    for width in bits.unique().tolist():
-        rows = bits == width
-        scales[rows] = fit_groups(groups[rows], int(width), weight, clip)
-    return scales
-
-
 def gptq(
     matrix: Tensor,
     hessian: Tensor,
-    bits: Tensor,
+    ids: Tensor,
     group: int,
     damping: float = 0.01,
     clip: bool = True,
 ) -> Quantized:
-    """Round matrix [m, n] at widths bits [m, groups], given H = Σ x xᵀ [n, n].
+    """Round matrix [m, n] to the formats ids [m, groups], given H = Σ x xᵀ [n, n].
 
     Minimises the layer's output error tr((W-Ŵ) H (W-Ŵ)ᵀ) greedily; `clip` searches the range of
     each group for the least error weighted by the diagonal of H.
@@ -70,36 +56,16 @@ def gptq(
     weight = column_weight(importance, matrix, group)
     device = matrix.device
     codes = torch.zeros(rows, columns, dtype=torch.uint8, device=device)
-    scales = torch.zeros(rows, bits.shape[1], dtype=torch.float16, device=device)
+    scales = torch.zeros(rows, ids.shape[1], dtype=torch.float16, device=device)
     for index, start in enumerate(range(0, columns, group)):
         stop = min(start + group, columns)
-        width = bits[:, index]
-        here = work[:, start:stop].float()
-        scales[:, index] = fit_mixed(here, width, weight[index, : stop - start], clip)
-        errors = _round_group(work, codes, upper, scales[:, index], width, start, stop)
+        errors = torch.zeros(rows, stop - start, dtype=work.dtype, device=device)
+        factor, importance = upper[start:stop, start:stop], weight[index, : stop - start]
+        # Inside a group the feedback of a row stays in the row, so formats are taken in turn.
+        for item, at in places(ids[:, index : index + 1].to(device)):
+            part = work[at, start:stop]
+            scales[at, index] = item.fit(part.float(), importance, clip)
+            done = item.round_columns(part, factor, scales[at, index])
+            codes[at, start:stop], errors[at] = done
         work[:, stop:] -= errors @ upper[start:stop, stop:]
     return Quantized(codes, scales)
-
-
-def _round_group(
-    work: Tensor,
-    codes: Tensor,
-    upper: Tensor,
-    scales: Tensor,
-    bits: Tensor,
-    start: int,
-    stop: int,
-) -> Tensor:
-    """Round columns start..stop in place; gives their scaled errors [m, stop-start]."""
-    scale = scales.double()
-    safe = torch.where(scale > 0, scale, torch.ones_like(scale))
-    half = middle(bits).double()
-    errors = torch.zeros(len(work), stop - start, dtype=work.dtype, device=work.device)
-    for column in range(start, stop):
-        value = work[:, column]
-        code = (value / safe + half).round().clamp(min=0).minimum(2 * half)
-        codes[:, column] = code.to(torch.uint8)
-        error = (value - scale * (code - half)) / upper[column, column]
-        errors[:, column - start] = error
-        work[:, column:stop] -= error.unsqueeze(1) * upper[column, column:stop].unsqueeze(0)
-    return errors

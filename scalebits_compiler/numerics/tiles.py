@@ -13,13 +13,15 @@ the odd ones, spread to 16 bits each, are numbers of rows that follow each other
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from scalebits_compiler.errors import TargetError
-from scalebits_compiler.numerics.layout import MAX_BITS, SUBS, U8, BlockLayout
+from scalebits_compiler.numerics.formats.base import SUBS, U8
+from scalebits_compiler.numerics.layout import BlockLayout, slots
 
 OFFSET_UNIT = 16  # bytes; the kernels load 16 at a time, so every group begins at a multiple
 MAX_GROUP = 128  # columns that the eight subs of a tile hold
@@ -28,9 +30,9 @@ MAX_GROUP = 128  # columns that the eight subs of a tile hold
 class TileTables(NamedTuple):
     """What a CUDA kernel needs to walk an arena, all C-contiguous int32.
 
-    offsets[panels, 9]: first byte, over 16, of the groups of width b in [p, b-1]. starts[panels,
-    9]: groups starts[p, b-1] to starts[p, b] of panel p have width b. groups[panels, groups]:
-    group columns in stored order.
+    offsets[panels, slots]: first byte, over 16, of the groups of the format id f in [p, f-1].
+    starts[panels, slots]: groups starts[p, f-1] to starts[p, f] of panel p have the format id f.
+    groups[panels, groups]: group columns in stored order.
     """
 
     offsets: NDArray[np.int32]
@@ -62,18 +64,22 @@ class TileLayout(BlockLayout):
         """Columns of a row as stored, padding included."""
         return (self.groups - 1) * self.group + self.last_group_cols
 
-    def tables(self, bits: U8) -> TileTables:
-        """The tables a kernel walks the arena with; see `TileTables`. TargetError past 32 GiB."""
-        offsets = np.zeros((self.panels, MAX_BITS + 1), np.int64)
-        starts = np.zeros((self.panels, MAX_BITS + 1), np.int32)
+    def tables(self, ids: U8, known: Iterable[int]) -> TileTables:
+        """The tables that a kernel of the formats `known` walks the arena with; see `TileTables`.
+
+        TargetError past 32 GiB.
+        """
+        width = slots(known)
+        offsets = np.zeros((self.panels, width), np.int64)
+        starts = np.zeros((self.panels, width), np.int32)
         groups = np.empty((self.panels, self.groups), np.int32)
-        for panel, segments in enumerate(self._segments(bits)):
+        for panel, segments in enumerate(self._segments(ids)):
             at = 0
             for segment in segments:
-                offsets[panel, segment.width - 1] = segment.offset
+                offsets[panel, segment.number - 1] = segment.offset
                 groups[panel, at : at + len(segment.groups)] = segment.groups
                 at += len(segment.groups)
-                starts[panel, segment.width :] = at
+                starts[panel, segment.number :] = at
         offsets //= OFFSET_UNIT
         if offsets.max() > np.iinfo(np.int32).max:
             raise TargetError("the packed matrix is too large for the cuda target")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 MODULE, PIPELINE, ERROR = "module.sbir", "pipeline.txt", "error.txt"
-_SCORES = ("row_scores", "column_scores", "block_scores", "move_scores")
+_SCORES = ("row_scores", "column_scores", "move_scores")
 # Where a failing pass leaves its bundle when no dump folder is given.
 REPRODUCER = Path("scalebits-reproducer")
 _TENSOR_FIELDS = (*_SCORES, "codes", "scales")

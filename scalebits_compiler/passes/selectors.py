@@ -10,15 +10,16 @@ from fnmatch import fnmatchcase
 
 from scalebits_compiler.errors import PassError, UsageError
 from scalebits_compiler.ir.module import Weight
+from scalebits_compiler.numerics.formats import named
 
-_PIN = re.compile(r"(?P<pattern>.+)=(?P<low>\d+)(?:\.\.(?P<high>\d+))?")
+_PIN = re.compile(r"(?P<pattern>.+)=(?P<low>[\w-]+)(?:\.\.(?P<high>[\w-]+))?")
 # So many names stand in the help of a pattern that matches nothing.
 _NEAR = 3
 
 
 @dataclass(frozen=True)
 class Pin:
-    """The widths that blocks of some matrices may have."""
+    """The formats that blocks of some matrices may have: ids of the least and the most bits."""
 
     pattern: str
     low: int
@@ -26,17 +27,19 @@ class Pin:
 
 
 def parse_pin(text: str) -> Pin:
-    """`PATTERN=4..8` or `PATTERN=4`; UsageError for anything else."""
+    """`PATTERN=4..8` or `PATTERN=4`, with names of formats; UsageError for anything else."""
     found = _PIN.fullmatch(text)
     if found is None:
         raise UsageError(
-            f"{text!r} pins no widths", help="write PATTERN=4..8, or PATTERN=4 for one width"
+            f"{text!r} pins no formats", help="write PATTERN=4..8, or PATTERN=4 for one format"
         )
-    low, high = int(found["low"]), int(found["high"] or found["low"])
-    if not 1 <= low <= high <= 8:
-        raise UsageError(f"{text!r}: widths {low}..{high} are not within 1..8")
+    low, high = named(found["low"]), named(found["high"] or found["low"])
+    if low.bits > high.bits:
+        raise UsageError(
+            f"{text!r}: {low} are more than {high}", help="write the smaller one first"
+        )
     check_pattern(found["pattern"])
-    return Pin(found["pattern"], low, high)
+    return Pin(found["pattern"], low.id, high.id)
 
 
 def check_pattern(pattern: str) -> None:

@@ -21,12 +21,8 @@ from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
 from scalebits_compiler.errors import ArtifactError
-from scalebits_compiler.numerics.layout import (
-    FORMAT_VERSION,
-    MAX_BITS,
-    PANEL_HEIGHTS,
-    BlockLayout,
-)
+from scalebits_compiler.numerics.formats import unknown
+from scalebits_compiler.numerics.layout import FORMAT_VERSION, PANEL_HEIGHTS, BlockLayout
 from scalebits_compiler.numerics.tiles import MAX_GROUP
 from scalebits_compiler.runtime.cpu.isa import FEATURES, X86_64
 from scalebits_compiler.runtime.cuda.spec import KernelSpec
@@ -156,7 +152,7 @@ class CudaDispatch(Struct, frozen=True, forbid_unknown_fields=True):
     kernels: Mapping[str, CudaKernel]
 
     def knows(self, layout: BlockLayout, bits: NDArray[np.uint8], gather: bool) -> bool:
-        """Whether there are kernels for a matrix, all of its widths included."""
+        """Whether there are kernels for a matrix, all of its formats included."""
         ragged = layout.cols % layout.group != 0
         shape = (layout.panel, layout.group, ragged, gather)
         return any(
@@ -208,8 +204,8 @@ def _specs(matrix: CudaMatrix, dtype: Literal["fp16", "bf16"]) -> Iterator[Kerne
     bits, tokens = matrix.bits, [bucket.tokens for bucket in matrix.buckets]
     _check(matrix.panel in PANEL_HEIGHTS, f"panels of {matrix.panel} rows")
     _check(matrix.group % 32 == 0 and matrix.group <= MAX_GROUP, f"groups of {matrix.group}")
-    widths = [width for width in range(1, MAX_BITS + 1) if width in bits]
-    _check(bool(widths) and list(bits) == widths, f"widths {list(bits)}")
+    known = bool(bits) and list(bits) == sorted(set(bits)) and not unknown(bits)
+    _check(known, f"formats {list(bits)}")
     _check(tokens == sorted(set(tokens)), "the tokens of its buckets do not rise")
     whole = KernelSpec(
         "dequantize", dtype, matrix.panel, matrix.group, bits, matrix.ragged, gather=matrix.gather

@@ -20,6 +20,7 @@ from scalebits_compiler.ir.ops import OPS
 from scalebits_compiler.ir.parser import read_module
 from scalebits_compiler.ir.printer import print_op, renumbered
 from scalebits_compiler.ir.verifier import verify
+from scalebits_compiler.numerics.formats import bits_of, format_of
 from scalebits_compiler.numerics.safetensors import StoredTensor
 from scalebits_compiler.runtime.artifact import read_manifest
 from scalebits_compiler.runtime.manifest import MANIFEST, MODULE_FILE, Manifest
@@ -249,7 +250,7 @@ def _bits(a: Side, b: Side, orders: set[str]) -> dict[str, dict[str, Any]]:
 
 
 def _matrix_bits(a: Side, b: Side, x: Weight, y: Weight) -> dict[str, Any] | None:
-    """`changed` is a list of (block row, block column, bits in a, bits in b).
+    """`changed` is a list of (block row, block column, format id in a, in b).
 
     raised, lowered and changed are None where the blocks are not the same: another block shape, or
     widths on one side only.
@@ -264,7 +265,7 @@ def _matrix_bits(a: Side, b: Side, x: Weight, y: Weight) -> dict[str, Any] | Non
     places = np.argwhere(left != right)
     if not len(places):
         return None
-    steps = right.astype(int) - left
+    steps = bits_of(right) - bits_of(left)
     changed = [(int(r), int(c), int(left[r, c]), int(right[r, c])) for r, c in places]
     raised, lowered = int((steps > 0).sum()), int((steps < 0).sum())
     return {"raised": raised, "lowered": lowered, "changed": changed, **counts}
@@ -272,7 +273,7 @@ def _matrix_bits(a: Side, b: Side, x: Weight, y: Weight) -> dict[str, Any] | Non
 
 def _histogram(weight: Weight, grid: np.ndarray | None) -> dict[str, int] | None:
     found = weight.hist if grid is None else Grid.of(grid).histogram()
-    return None if found is None else {str(bits): count for bits, count in found}
+    return None if found is None else {format_of(number).name: count for number, count in found}
 
 
 def _totals(a: Side, b: Side) -> dict[str, dict[str, tuple[Any, Any]]]:

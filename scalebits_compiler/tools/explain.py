@@ -1,4 +1,4 @@
-"""Why the blocks of a matrix have their widths, from what the search left in the artifact (L3).
+"""Why the blocks of a matrix have their formats, from what the search left in the artifact (L3).
 
 Needs no torch: the predicted changes and their errors are stored as `S.move_scores`.
 """
@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scalebits_compiler.errors import ArtifactError, UsageError
+from scalebits_compiler.ir.parser import parse_pipeline
+from scalebits_compiler.numerics.formats import UNIFORM, Format, ladder
 from scalebits_compiler.numerics.layout import BlockLayout
 from scalebits_compiler.passes.selectors import near_names
 from scalebits_compiler.runtime.artifact import Artifact, map_tensors
@@ -26,7 +28,7 @@ STEP = 0.1
 
 
 class _Matrix(NamedTuple):
-    """A searched matrix: its layout, widths, and the part of the flat arrays that is its own."""
+    """A searched matrix: its layout, format ids, and its part of the flat arrays."""
 
     layout: BlockLayout
     bits: NDArray[np.uint8]
@@ -34,19 +36,35 @@ class _Matrix(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Scores:
-    """All searched blocks of an artifact, flat: predicted change (nats) of one bit more and less.
+class Move:
+    """One move of every block: predicted change and its standard error (nats), and stored bits.
 
-    A change that a limit forbids is inf. cost: stored bits of one bit of width. rank_up, rank_down:
-    place of a block, from 1, among those to be raised and to be lowered first, per stored bit.
+    A change that a limit forbids is inf.
     """
 
+    change: Floats
+    error: Floats
+    price: Floats
+
+    def order(self) -> NDArray[np.int64]:
+        """Blocks by rising change per stored bit; equals by number."""
+        return np.argsort(self.change / self.price, kind="stable")
+
+    def ranks(self) -> NDArray[np.int64]:
+        """The place of every block in that order, from 1."""
+        ranks = np.empty(len(self.change), np.int64)
+        ranks[self.order()] = np.arange(1, len(ranks) + 1)
+        return ranks
+
+
+@dataclass(frozen=True)
+class Scores:
+    """All searched blocks of an artifact, flat: the moves one format up and one down the ladder."""
+
+    ladder: tuple[Format, ...]
     matrices: dict[str, _Matrix]
-    up: Floats
-    down: Floats
-    error_up: Floats
-    error_down: Floats
-    cost: Floats
+    up: Move
+    down: Move
     weights: int
 
     @staticmethod
@@ -55,7 +73,8 @@ class Scores:
         path = artifact.path / PLAN_FILE
         stored = map_tensors(path) if PLAN_FILE in artifact.manifest.files else {}
         matrices: dict[str, _Matrix] = {}
-        flat, costs, weights, offset = [], [], 0, 0
+        ladder = _ladder(artifact)
+        flat, prices, weights, offset = [], [], 0, 0
         for symbol, record in artifact.manifest.weights.items():
             found = stored.get(f"{symbol}.move_scores")
             if record.kind != "packed" or found is None:
@@ -64,7 +83,7 @@ class Scores:
             if found.data.shape != (*layout.grid, 4):
                 raise ArtifactError(f"{path}: {symbol}.move_scores: wrong shape", COMPILE_AGAIN)
             flat.append(found.float32().astype(np.float64).reshape(-1, 4))
-            costs.append(layout.block_cost()[0].ravel())
+            prices.append(_prices(layout, bits, ladder))
             matrices[symbol] = _Matrix(layout, bits, slice(offset, offset + bits.size))
             offset, weights = offset + bits.size, weights + layout.rows * layout.cols
         if not matrices:
@@ -73,25 +92,41 @@ class Scores:
                 help="compile it with assign-bits in the pipeline",
             )
         up, down, error_up, error_down = np.concatenate(flat).T
-        cost = np.concatenate(costs).astype(np.float64)
-        return Scores(matrices, up, down, error_up, error_down, cost, weights)
+        price_up, price_down = np.concatenate(prices, 1)
+        return Scores(
+            ladder,
+            matrices,
+            Move(up, error_up, price_up),
+            Move(down, error_down, price_down),
+            weights,
+        )
 
-    def order(self, change: Floats) -> NDArray[np.int64]:
-        """Blocks by rising change per stored bit; equals by number."""
-        return np.argsort(change / self.cost, kind="stable")
-
-    def ranks(self, change: Floats) -> NDArray[np.int64]:
-        """The place of every block in that order, from 1."""
-        ranks = np.empty(len(change), np.int64)
-        ranks[self.order(change)] = np.arange(1, len(change) + 1)
-        return ranks
-
-    def next_step(self, change: Floats) -> NDArray[np.int64]:
+    def next_step(self, move: Move) -> NDArray[np.int64]:
         """The blocks that STEP average bits more (or less) would move, best first."""
-        order = self.order(change)
-        order = order[np.isfinite(change[order])]
-        spent = np.cumsum(self.cost[order])
+        order = move.order()
+        order = order[np.isfinite(move.change[order])]
+        spent = np.cumsum(move.price[order])
         return order[spent <= STEP * self.weights]
+
+
+def _ladder(artifact: Artifact) -> tuple[Format, ...]:
+    """The formats that the search moved along, by the pipeline that made the artifact."""
+    steps = parse_pipeline(artifact.manifest.provenance.pipeline)
+    given = [options for name, options in steps if name == "assign-bits"]
+    default = tuple(item.name for item in UNIFORM)
+    return ladder(given[-1].get("formats", default) if given else default)
+
+
+def _prices(layout: BlockLayout, ids: NDArray[np.uint8], ladder: tuple[Format, ...]) -> Floats:
+    """Stored bits [2, blocks] of the next format up, and of the next one down; 1 at the ends."""
+    table = np.stack([layout.block_cost(item.id).ravel() for item in ladder])
+    places = np.array(
+        [[item.id for item in ladder].index(number) for number in ids.ravel().tolist()]
+    )
+    steps = np.maximum(np.diff(table, axis=0), 1)
+    padded = np.pad(steps, ((1, 1), (0, 0)), constant_values=1)
+    index = np.arange(table.shape[1])
+    return np.stack([padded[places + 1, index], padded[places, index]]).astype(np.float64)
 
 
 def explain(path: Path, layer: str, block: tuple[int, int] | None = None) -> dict[str, Any]:
@@ -112,17 +147,17 @@ def explain(path: Path, layer: str, block: tuple[int, int] | None = None) -> dic
             help=f"its blocks are 0,0 to {rows - 1},{columns - 1}",
         )
     chosen = [block] if block else [(r, c) for r in range(rows) for c in range(columns)]
-    ranks = (scores.ranks(scores.up), scores.ranks(scores.down))
+    ranks = (scores.up.ranks(), scores.down.ranks())
     return {
         "matrix": symbol,
         "shape": [matrix.layout.rows, matrix.layout.cols],
         "block": [matrix.layout.block_rows, matrix.layout.block_cols],
         "index_bytes": artifact.manifest.summary["matrices"][symbol].get("index_bytes", 0),
-        "blocks_of_all_matrices": len(scores.up),
-        "price": {"raise": _rate(scores, scores.up, up), "lower": _rate(scores, scores.down, down)},
+        "blocks_of_all_matrices": len(scores.up.change),
+        "price": {"raise": _rate(scores.up, up), "lower": _rate(scores.down, down)},
         "step": STEP,
-        "plus": _moved(matrix, scores, scores.up, up),
-        "minus": _moved(matrix, scores, scores.down, down),
+        "plus": _moved(matrix, scores.up, up),
+        "minus": _moved(matrix, scores.down, down),
         "blocks": [_block(matrix, scores, ranks, *place) for place in chosen],
     }
 
@@ -136,30 +171,28 @@ def _find(layer: str, scores: Scores, artifact: Artifact) -> str:
         return name if name in known else ends[0]
     record = artifact.manifest.weights.get(name)
     if record is not None:
-        told = "has a width of its own" if record.kind == "packed" else "is dense"
-        raise UsageError(f"{name} {told}: its widths were not searched")
+        told = "has a fixed format" if record.kind == "packed" else "is dense"
+        raise UsageError(f"{name} {told}: its formats were not searched")
     told = ", ".join(ends[:3] or near_names(layer, known) or known[:3])
     reason = "several matrices end in" if ends else "no matrix is called"
     raise UsageError(f"{reason} '{layer}'", help=f"did you mean {told}?")
 
 
-def _rate(scores: Scores, change: Floats, moved: NDArray[np.int64]) -> float | None:
+def _rate(move: Move, moved: NDArray[np.int64]) -> float | None:
     """Change per stored bit at the end of the next step: nats."""
-    return float(change[moved[-1]] / scores.cost[moved[-1]]) if len(moved) else None
+    return float(move.change[moved[-1]] / move.price[moved[-1]]) if len(moved) else None
 
 
-def _moved(
-    matrix: _Matrix, scores: Scores, change: Floats, moved: NDArray[np.int64]
-) -> dict[str, Any]:
+def _moved(matrix: _Matrix, move: Move, moved: NDArray[np.int64]) -> dict[str, Any]:
     """What the next step of the budget would move, in this matrix and in all."""
     part = matrix.part
     here = moved[(moved >= part.start) & (moved < part.stop)]
     columns = matrix.layout.grid[1]
     return {
         "blocks": [[int(i - part.start) // columns, int(i - part.start) % columns] for i in here],
-        "change": float(change[here].sum()),
+        "change": float(move.change[here].sum()),
         "blocks_of_all_matrices": len(moved),
-        "change_of_all_matrices": float(change[moved].sum()),
+        "change_of_all_matrices": float(move.change[moved].sum()),
     }
 
 
@@ -167,22 +200,24 @@ def _block(
     matrix: _Matrix, scores: Scores, ranks: tuple[NDArray[np.int64], ...], row: int, column: int
 ) -> dict[str, Any]:
     index = matrix.part.start + row * matrix.layout.grid[1] + column
+    place = [item.id for item in scores.ladder].index(int(matrix.bits[row, column]))
 
-    def move(change: Floats, error: Floats, rank: NDArray[np.int64]) -> dict[str, Any] | None:
-        if not math.isfinite(change[index]):
+    def told(move: Move, rank: NDArray[np.int64], step: int) -> dict[str, Any] | None:
+        if not math.isfinite(move.change[index]):
             return None
         return {
-            "change": float(change[index]),
-            "error": float(error[index]) or None,  # unknown from a single batch of windows
-            "per_stored_bit": float(change[index] / scores.cost[index]),
+            "format": scores.ladder[place + step].name,
+            "stored_bits": int(move.price[index]),
+            "change": float(move.change[index]),
+            "error": float(move.error[index]) or None,  # unknown from a single batch of windows
+            "per_stored_bit": float(move.change[index] / move.price[index]),
             "rank": int(rank[index]),
         }
 
     return {
         "row": row,
         "column": column,
-        "bits": int(matrix.bits[row, column]),
-        "stored_bits_of_a_bit": int(scores.cost[index]),
-        "one_more": move(scores.up, scores.error_up, ranks[0]),
-        "one_less": move(scores.down, scores.error_down, ranks[1]),
+        "format": scores.ladder[place].name,
+        "up": told(scores.up, ranks[0], 1),
+        "down": told(scores.down, ranks[1], -1),
     }

@@ -139,7 +139,7 @@ def test_budget_that_no_width_can_use(compile_small: Any, model: Path, out: Path
         compile_small(model, out, "--avg-bits", "15"), 2, "--avg-bits 15 is out of range", "help:"
     )
     ran = compile_small(model, out, "--avg-bits", "5", "--bits", "*=1..2")
-    refused(ran, 1, "more than 2-bit blocks can use", "help: give at most 3")
+    refused(ran, 1, "more than blocks of 2 bits can use", "help: give at most 3")
 
 
 @pytest.mark.parametrize(

@@ -32,24 +32,27 @@ def test_blocks_are_those_of_the_module(told: dict[str, Any], compiled: Any) -> 
         for weight in module.searched()
         if weight.move_scores is not None
     }
-    cost = searched_costs(module, AssignBits()).per_bit
+    costs = searched_costs(module, AssignBits())
+    cost = costs.table[1] - costs.table[0]  # of a bit, whatever the width
     ups = np.concatenate([found.reshape(-1, 4)[:, 0] for found in scores.values()]) / cost
     bits = module.bits(module.weights[LAYER])
     assert len(told["blocks"]) == bits.size
     assert told["blocks_of_all_matrices"] == len(ups)
     for item in told["blocks"]:
         place = item["row"], item["column"]
-        assert item["bits"] == bits[place]
-        for move, column in (("one_more", 0), ("one_less", 1)):
+        assert item["format"] == str(bits[place])
+        for move, column in (("up", 0), ("down", 1)):
             change = scores[LAYER][place][column]
             if np.isinf(change):
                 assert item[move] is None
-                assert item["bits"] in (1, 8)
+                assert item["format"] in ("1", "8")
             else:
                 assert item[move]["change"] == change
-        if item["one_more"]:
-            rate = item["one_more"]["per_stored_bit"]
-            assert (ups < rate).sum() < item["one_more"]["rank"] <= (ups <= rate).sum()
+                step = 1 if move == "up" else -1
+                assert item[move]["format"] == str(int(bits[place]) + step)
+        if item["up"]:
+            rate = item["up"]["per_stored_bit"]
+            assert (ups < rate).sum() < item["up"]["rank"] <= (ups <= rate).sum()
 
 
 def test_the_next_step_of_the_budget(told: dict[str, Any], compiled: Any, cli: Any) -> None:
@@ -63,13 +66,13 @@ def test_the_next_step_of_the_budget(told: dict[str, Any], compiled: Any, cli: A
         by_place = {(b["row"], b["column"]): b for b in found["blocks"]}
         for place in found["plus"]["blocks"]:
             block = by_place[tuple(place)]
-            spent += block["stored_bits_of_a_bit"]
-            changes += block["one_more"]["change"]
+            spent += block["up"]["stored_bits"]
+            changes += block["up"]["change"]
             moved += 1
-            assert block["one_more"]["per_stored_bit"] <= told["price"]["raise"]
+            assert block["up"]["per_stored_bit"] <= told["price"]["raise"]
     assert moved == told["plus"]["blocks_of_all_matrices"]
     assert changes == pytest.approx(told["plus"]["change_of_all_matrices"])
-    largest = max(block["stored_bits_of_a_bit"] for block in told["blocks"])
+    largest = max(block["up"]["stored_bits"] for block in told["blocks"] if block["up"])
     assert budget - largest < spent <= budget
 
 

@@ -51,13 +51,13 @@ def test_pins_and_exclusions(compile_small: Any, tiny_llama: Any, tmp_path: Path
     [
         (("--bits", "*.down_prj=4"), 1, ("'*.down_prj' matches no matrix", "mlp.down_proj")),
         (("--exclude", "down_proj"), 1, ("'down_proj' matches no matrix", "mlp.down_proj")),
-        (("--bits", "*.down_proj=9"), 2, ("9..9 are not within 1..8",)),
-        (("--bits", "*.down_proj"), 2, ("pins no widths",)),
+        (("--bits", "*.down_proj=9"), 2, ("'9' is no number format",)),
+        (("--bits", "*.down_proj"), 2, ("pins no formats",)),
         (("--exclude", "re:("), 2, ("no regular expression",)),
         (("--exclude", "*"), 1, ("every matrix is excluded",)),
         (("--bits", "lm_head=4"), 1, ("names lm_head, whose", "not searched: head", "head-bits")),
         (("--exclude", "*.down_proj", "--bits", "*.down_proj=4"), 1, ("excluded as asked",)),
-        (("--head-bits", "9"), 2, ("--head-bits 9 is not in 1..8",)),
+        (("--head-bits", "9"), 2, ("--head-bits 9: no format has this id",)),
         (("--bits", "*=7..8"), 1, ("3.0 effective bits", "smallest feasible is 7.")),
     ],
 )

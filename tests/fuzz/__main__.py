@@ -83,7 +83,9 @@ def _fuzz(args: argparse.Namespace, work: Path) -> int:
 
     def make(index: int) -> Case:
         """Numbers below 0 are the corpus."""
-        return corpus[index] if index < 0 else mutations.generate(args.seed, index, known, args.full)
+        return (
+            corpus[index] if index < 0 else mutations.generate(args.seed, index, known, args.full)
+        )
 
     runner, tally = Runner(make, known, work, args.full), report.Tally()
     if args.case is not None:

@@ -122,7 +122,9 @@ def run_case(case: Case, base: Base, scratch: Path, work: Path, full: bool) -> O
             return Outcome(MEMORY_BLOWUP, case.entry, f"{(_peak() - resident) >> 20} MiB more")
         if outcome.result != ACCEPTED or not twice:
             return outcome
-        written = contents(here if base.what == "search" else out) if entry.output != "printed" else b""
+        written = (
+            contents(here if base.what == "search" else out) if entry.output != "printed" else b""
+        )
         results.append((ran.code, ran.output + written))
     if results[0] != results[1]:
         return Outcome(UNSTABLE, case.entry, _difference(*(output for _, output in results)))

@@ -47,7 +47,13 @@ class Tally:
             )
         }  # fmt: skip
         times = {name: round(seconds, 2) for name, seconds in self.times.items()}
-        return {**about, "times": times, "cases": self.cases, "seconds": round(self.seconds, 1), "tables": tables}
+        return {
+            **about,
+            "times": times,
+            "cases": self.cases,
+            "seconds": round(self.seconds, 1),
+            "tables": tables,
+        }
 
 
 def file_class(case: Case, file: str) -> str:

@@ -121,7 +121,9 @@ class Runner:
             _tell(pipe, {"index": index, "case": case.to_json()})
             faulthandler.dump_traceback_later(self.limit * 0.9, file=stack)
             start = time.process_time()
-            outcome = run_case(case, self.bases[case.base], folder / "scratch", self.work, self.full)
+            outcome = run_case(
+                case, self.bases[case.base], folder / "scratch", self.work, self.full
+            )
             faulthandler.cancel_dump_traceback_later()
             seconds = time.process_time() - start
             _tell(pipe, {"index": index, "outcome": asdict(outcome), "seconds": seconds})
@@ -149,9 +151,7 @@ class Runner:
         case: Case = child.case  # type: ignore[attr-defined]
         return Result(index, case, outcome, seconds, first=child.first)
 
-    def _end(
-        self, child: _Child, selector: selectors.BaseSelector, hung: bool
-    ) -> Iterator[Result]:
+    def _end(self, child: _Child, selector: selectors.BaseSelector, hung: bool) -> Iterator[Result]:
         """A child that ended, or has to be ended; what it had still to do goes to another."""
         selector.unregister(child.pipe)
         child.pipe.close()
@@ -190,4 +190,6 @@ def _died(status: int, hung: bool, stack: str, printed: str) -> Outcome:
     if os.WIFSIGNALED(status):
         name = signal.Signals(os.WTERMSIG(status)).name
         return Outcome(cases.SIGNAL, f"{name} at {at}", detail)
-    return Outcome(cases.EXIT, f"the process ended with {os.waitstatus_to_exitcode(status)}", detail)
+    return Outcome(
+        cases.EXIT, f"the process ended with {os.waitstatus_to_exitcode(status)}", detail
+    )

@@ -146,7 +146,11 @@ def _operation(rng: random.Random, text: str, file: str) -> list[Edit]:
     ))  # fmt: skip
     rest = op[3]
     if "{" in rest and rng.random() < 0.6:
-        new = rest[: rest.index("{") + 1] + attribute + rng.choice(("}", ", " + rest[rest.index("{") + 1 :]))
+        new = (
+            rest[: rest.index("{") + 1]
+            + attribute
+            + rng.choice(("}", ", " + rest[rest.index("{") + 1 :]))
+        )
     else:
         new = f"{rest} {{{attribute}}}"
     return _replaced(text, file, *op.span(3), new, "attribute")
@@ -164,7 +168,9 @@ def _aten(rng: random.Random, text: str, file: str) -> list[Edit]:
         return _line(rng, text, file)
     op = rng.choice(ops)
     values = re.findall(r"[%@][\w.]+", op[3])
-    args = [rng.choice((*_ARGUMENTS, *values * 4)) for _ in range(rng.choice((0, 1, 1, 2, 2, 3, 4)))]
+    args = [
+        rng.choice((*_ARGUMENTS, *values * 4)) for _ in range(rng.choice((0, 1, 1, 2, 2, 3, 4)))
+    ]
     call = f'    {op[1]} = aten {{target = "{target}", args = [{", ".join(args)}]}}{op[4]}\n'
     return _replaced(text, file, *op.span(), call, "aten call")
 
@@ -172,7 +178,9 @@ def _aten(rng: random.Random, text: str, file: str) -> list[Edit]:
 def _deep(rng: random.Random, text: str, file: str) -> list[Edit]:
     """Something repeated very often."""
     at = rng.choice(_words(text)).start()
-    piece = rng.choice(("[", "(", "{", "9", "x", "?, ", "4*", "@p0", " ", "\n", "// x\n", '"', "-", "%"))
+    piece = rng.choice(
+        ("[", "(", "{", "9", "x", "?, ", "4*", "@p0", " ", "\n", "// x\n", '"', "-", "%")
+    )
     edit = {"file": file, "do": "repeat", "at": at, "text": piece}
     return [{**edit, "times": rng.choice((3, 70, 5_000, 100_000)), "kind": "text: repeated"}]
 

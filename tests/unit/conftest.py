@@ -14,8 +14,8 @@ from scalebits_compiler.codegen.plan import make_plan, unplanned
 from scalebits_compiler.ir.parser import parse_module
 from scalebits_compiler.ir.resources import ResourceStore
 from scalebits_compiler.ir.verifier import verify
+from scalebits_compiler.numerics.formats.base import stored_scale
 from scalebits_compiler.numerics.layout import BlockLayout
-from scalebits_compiler.numerics.quantize import stored_scale
 from scalebits_compiler.runtime.manifest import Provenance
 
 BLOCK_ROWS, BLOCK_COLS, GROUP = 16, 64, 32

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from scalebits_compiler.errors import PassError
+from scalebits_compiler.errors import PassError, UsageError
 
 
 @pytest.fixture(scope="module")
@@ -60,28 +60,35 @@ class TestAssignBits:
     def test_limits(self, module: Any, ctx: Any) -> None:
         from scalebits_compiler.passes.search.assign_bits import AssignBits
 
-        done = AssignBits(avg_bits=4.0, min_bits=2, max_bits=4, rounds=3).run(module, ctx)
+        done = AssignBits(avg_bits=4.0, formats=("4", "2", "3"), rounds=3).run(module, ctx)
         grids = [done.bits(weight) for weight in done.quantized()]
         assert {int(width) for grid in grids for width in grid.ravel()} <= {2, 3, 4}
 
-    @pytest.mark.parametrize("limits", [(0, 8), (1, 9), (5, 3)])
-    def test_bad_limits(self, module: Any, ctx: Any, limits: tuple[int, int]) -> None:
+    @pytest.mark.parametrize("names", [("0", "8"), ("1", "9"), ("3..5",)])
+    def test_unknown_formats(self, module: Any, ctx: Any, names: tuple[str, ...]) -> None:
         from scalebits_compiler.passes.search.assign_bits import AssignBits
 
-        with pytest.raises(PassError, match=f"widths {limits[0]}..{limits[1]}"):
-            AssignBits(min_bits=limits[0], max_bits=limits[1]).run(module, ctx)
+        with pytest.raises(UsageError, match="is no number format"):
+            AssignBits(formats=names).run(module, ctx)
+
+    def test_a_limit_that_is_not_on_the_ladder(self, module: Any, ctx: Any) -> None:
+        from scalebits_compiler.passes.search.assign_bits import AssignBits
+
+        with pytest.raises(PassError, match="limited to the format 5, which is not among"):
+            AssignBits(formats=("2", "3"), pins=("*=5",)).run(module, ctx)
 
     def test_smallest_feasible_budget_is_named_and_works(self, module: Any, ctx: Any) -> None:
         from scalebits_compiler.passes.search.assign_bits import AssignBits
 
         for low in (1, 3):
+            names = tuple(map(str, range(low, 9)))
             with pytest.raises(PassError, match="smallest feasible is") as caught:
-                AssignBits(avg_bits=0.5, min_bits=low).run(module, ctx)
+                AssignBits(avg_bits=0.5, formats=names).run(module, ctx)
             least = float(caught.value.message.split("smallest feasible is ")[1])
-            done = AssignBits(avg_bits=least, min_bits=low, rounds=1).run(module, ctx)
+            done = AssignBits(avg_bits=least, formats=names, rounds=1).run(module, ctx)
             assert self.effective(done) <= least
             with pytest.raises(PassError, match="smallest feasible is"):
-                AssignBits(avg_bits=least - 0.002, min_bits=low).run(module, ctx)
+                AssignBits(avg_bits=least - 0.002, formats=names).run(module, ctx)
 
     def test_uniform_ships_where_it_wins(self, module: Any, ctx: Any) -> None:
         """A budget that two bits fit exactly, where the mixed start is worse on held text."""
@@ -92,12 +99,12 @@ class TestAssignBits:
         ids = torch.from_numpy(np.random.default_rng(5).integers(0, 256, (6, 24)))
         ctx = replace(ctx, text=replace(ctx.text, calibration=ids[:3], acceptance=ids[3:]))
         costs = searched_costs(module, AssignBits())
-        exact = (costs.total(np.full(len(costs.fixed), 2)) + 0.5) / costs.weights
+        exact = (costs.total(np.full(len(costs.low), 1)) + 0.5) / costs.weights
         done = AssignBits(avg_bits=exact, rounds=0).run(module, ctx)
         report = ctx.report["assign-bits"]
         assert report["starts"]["uniform"] < report["starts"]["hull"]
         assert report["shipped"] == "uniform"
-        assert report["uniform_bits"] == 2
+        assert report["uniform_bits"] == "2"
         assert {int(b) for w in done.quantized() for b in done.bits(w).ravel()} == {2}
         assert report["held_loss"] == report["uniform_held_loss"]
         searched = AssignBits(avg_bits=exact).run(module, ctx)
@@ -153,7 +160,7 @@ class TestAssignBits:
         done = AssignBits(avg_bits=3.0, rounds=rounds).run(module, ctx)
         seen = ctx.text.calibration[:windows]
         matrices = statistics.load_matrices(done, ctx)
-        grids = {w.symbol: torch.from_numpy(done.bits(w)).long() for w in done.searched()}
+        grids = {w.symbol: torch.from_numpy(done.bits(w)).long() - 1 for w in done.searched()}
         evaluator = ctx.evaluator(done, "test")
         scores = statistics.move_scores(evaluator, matrices, grids, seen, ctx)
         for weight in done.searched():
@@ -179,7 +186,7 @@ class TestAssignBits:
     def test_warm_needs_widths(self, module: Any, ctx: Any) -> None:
         from scalebits_compiler.passes.search.assign_bits import AssignBits
 
-        with pytest.raises(PassError, match="no widths and move scores to start from"):
+        with pytest.raises(PassError, match="no formats and move scores to start from"):
             AssignBits(warm=True).run(module, ctx)
 
     @pytest.mark.parametrize("loss", ["ce", "kl"])

@@ -309,7 +309,7 @@ def test_kernels_that_are_not_there(library):
     with pytest.raises(ArtifactError, match=r"group 64.*\n.*compile the model again"):
         PackedLinear(library, strange.layout, strange.arena, strange.bits)
     wider = make_matrix(CASES["panel64"][0], (8,))
-    with pytest.raises(ArtifactError, match=r"widths \[8\]"):
+    with pytest.raises(ArtifactError, match=r"formats \[8\]"):
         PackedLinear(library, wider.layout, wider.arena, wider.bits)
 
 

@@ -75,7 +75,6 @@ def test_logits_stay_and_columns_are_sorted(folded: Module, gathered: Module) ->
         assert weight.column_scores is not None
         scores = gathered.resources.numpy(weight.column_scores.key)
         assert (np.diff(scores) <= 0).all()
-        assert weight.block_scores is None
 
 
 def test_the_report_has_the_bits_of_every_index(folded: Module) -> None:

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from scalebits_compiler.errors import PassError
-from scalebits_compiler.numerics.gptq import fit_mixed, gptq, inverse_factor
-from scalebits_compiler.numerics.quantize import LevelTable, Quantized, dequantize, fit_groups
+from scalebits_compiler.numerics.formats import format_of
+from scalebits_compiler.numerics.gptq import gptq, inverse_factor
+from scalebits_compiler.numerics.quantize import LevelTable, Quantized, dequantize
 
 quick = settings(max_examples=15, deadline=None, derandomize=True)
 seeds = st.integers(0, 2**32)
@@ -182,11 +183,12 @@ def test_factor_of_the_inverse(seed: int) -> None:
     )
 
 
-def test_fit_mixed_is_the_single_fit_of_each_row() -> None:
+def test_the_scales_of_the_first_group_are_the_fit_of_each_row() -> None:
     rng = np.random.default_rng(0)
-    groups = torch.from_numpy(rng.normal(size=(10, 32)).astype(np.float32))
-    bits = torch.from_numpy(rng.integers(1, 9, 10))
-    weight = torch.from_numpy(rng.random(32).astype(np.float32))
-    mixed = fit_mixed(groups, bits, weight, clip=True)
+    matrix = torch.from_numpy(rng.normal(size=(10, 32)).astype(np.float32))
+    ids = torch.from_numpy(rng.integers(1, 9, (10, 1)))
+    importance = torch.from_numpy(rng.random(32).astype(np.float32)).clamp(min=1e-12)
+    mixed = gptq(matrix, importance.double().diag(), ids, 32).scales[:, 0]
     for row in range(10):
-        assert mixed[row] == fit_groups(groups[row], int(bits[row]), weight)
+        alone = format_of(int(ids[row])).fit(matrix[row : row + 1], importance)
+        assert mixed[row] == alone[0]

@@ -101,7 +101,7 @@ def modules(draw: Callable[[Any], Any]) -> Module:
         quantize=st.booleans(),
         data=MAYBE_RESOURCE, block=st.none() | PAIRS, group=st.none() | st.integers(0, 256),
         bits=MAYBE_RESOURCE | GRIDS, hist=st.none() | st.lists(PAIRS, max_size=3).map(tuple),
-        codes=MAYBE_RESOURCE, block_scores=MAYBE_RESOURCE,
+        codes=MAYBE_RESOURCE, move_scores=MAYBE_RESOURCE,
     ), max_size=4))  # fmt: skip
     args = tuple(
         Argument(Value(name), draw(TENSORS))
@@ -172,7 +172,7 @@ def test_two_thousand_ops_print_as_they_are_read() -> None:
         ("module @m { weight @a : f32[" + "9" * 5000 + "]", "too long"),
         ("module @m ; {", "unexpected character ';'"),
         ("module @m { weight @a : f32[2] {bits = grid([[1], [1, 2]])}", "rows of equal length"),
-        ("module @m { weight @a : f32[2] {bits = grid([[true]])}", "is no bit width"),
+        ("module @m { weight @a : f32[2] {bits = grid([[true]])}", "is no format id"),
         ("module @m { weight @a : f32[2] {bits = grip([[1]])}", "unknown attribute 'grip"),
         ("module @m {x = " + "[" * 65, "nested more than 64 deep"),
         ("module @m {x = " + "{a = " * 65, "nested more than 64 deep"),

@@ -18,7 +18,7 @@ TEXT = """module @m {tensors = ["m.safetensors"], calibration = resource("text")
   perm @p : i32[32] {data = resource("p")}
   weight @w : f32[32@p, 64] {data = resource("d"), quantize = true, block = [16, 32], group = 32, \
 bits = resource("b"), row_scores = resource("row"), column_scores = resource("column"), \
-block_scores = resource("block"), codes = resource("c"), scales = resource("s")}
+codes = resource("c"), scales = resource("s")}
   func @f(%x: f32[?, 64]) -> f32[?, 32@p] {
     %0 = linear %x, @w : f32[?, 32@p]
     return %0
@@ -35,7 +35,6 @@ def right() -> dict[str, torch.Tensor]:
         "b": torch.full((2, 2), 4, dtype=torch.uint8),
         "row": torch.zeros(32),
         "column": torch.zeros(64),
-        "block": torch.zeros(2, 2, 2),
         "c": torch.zeros(32, 64, dtype=torch.uint8),
         "s": torch.ones(32, 2, dtype=torch.float16),
     }
@@ -63,7 +62,6 @@ def test_tensors_that_fit(tmp_path: Path) -> None:
         ({"b": torch.full((2, 2), 260)}, "bits of @w is the tensor I64[2, 2], it must be U8"),
         ({"row": torch.zeros(31)}, "row_scores of @w is the tensor F32[31]"),
         ({"column": torch.zeros(64).half()}, "column_scores of @w is the tensor F16[64]"),
-        ({"block": torch.zeros(2, 2)}, "it must be F32[2, 2, 2]"),
         ({"c": torch.zeros(32, 64)}, "codes of @w is the tensor F32[32, 64], it must be U8"),
         ({"s": torch.ones(31, 2).half()}, "it must be F16[32, 2]"),
         ({"s": torch.ones(32, 3).half()}, "scales of @w is the tensor F16[32, 3]"),

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2] / "scalebits_compiler"
 NAME = "scalebits_compiler"
 LOW = {"errors", "files", "progress", "tasks"}
-IR = {*LOW, "numerics", "ir"}
+IR = {*LOW, "numerics", "numerics/formats", "ir"}
 PASSES = {*IR, "analysis", "passes"}
 COMPILER = {*PASSES, "pretrained", "frontend", "interpreter", "codegen", "artifact", "plugins"}
 RUNTIME = {"runtime", "runtime/cpu", "runtime/cuda"}
@@ -25,8 +25,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "progress": set(),
     "tasks": set(),
     "pretrained": {*LOW},
-    "numerics": {"errors"},
-    "ir": {*LOW, "numerics"},
+    "numerics": {"errors", "numerics/formats"},
+    "numerics/formats": {"errors"},
+    "ir": {*LOW, "numerics", "numerics/formats"},
     "analysis": {*IR},
     "interpreter": {*IR, "pretrained"},
     "frontend": {*IR, "pretrained"},
@@ -36,9 +37,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "passes/reorder": {*PASSES},
     "passes/rounding": {*PASSES, "passes/sensitivity"},
     "passes/search": {*PASSES, "passes/sensitivity", "passes/rounding"},
-    "runtime": {*LOW, "numerics", *RUNTIME},
-    "runtime/cpu": {*LOW, "numerics", "runtime"},
-    "runtime/cuda": {*LOW, "numerics", "runtime"},
+    "runtime": {*LOW, "numerics", "numerics/formats", *RUNTIME},
+    "runtime/cpu": {*LOW, "numerics", "numerics/formats", "runtime"},
+    "runtime/cuda": {*LOW, "numerics", "numerics/formats", "runtime"},
     "codegen": {*IR, "analysis", "interpreter", "runtime"},
     "codegen/tvm": {*IR, "codegen", "runtime", "runtime/cpu"},
     "codegen/triton": {*IR, "codegen", "runtime", "runtime/cuda"},

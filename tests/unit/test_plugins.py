@@ -183,7 +183,7 @@ def test_magnitude_scores_of_an_installed_plugin(installed: dict[str, str], tmp_
     module, _ = read_module(tmp_path / "out.sbir")
     verify(module)
     assert "sensitivity" in module.facts
-    assert module.resources.numpy("b.block_scores").tolist() == [[[-384.0, 1536.0]]] * 4
+    assert module.resources.numpy("b.column_scores").tolist() == [64.0] * 32
 
 
 def test_an_op_of_a_plugin_computes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,12 +28,14 @@ def quality():
 
 @pytest.mark.parametrize("budget", [1000 * 34, 1000 * 34 + 5000, 1000 * 50 - 1, 1000 * 500])
 def test_uniform_rows_spend_the_budget_evenly(quality, budget):
-    per_bit, fixed, low, high = (np.full(100, value) for value in (160, 20, 1, 8))
-    costs = Costs(per_bit, fixed, budget, low, high, weights=16000)
-    bits = quality.evenly(costs)
-    assert costs.total(bits) <= budget
+    table = np.arange(1, 9)[:, None] * np.full(100, 160) + 20
+    low, high = (np.full(100, place) for place in (0, 7))
+    costs = Costs(table, budget, low, high, np.arange(1.0, 9.0), 16000, 2000, weights=16000)
+    choice = quality.evenly(costs)
+    bits = choice + 1
+    assert costs.total(choice) <= budget
     assert bits.max() - bits.min() <= 1
-    assert bits.min() == 8 or costs.total(bits) + 2 * 160 > budget
+    assert bits.min() == 8 or costs.total(choice) + 2 * 160 > budget
     halves = bits[:50].sum() - bits[50:].sum()
     assert abs(halves) <= 1
 

@@ -12,19 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from scalebits_compiler.numerics.formats import UNIFORM, format_of, regions
+from scalebits_compiler.numerics.formats.base import stored_scale
 from scalebits_compiler.numerics.quantize import (
-    WIDTHS,
     LevelTable,
     block_sums,
     dequantize,
     expand_grid,
-    fit_groups,
     grouped,
-    middle,
-    stored_scale,
     ungrouped,
 )
 
+WIDTHS = tuple(item.id for item in UNIFORM)
 quick = settings(max_examples=50, deadline=None, derandomize=True)
 seeds = st.integers(0, 2**32)
 SCALE_STEP = 1 / 16  # how far a stored scale may be off, relatively
@@ -35,6 +34,10 @@ widths = st.sampled_from(WIDTHS)
 def normal(seed: int, *shape: int, scale: float = 1.0) -> Tensor:
     rng = np.random.default_rng(seed)
     return torch.from_numpy((rng.normal(size=shape) * scale).astype(np.float32))
+
+
+def fit_groups(groups: Tensor, bits: int, weight: Tensor, clip: bool = True) -> Tensor:
+    return format_of(bits).fit(groups, weight, clip)
 
 
 def whole(matrix: Tensor, group: int, bits: int) -> Tensor:
@@ -72,7 +75,8 @@ class TestLevels:
         assert torch.equal(levels, -levels.flip(-1))
         assert levels.abs().amin() > 0
         assert torch.equal(levels.diff(dim=-1), scales.float().expand(-1, 2**bits - 1))
-        assert float(middle(bits)) == (2**bits - 1) / 2
+        zero = dequantize(torch.zeros(1, 1, dtype=torch.uint8), torch.ones(1, 1), bits, 1)
+        assert float(zero) == -(2**bits - 1) / 2
 
     @quick
     @given(seed=seeds, bits=widths, clip=st.booleans())
@@ -381,3 +385,10 @@ class TestBlocks:
             assert float(sums[row, column]) == pytest.approx(float(part.sum()), abs=1e-3)
         for row, column in np.ndindex(*wide.shape):
             assert wide[row, column] == grid[row // 16, column * group // 64]
+
+
+def test_groups_of_a_format_come_by_column_then_by_row() -> None:
+    """What a format that codes rows together relies on."""
+    ids = np.array([[2, 3, 2], [2, 3, 3], [3, 2, 2]])
+    found = {item.id: at.tolist() for item, at in regions(ids)}
+    assert found == {2: [0, 3, 7, 2, 8], 3: [6, 1, 4, 5]}

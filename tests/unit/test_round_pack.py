@@ -22,11 +22,11 @@ from scalebits_compiler.ir.module import Module
 from scalebits_compiler.ir.ops import Linear, QLinear
 from scalebits_compiler.ir.verifier import verify
 from scalebits_compiler.numerics.layout import BlockLayout
-from scalebits_compiler.numerics.quantize import grouped, middle
+from scalebits_compiler.numerics.quantize import grouped
 from scalebits_compiler.passes.base import PassContext, TextSplit
 from scalebits_compiler.passes.canonicalize.canonicalize import Canonicalize
 from scalebits_compiler.passes.rounding.pack_blocks import PackBlocks
-from scalebits_compiler.passes.rounding.round_weights import RoundWeights, group_bits
+from scalebits_compiler.passes.rounding.round_weights import RoundWeights, group_formats
 from scalebits_compiler.passes.table import PASSES
 
 IDS = torch.from_numpy(np.random.default_rng(2).integers(0, 256, (16, 32)))
@@ -199,7 +199,11 @@ def test_min_max_ranges_on_request(assigned: Module) -> None:
         assert weight.scales is not None
         exact = rounded.resources.torch(weight.data.key)
         errors[clip] = float((dense(rounded, weight) - exact).square().mean())
-        top = rounded.resources.torch(weight.scales.key) * middle(group_bits(rounded, weight))
+        top = (
+            rounded.resources.torch(weight.scales.key)
+            * (2.0 ** group_formats(rounded, weight) - 1)
+            / 2
+        )
         beyond[clip] = float((grouped(exact, 32).abs().amax(-1) / top).max())
     assert errors[True] < errors[False]
     assert beyond[True] > 1.1

@@ -37,8 +37,12 @@ quick = settings(max_examples=60, deadline=None, derandomize=True)
 
 
 def costs_for(per_bit: Any, fixed: Any, budget: float, low: int = 1, high: int = 8) -> Costs:
-    limits = (np.full(len(per_bit), width) for width in (low, high))
-    return Costs(np.array(per_bit, np.int64), np.array(fixed, np.int64), int(budget), *limits, 1)
+    """Of a ladder of 1 to 8 choice; a choice is the width less 1."""
+    per_bit, fixed = np.array(per_bit, np.int64), np.array(fixed, np.int64)
+    table = np.arange(1, 9)[:, None] * per_bit + fixed
+    first, last = (np.full(len(per_bit), width - 1) for width in (low, high))
+    codes, overhead = int(per_bit.sum()), int(fixed.sum())
+    return Costs(table, int(budget), first, last, np.arange(1.0, 9.0), codes, overhead, 1)
 
 
 def convex_curves(rng: np.random.Generator, blocks: int) -> np.ndarray:
@@ -72,43 +76,43 @@ class TestPropose:
     def test_stays_within_budget_and_limits(self, seed: int, count: int) -> None:
         rng = np.random.default_rng(seed)
         blocks = 20
-        bits = rng.integers(1, 9, blocks)
+        choice = rng.integers(0, 8, blocks)
         costs = costs_for(rng.integers(1, 30, blocks), rng.integers(0, 5, blocks), 0)
-        costs = replace(costs, budget=costs.total(bits) + int(rng.integers(0, 60)))
-        up = np.where(bits >= 8, np.inf, rng.normal(0, 1, blocks))
-        down = np.where(bits <= 1, np.inf, rng.normal(0.3, 1, blocks))
+        costs = replace(costs, budget=costs.total(choice) + int(rng.integers(0, 60)))
+        up = np.where(choice >= 7, np.inf, rng.normal(0, 1, blocks))
+        down = np.where(choice <= 0, np.inf, rng.normal(0.3, 1, blocks))
         moves = moves_of(up, down)
-        changed = propose(bits, moves, costs, count)
-        predicted = predicted_change(bits, changed, moves)
+        changed = propose(choice, moves, costs, count)
+        predicted = predicted_change(choice, changed, moves)
         assert costs.total(changed) <= costs.budget
-        assert changed.min() >= 1
-        assert changed.max() <= 8
-        assert np.abs(changed - bits).max() <= 1
-        if (changed != bits).any():
-            score = up[changed > bits].sum() + down[changed < bits].sum()
+        assert changed.min() >= 0
+        assert changed.max() <= 7
+        assert np.abs(changed - choice).max() <= 1
+        if (changed != choice).any():
+            score = up[changed > choice].sum() + down[changed < choice].sum()
             assert predicted == pytest.approx(score)
             assert predicted < 0
 
     def test_nothing_to_gain(self) -> None:
-        bits = np.array([3, 3])
+        choice = np.array([3, 3])
         moves = moves_of([1.0, 2.0], [1.0, 2.0])
-        changed = propose(bits, moves, costs_for([1, 1], [0, 0], 9), 2)
+        changed = propose(choice, moves, costs_for([1, 1], [0, 0], 11), 2)
         assert changed.tolist() == [3, 3]
-        assert predicted_change(bits, changed, moves) == 0
+        assert predicted_change(choice, changed, moves) == 0
 
     def test_one_up_paid_by_one_down(self) -> None:
         moves = moves_of([-5.0, -1.0, 9.0], [9.0, 8.0, 0.5])
-        bits = np.array([3, 3, 3])
-        changed = propose(bits, moves, costs_for([4, 4, 4], [0, 0, 0], 36), 3)
+        choice = np.array([3, 3, 3])
+        changed = propose(choice, moves, costs_for([4, 4, 4], [0, 0, 0], 48), 3)
         assert changed.tolist() == [4, 3, 2]
-        assert predicted_change(bits, changed, moves) == -4.5
+        assert predicted_change(choice, changed, moves) == -4.5
 
     def test_a_cautious_search_prefers_what_it_is_sure_of(self) -> None:
         up, down = np.array([-5.0, -4.0, 9.0]), np.array([9.0, 9.0, 0.5])
         moves = Moves(up, down, np.array([8.0, 0.1, 0]), np.zeros(3))
-        bits, costs = np.array([3, 3, 3]), costs_for([4, 4, 4], [0, 0, 0], 36)
-        assert propose(bits, moves, costs, 1).tolist() == [4, 3, 2]
-        assert propose(bits, moves.cautious(1.0), costs, 1).tolist() == [3, 4, 2]
+        choice, costs = np.array([3, 3, 3]), costs_for([4, 4, 4], [0, 0, 0], 48)
+        assert propose(choice, moves, costs, 1).tolist() == [4, 3, 2]
+        assert propose(choice, moves.cautious(1.0), costs, 1).tolist() == [3, 4, 2]
 
 
 @dataclass
@@ -129,16 +133,16 @@ class Fake:
         budget = costs.total(np.full(blocks, 3))
         return Fake(curves, held, replace(costs, budget=budget), [])
 
-    def score(self, bits: Ints) -> Moves:
-        index = np.arange(len(bits))
-        here = self.curves[bits - 1, index]
-        up = self.curves[np.minimum(bits, 7), index] - here
-        down = self.curves[np.maximum(bits - 2, 0), index] - here
-        return moves_of(np.where(bits >= 8, np.inf, up), np.where(bits <= 1, np.inf, down))
+    def score(self, choice: Ints) -> Moves:
+        index = np.arange(len(choice))
+        here = self.curves[choice, index]
+        up = self.curves[np.minimum(choice + 1, 7), index] - here
+        down = self.curves[np.maximum(choice - 1, 0), index] - here
+        return moves_of(np.where(choice >= 7, np.inf, up), np.where(choice <= 0, np.inf, down))
 
-    def held(self, bits: Ints) -> float:
-        loss = loss_of(self.held_curves, bits)
-        self.seen.append((loss, bits.copy()))
+    def held(self, choice: Ints) -> float:
+        loss = loss_of(self.held_curves, choice)
+        self.seen.append((loss, choice.copy()))
         return loss
 
 
@@ -154,8 +158,8 @@ class TestSwapSearch:
             assert step.measured < 0
             losses[index + 1] = losses[index] + step.measured
         assert found.loss == pytest.approx(losses[-1])
-        assert found.loss == pytest.approx(loss_of(fake.held_curves, found.bits))
-        assert all(fake.costs.total(bits) <= fake.costs.budget for _, bits in fake.seen)
+        assert found.loss == pytest.approx(loss_of(fake.held_curves, found.choice))
+        assert all(fake.costs.total(choice) <= fake.costs.budget for _, choice in fake.seen)
         assert start.tolist() == [3] * 24
 
     def test_comes_near_the_optimum_of_a_convex_problem(self) -> None:
@@ -172,7 +176,7 @@ class TestSwapSearch:
             return search(fake, np.full(24, 3), fake.held, 8)
 
         one, other = once(), once()
-        assert one.bits.tolist() == other.bits.tolist()
+        assert one.choice.tolist() == other.choice.tolist()
         assert one.steps == other.steps
 
     def test_a_batch_that_does_not_help_is_halved(self) -> None:
@@ -182,8 +186,8 @@ class TestSwapSearch:
         start = np.full(blocks, 3)
         tried: list[int] = []
 
-        def held(bits: Ints) -> float:
-            moved = int((bits != start).sum())
+        def held(choice: Ints) -> float:
+            moved = int((choice != start).sum())
             tried.append(moved)
             return 1.0 if moved == 0 else (0.5 if moved <= 2 else 2.0)
 
@@ -197,8 +201,8 @@ class TestSwapSearch:
     def test_nothing_is_accepted_that_does_not_help(self) -> None:
         fake = Fake.make(3)
         start = np.full(24, 3)
-        found = search(fake, start, lambda bits: 1.0, 5)
-        assert found.bits.tolist() == start.tolist()
+        found = search(fake, start, lambda choice: 1.0, 5)
+        assert found.choice.tolist() == start.tolist()
         assert found.steps == []
         assert found.loss == 1.0
 
@@ -206,7 +210,7 @@ class TestSwapSearch:
         fake = Fake.make(3)
         start = np.full(24, 3)
         found = search(fake, start, fake.held, 0)
-        assert found.bits.tolist() == start.tolist()
+        assert found.choice.tolist() == start.tolist()
 
 
 class TestGoingOn:
@@ -247,7 +251,7 @@ class TestGoingOn:
         fake, losses = Fake.make(3, blocks=2000), iter(np.linspace(1, 0, 10_000))
         calls: list[int] = []
 
-        def held(bits: Ints) -> float:
+        def held(choice: Ints) -> float:
             calls.append(1)
             return 9.0 if len(calls) % 6 else float(next(losses))
 
@@ -272,7 +276,7 @@ class TestStarts:
             settings_ = SearchSettings(seed % 2)
             swap_search(state, fake.costs, fake.score, fake.held, settings_, lambda _: None)
             shipped += guarded(state, guards)
-            assert state.loss == fake.held(state.bits) <= fake.held(uniform)
+            assert state.loss == fake.held(state.choice) <= fake.held(uniform)
             wins += state.starts["uniform"] < state.starts["hull"]
         assert wins > 3
         assert 0 < shipped < 20
@@ -281,8 +285,8 @@ class TestStarts:
         """What follows it is not measured; if none does, it is the best of all."""
         losses, asked = {1: 5.0, 2: 3.0, 3: 4.0, 4: 2.0, 5: 1.0, 6: 6.0}, []
 
-        def held(bits: Ints) -> float:
-            asked.append(int(bits[0]))
+        def held(choice: Ints) -> float:
+            asked.append(int(choice[0]))
             return losses[asked[-1]]
 
         starts, guards = {"a": np.full(2, 1), "b": np.full(2, 6)}, {"guard": np.full(2, 2)}
@@ -291,5 +295,5 @@ class TestStarts:
         assert (asked, state.loss, state.held) == ([2, 1, 6, 3, 4], 2.0, 5)
         measured = {"guard": 3.0, "a": 5.0, "b": 6.0, "steeper hull 2": 4.0, "steeper hull 3": 2.0}
         assert state.starts == measured
-        assert best_start(starts, steeper[:1], guards, held).bits.tolist() == [3, 3]
+        assert best_start(starts, steeper[:1], guards, held).choice.tolist() == [3, 3]
         assert best_start({**starts, "c": np.full(2, 5)}, steeper, guards, held).loss == 1.0

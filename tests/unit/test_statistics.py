@@ -17,6 +17,7 @@ from scalebits_compiler.frontend.lower_fx import lower
 from scalebits_compiler.interpreter.executor import Executor
 from scalebits_compiler.ir.module import Module
 from scalebits_compiler.ir.ops import Linear
+from scalebits_compiler.numerics.formats import UNIFORM
 from scalebits_compiler.passes.base import PassContext
 from scalebits_compiler.passes.canonicalize.canonicalize import Canonicalize
 from scalebits_compiler.passes.sensitivity import scores as stats
@@ -40,13 +41,13 @@ def tiny(tiny_llama: Callable[..., Path]) -> Module:
 def random_bits(matrices: Mapping[str, stats.Matrix], seed: int) -> dict[str, Tensor]:
     rng = np.random.default_rng(seed)
     return {
-        symbol: torch.from_numpy(rng.integers(1, 9, matrix.weight.grid_shape()))
+        symbol: torch.from_numpy(rng.integers(0, 8, matrix.weight.grid_shape()))
         for symbol, matrix in matrices.items()
     }
 
 
 def uniform(matrices: Mapping[str, stats.Matrix], bits: int) -> dict[str, Tensor]:
-    return {s: torch.full(m.weight.grid_shape(), bits) for s, m in matrices.items()}
+    return {s: torch.full(m.weight.grid_shape(), bits - 1) for s, m in matrices.items()}
 
 
 def mean_loss(module: Module, weights: Mapping[str, Tensor], ids: Tensor) -> Tensor:
@@ -123,7 +124,7 @@ def slow_scores(
         for row, column in np.ndindex(*score.shape):
             moved = bits[symbol].clone()
             moved[row, column] += step
-            if not 1 <= moved[row, column] <= 8:
+            if not 0 <= moved[row, column] <= 7:
                 continue
             delta = matrix.at(moved) - weights[symbol]
             outside = delta.clone()
@@ -164,11 +165,10 @@ def test_batches_do_not_matter(tiny: Module, monkeypatch: Any) -> None:
         torch.testing.assert_close(split.up[symbol], whole.up[symbol], rtol=1e-4, atol=1e-7)
 
 
-def test_moves_beyond_the_limits_are_impossible(tiny: Module) -> None:
-    matrices = stats.load_matrices(tiny, PassContext())
-    found = stats.move_scores(
-        Executor(tiny), matrices, uniform(matrices, 4), IDS, PassContext(), (4, 6)
-    )
+def test_moves_beyond_the_ladder_are_impossible(tiny: Module) -> None:
+    matrices = stats.load_matrices(tiny, PassContext(), UNIFORM[3:6])
+    lowest = uniform(matrices, 1)
+    found = stats.move_scores(Executor(tiny), matrices, lowest, IDS, PassContext())
     assert all(torch.isinf(score).all() for score in found.down.values())
     assert all(torch.isfinite(score).all() for score in found.up.values())
 
@@ -204,16 +204,18 @@ def test_small_moves_are_predicted_exactly_to_first_order(tiny: Module) -> None:
     assert left[1] < 0.35 * left[0] + 1e-6
 
 
-def test_width_curves_equal_the_slow_formula(tiny: Module) -> None:
+def test_distortion_curves_equal_the_slow_formula(tiny: Module) -> None:
     matrices = stats.load_matrices(tiny, PassContext())
     dense = {s: m.dense for s, m in matrices.items()}
     _, fishers = slow_gradients(tiny, dense, IDS)
-    curves = stats.width_curves(Executor(tiny), matrices, IDS, PassContext())
+    curves = stats.distortion_curves(Executor(tiny), matrices, IDS, PassContext())
     tokens = IDS.shape[0] * (IDS.shape[1] - 1)
     for symbol, matrix in matrices.items():
         assert curves[symbol].shape == (8, *matrix.weight.grid_shape())
         for bits in (1, 3, 8):
-            error = (matrix.at(torch.full(matrix.weight.grid_shape(), bits)) - matrix.dense) ** 2
+            error = (
+                matrix.at(torch.full(matrix.weight.grid_shape(), bits - 1)) - matrix.dense
+            ) ** 2
             change = 0.5 * fishers[symbol] * error / tokens
             for row, column in np.ndindex(*matrix.weight.grid_shape()):
                 expected = float(block_of(change, matrix.block, row, column).double().sum())
@@ -224,7 +226,9 @@ def test_width_curves_equal_the_slow_formula(tiny: Module) -> None:
 def test_curves_of_whole_blocks_equal_the_slow_formula(tiny: Module) -> None:
     """½ Σ (g_t·δ)² over the tokens, g_t the gradient that autograd gives for one token's output."""
     matrices = stats.load_matrices(tiny, PassContext())
-    curves = stats.width_curves(Executor(tiny), matrices, IDS, PassContext(), whole_blocks=True)
+    curves = stats.distortion_curves(
+        Executor(tiny), matrices, IDS, PassContext(), whole_blocks=True
+    )
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def rule(op: Linear, x: Tensor, weight: Tensor) -> Tensor:
@@ -242,7 +246,7 @@ def test_curves_of_whole_blocks_equal_the_slow_formula(tiny: Module) -> None:
         assert y.grad is not None
         each = torch.einsum("bti,btj->btij", y.grad, x).flatten(0, 1)
         for bits in (1, 3, 8):
-            error = matrix.at(torch.full(matrix.weight.grid_shape(), bits)) - matrix.dense
+            error = matrix.at(torch.full(matrix.weight.grid_shape(), bits - 1)) - matrix.dense
             for row, column in np.ndindex(*matrix.weight.grid_shape()):
                 parts = (block_of(change, matrix.block, row, column) for change in each * error)
                 expected = sum(0.5 * float(part.double().sum()) ** 2 for part in parts) / tokens
@@ -251,10 +255,9 @@ def test_curves_of_whole_blocks_equal_the_slow_formula(tiny: Module) -> None:
 
 
 def test_line_scores_equal_the_slow_formula(tiny: Module) -> None:
-    matrices = stats.load_matrices(tiny, PassContext())
-    bits = uniform(matrices, 3)
-    lines = stats.LineScores.empty(matrices)
-    stats.move_scores(Executor(tiny), matrices, bits, IDS, PassContext(), lines=lines)
+    matrices = stats.load_matrices(tiny, PassContext(), UNIFORM[2:3])
+    bits = uniform(matrices, 1)
+    lines = stats.line_scores(Executor(tiny), matrices, IDS, PassContext())
     weights = {s: m.at(bits[s]) for s, m in matrices.items()}
     _, fishers = slow_gradients(tiny, weights, IDS)
     tokens = IDS.shape[0] * (IDS.shape[1] - 1)

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from scalebits_compiler.errors import TargetError
 from scalebits_compiler.ir.types import PACKED
-from scalebits_compiler.numerics.layout import PIECES, BlockLayout
+from scalebits_compiler.numerics.formats.uniform import PIECES
+from scalebits_compiler.numerics.layout import BlockLayout
 from scalebits_compiler.numerics.tiles import LAYOUTS, TileLayout
 
 
@@ -47,7 +48,7 @@ def test_a_code_can_be_read_by_hand():
     layout = TileLayout(200, 330, 128, 128, 64)
     codes, scales, bits = content(layout, 1)
     arena = layout.pack(codes, scales, bits)
-    offsets, starts, groups = layout.tables(bits)
+    offsets, starts, groups = layout.tables(bits, np.unique(bits).tolist())
     for row, column in ((0, 0), (5, 329), (199, 100), (127, 255), (130, 63), (4, 7)):
         panel, r = divmod(row, layout.panel)
         group, c = divmod(column, layout.group)

@@ -4,27 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from scalebits_compiler.codegen.decoders import decoder_of
 from scalebits_compiler.codegen.triton import loops as walk
 from scalebits_compiler.codegen.triton import matmul
 from scalebits_compiler.codegen.triton import unpack as words
-from scalebits_compiler.numerics.layout import MAX_BITS, SUBS
+from scalebits_compiler.codegen.triton.decoders import Decoder
+from scalebits_compiler.numerics.formats.base import SUBS
+from scalebits_compiler.numerics.formats.uniform import MAX_BITS
 from scalebits_compiler.runtime.cuda.spec import KernelSpec
 
 
-def step(spec: KernelSpec, width: int) -> tuple[str, Iterator[str]]:
+def step(spec: KernelSpec, number: int) -> tuple[str, Iterator[str]]:
     """Stores a group."""
     arguments = f"y, kept, column, data, n, word, rows, half{walk.extra(spec)}"
-    return f"{walk.step_name(spec, width)}({arguments})", _step(spec, width)
+    return f"{walk.step_name(spec, number)}({arguments})", _step(spec, decoder_of("cuda", number))
 
 
-def _step(spec: KernelSpec, width: int) -> Iterator[str]:
-    yield from words.load(spec, width)
+def _step(spec: KernelSpec, decoder: Decoder) -> Iterator[str]:
+    yield from words.load(spec, decoder)
     yield from matmul.scales(spec)
-    yield f"scale = scale * {2.0 ** (width - MAX_BITS)!r}"
-    zero = matmul.Form.of("fp16", width).zero
+    yield f"scale = scale * {2.0 ** (decoder.width - MAX_BITS)!r}"
+    zero = matmul.Form.of("fp16", decoder).zero
     held = words.held(spec)
     for sub in range(SUBS):
-        codes = words.formed(width, sub, MAX_BITS)
+        codes = decoder.formed(sub, MAX_BITS)
         yield f"w = (spread({codes}, half, tl.float16).to(tl.float32) - {zero!r}) * scale"
         start = f"held * {sub}" if spec.ragged and sub else sub * spec.held
         yield from words.channels(spec, words.plus("column", start, "k"), f"(k < {held})")

@@ -1,7 +1,7 @@
 """KernelSpecs -> the text of a Python module with a Triton kernel for each.
 
-A kernel walks the groups of a panel in stored order with one loop for each width, so that nothing
-in a loop depends on a width. With `gather`, column k of the matrix belongs to channel index[k] of
+A kernel walks the groups of a panel in stored order with one loop for each format, so that nothing
+in a loop depends on it. With `gather`, column k of the matrix belongs to channel index[k] of
 x: products load that channel in place of channel k, and `dequantize` stores the column at its
 place.
 """
@@ -47,7 +47,7 @@ def emit_module(specs: Sequence[KernelSpec]) -> str:
 def emit(spec: KernelSpec) -> str:
     """The functions of one kernel."""
     kind = _KINDS[spec.kind]
-    steps = [_function(*kind.step(spec, width)) for width in spec.bits]
+    steps = [_function(*kind.step(spec, number)) for number in spec.bits]
     return "\n\n".join([*steps, _function(f"{spec.key}({parameters(spec)})", kind.kernel(spec))])
 
 

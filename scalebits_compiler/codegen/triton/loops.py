@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from scalebits_compiler.numerics.layout import MAX_BITS
+from scalebits_compiler.numerics.layout import slots
 from scalebits_compiler.runtime.cuda.spec import KernelSpec
 
 TYPES = {"fp16": "tl.float16", "bf16": "tl.bfloat16"}
@@ -20,9 +20,9 @@ def hidden(name: str, constant: int) -> str:
     return f"{name} = tl.where(count > 0, {constant:#x}, 0).to(tl.uint32)"
 
 
-def step_name(spec: KernelSpec, width: int) -> str:
-    """The function that handles a group of a width."""
-    return f"{spec.key}_step{width}"
+def step_name(spec: KernelSpec, number: int) -> str:
+    """The function that handles a group of a format."""
+    return f"{spec.key}_step{number}"
 
 
 def extra(spec: KernelSpec) -> str:
@@ -31,25 +31,25 @@ def extra(spec: KernelSpec) -> str:
 
 
 def loops(spec: KernelSpec, call: str) -> Iterator[str]:
-    """One loop per width over the groups low..high of a panel; `call` handles one group.
+    """One loop per format over the groups low..high of a panel; `call` handles one group.
 
     All that the loops need to know of a panel is loaded before the first: one wait instead of one
-    for each width. Which columns a group has is loaded while the group before it is handled.
+    for each format. Which columns a group has is loaded while the group before it is handled.
     """
-    row = f"panel * {MAX_BITS + 1}"
-    for width in spec.bits:
-        yield f"first{width} = tl.load(starts + {row} + {width - 1})"
-        yield f"end{width} = tl.minimum(tl.load(starts + {row} + {width}), high)"
-        yield f"base{width} = arena + tl.load(offsets + {row} + {width - 1}).to(tl.int64) * 16"
+    row = f"panel * {slots(spec.bits)}"
+    for number in spec.bits:
+        yield f"first{number} = tl.load(starts + {row} + {number - 1})"
+        yield f"end{number} = tl.minimum(tl.load(starts + {row} + {number}), high)"
+        yield f"base{number} = arena + tl.load(offsets + {row} + {number - 1}).to(tl.int64) * 16"
     yield "place = groups + panel * count"
     yield "following = tl.load(place + low)"
-    for width in spec.bits:
-        yield f"for group in tl.range(tl.maximum(first{width}, low), end{width}):"
+    for number in spec.bits:
+        yield f"for group in tl.range(tl.maximum(first{number}, low), end{number}):"
         yield f"    column = following * {spec.group}"
         yield "    following = tl.load(place + tl.minimum(group + 1, count - 1))"
-        size = spec.group_bytes(width)
-        yield f"    data = base{width} + (group - first{width}).to(tl.int64) * {size}"
-        yield f"    {call.format(step=step_name(spec, width))}"
+        size = spec.group_bytes(number)
+        yield f"    data = base{number} + (group - first{number}).to(tl.int64) * {size}"
+        yield f"    {call.format(step=step_name(spec, number))}"
 
 
 def store(spec: KernelSpec, shape: str, together: int) -> Iterator[str]:

@@ -16,9 +16,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from scalebits_compiler.codegen.decoders import decoder_of
 from scalebits_compiler.codegen.triton import loops as walk
 from scalebits_compiler.codegen.triton import unpack as words
-from scalebits_compiler.numerics.layout import MAX_BITS, SCALE_SHIFT, SUBS
+from scalebits_compiler.codegen.triton.decoders import Decoder
+from scalebits_compiler.numerics.formats.base import SCALE_SHIFT, SUBS
+from scalebits_compiler.numerics.formats.uniform import MAX_BITS
 from scalebits_compiler.runtime.cuda.spec import SLICE, KernelSpec
 
 FUNCTIONS = '''
@@ -48,7 +51,7 @@ BFLOAT_ONES = 0x43004300  # twice 128 in bfloat16
 
 
 class Form(NamedTuple):
-    """How codes of a width become operands of a product.
+    """How codes of a format become operands of a product.
 
     top: bits at whose top a code stands; spread: words -> one + code, of the dtype; zero: the
     operand that a weight of 0 would have, one + middle on the same scale.
@@ -59,9 +62,10 @@ class Form(NamedTuple):
     zero: float
 
     @classmethod
-    def of(cls, dtype: str, width: int) -> Form:
+    def of(cls, dtype: str, decoder: Decoder) -> Form:
         """For activations of a dtype."""
-        middle = words.middle(width) * 2.0 ** (MAX_BITS - width)  # of the low eight bits
+        width = decoder.width
+        middle = decoder.middle * 2.0 ** (MAX_BITS - width)  # of the low eight bits
         if dtype == "fp16":
             return cls(8, "spread({words}, half, tl.float16)", 1024.0 + middle)
         if width < MAX_BITS:
@@ -77,25 +81,26 @@ def scales(spec: KernelSpec) -> Iterator[str]:
     yield "scale = scale.to(tl.float16, bitcast=True).to(tl.float32)"
 
 
-def step(spec: KernelSpec, width: int) -> tuple[str, Iterator[str]]:
+def step(spec: KernelSpec, number: int) -> tuple[str, Iterator[str]]:
     """Adds a group to the sums of a tile."""
     arguments = f"acc, x_rows, seen, column, data, n, word, half, one{walk.extra(spec)}"
-    return f"{walk.step_name(spec, width)}({arguments})", _step(spec, width)
+    return f"{walk.step_name(spec, number)}({arguments})", _step(spec, decoder_of("cuda", number))
 
 
-def _step(spec: KernelSpec, width: int) -> Iterator[str]:
-    yield from words.load(spec, width)
+def _step(spec: KernelSpec, decoder: Decoder) -> Iterator[str]:
+    yield from words.load(spec, decoder)
     yield from scales(spec)
-    form = Form.of(spec.dtype, width)
+    form = Form.of(spec.dtype, decoder)
     yield f"part = tl.full(({spec.tile_m}, {spec.tile_n}), 0, tl.float32)"
     yield f"total = tl.full(({spec.tile_m}, 1), 0, tl.float32)"
     for sub in range(0, SUBS, spec.subs):
         yield from _x(spec, sub)
-        tiles = [words.formed(width, s, form.top) for s in range(sub, sub + spec.subs)]
+        tiles = [decoder.formed(s, form.top) for s in range(sub, sub + spec.subs)]
         yield f"w = {form.spread.format(words=_stacked(tiles))}"
         yield "part = tl.dot(x, w, part)"
         yield "total += tl.sum(x.to(tl.float32), 1, keep_dims=True)"
-    yield f"return acc + (part - {form.zero!r} * total) * (scale * {2.0 ** (width - form.top)!r})"
+    unit = 2.0 ** (decoder.width - form.top)
+    yield f"return acc + (part - {form.zero!r} * total) * (scale * {unit!r})"
 
 
 def _x(spec: KernelSpec, sub: int) -> Iterator[str]:

@@ -16,9 +16,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from scalebits_compiler.codegen.decoders import decoder_of
 from scalebits_compiler.codegen.triton import loops as walk
 from scalebits_compiler.codegen.triton import unpack as words
-from scalebits_compiler.numerics.layout import PIECES, SUBS
+from scalebits_compiler.codegen.triton.decoders import Decoder
+from scalebits_compiler.numerics.formats.base import SUBS
 from scalebits_compiler.runtime.cuda.spec import SLICE, KernelSpec
 
 ONE = 1024.0
@@ -33,23 +35,23 @@ def halves(words):
 '''
 
 
-def step(spec: KernelSpec, width: int) -> tuple[str, Iterator[str]]:
+def step(spec: KernelSpec, number: int) -> tuple[str, Iterator[str]]:
     """Adds a group to the sums [k, rows / 2] of the even bytes, and to those of the odd ones."""
     arguments = f"even, odd, x, column, data, word, half{walk.extra(spec)}"
-    return f"{walk.step_name(spec, width)}({arguments})", _step(spec, width)
+    return f"{walk.step_name(spec, number)}({arguments})", _step(spec, decoder_of("cuda", number))
 
 
-def _step(spec: KernelSpec, width: int) -> Iterator[str]:
-    yield from words.load(spec, width)
+def _step(spec: KernelSpec, decoder: Decoder) -> Iterator[str]:
+    yield from words.load(spec, decoder)
     yield "foot = foot.to(tl.pointer_type(tl.uint32)) + word"
     yield "scales = tl.load(foot)"
-    yield from _x(spec, width)
+    yield from _x(spec, decoder)
     sums = f"({SLICE}, {spec.panel // 2})"
     yield f"p0 = tl.full({sums}, 0, tl.float32) - shifted * {ONE!r}"
     yield "p1 = p0"
     for sub in range(SUBS):
-        source, bit = _source(width, sub)
-        mask = ((1 << width) - 1 << bit) * 0x00010001
+        source, bit = decoder.source(sub)
+        mask = ((1 << decoder.width) - 1 << bit) * 0x00010001
         yield f"t = {source}"
         yield f"p0 += x{sub} * halves((t & {mask:#010x}) | half)"
         yield f"p1 += x{sub} * halves(((t >> 8) & {mask:#010x}) | half)"
@@ -61,15 +63,7 @@ def _step(spec: KernelSpec, width: int) -> Iterator[str]:
     yield "return even, odd"
 
 
-def _source(width: int, sub: int) -> tuple[str, int]:
-    """Words that hold the codes of a sub, and the bit of each byte at which these begin."""
-    shift, pieces = PIECES[width][sub]
-    if len(pieces) == 1:
-        return f"v{pieces[0].vector}", pieces[0].bit
-    return words.formed(width, sub, width + shift), shift
-
-
-def _x(spec: KernelSpec, width: int) -> Iterator[str]:
+def _x(spec: KernelSpec, decoder: Decoder) -> Iterator[str]:
     """Loads what the subs are multiplied by as x0.., each times 2**-bit; `shifted` is their sum.
     `centre` is the sum without that factor, times the middle of the codes.
     """
@@ -79,9 +73,9 @@ def _x(spec: KernelSpec, width: int) -> Iterator[str]:
         guard = ", mask=there, other=0" if words.masked(spec) else ""
         yield f"x{sub} = tl.load(x + at{guard}).to(tl.float32)"
     every = " + ".join(f"x{sub}" for sub in range(SUBS))
-    yield f"centre = ({every}) * {words.middle(width)!r}"
+    yield f"centre = ({every}) * {decoder.middle!r}"
     for sub in range(SUBS):
-        if bit := _source(width, sub)[1]:
+        if bit := decoder.source(sub)[1]:
             yield f"x{sub} *= {2.0**-bit!r}"
     yield f"shifted = {every}"
 

@@ -13,15 +13,14 @@ from dataclasses import dataclass
 
 from scalebits_compiler.codegen.tvm.calling_convention import MANY, Arguments, Expr, T
 from scalebits_compiler.codegen.tvm.spec import KernelSpec
+from scalebits_compiler.numerics.formats.base import SCALE_SHIFT
 from scalebits_compiler.numerics.layout import (
     FOOTER_BYTES,
     LANES,
-    MAX_BITS,
-    PIECES,
-    SCALE_SHIFT,
     STEP,
     UNIT_CODES,
     VECTOR_BYTES,
+    slots,
 )
 
 
@@ -123,39 +122,22 @@ def opaque(value: Expr) -> Expr:
     return T.bind(variable.get())
 
 
-def load_words(arena: Expr, at: Expr, bits: int) -> list[Expr]:
-    """The vectors of a unit at byte `at`, as uint32x16."""
+def load_words(arena: Expr, at: Expr, count: int) -> list[Expr]:
+    """So many vectors from byte `at` on, as uint32x16."""
     dtype = f"uint8x{VECTOR_BYTES}"
-    vectors = [vload(arena, [at + vector * VECTOR_BYTES], dtype) for vector in range(bits)]
+    vectors = [vload(arena, [at + vector * VECTOR_BYTES], dtype) for vector in range(count)]
     return [T.bind(T.reinterpret("uint32x16", vector)) for vector in vectors]
 
 
-def _mask(width: int, bit: int) -> Expr:
+def mask_of_bytes(width: int, bit: int) -> Expr:
+    """`width` bits from `bit` on of every byte (uint32x16)."""
     return splat(T.uint32((((1 << width) - 1) << bit) * 0x01010101))
 
 
-def form_code(words: list[Expr], bits: int, sub: int) -> Expr:
-    """The 64 codes of a sub as bytes that hold `code << shift` (uint32x16).
-
-    Bits that cross into the next byte when a word is shifted are masked away.
-    """
-    formed = None
-    for vector, bit, width, to in PIECES[bits][sub].pieces:
-        part = words[vector]
-        if to > bit:
-            part = T.shift_left(part, splat(T.uint32(to - bit)))
-        elif to < bit:
-            part = T.shift_right(part, splat(T.uint32(bit - to)))
-        if width < 8:
-            part = T.bitwise_and(part, _mask(width, to))
-        formed = part if formed is None else T.bitwise_or(formed, part)
-    return formed
-
-
-def code_column(formed: Expr, bits: int, shift: int, column: int) -> Expr:
-    """Column 0..3 of formed bytes as float32x16, one row a lane."""
+def code_column(formed: Expr, width: int, shift: int, column: int) -> Expr:
+    """Column 0..3 of formed bytes, codes of `width` bits, as float32x16, one row a lane."""
     down = T.shift_right(formed, splat(T.uint32(8 * column + shift)))
-    byte = T.bitwise_and(down, splat(T.uint32((1 << bits) - 1)))
+    byte = T.bitwise_and(down, splat(T.uint32((1 << width) - 1)))
     return to_f32(T.reinterpret("int32x16", byte))
 
 
@@ -198,27 +180,27 @@ class Tables:
             spec,
             args.buffer("arena", (MANY,), "uint8"),
             args.buffer("offsets", (MANY,), "int64"),
-            args.buffer("starts", (MANY, i64(MAX_BITS + 1)), "int32"),
+            args.buffer("starts", (MANY, i64(slots(spec.bits))), "int32"),
             args.buffer("columns", (MANY, args.int("blocks")), "int32"),
             args.int("cols"),
             args.int("ahead"),
         )
 
-    def start(self, panel: Expr, width: int) -> Expr:
-        """First block of the panel whose width is above `width`."""
-        return T.cast(self.starts[panel, width], "int64")
+    def start(self, panel: Expr, number: int) -> Expr:
+        """First block of the panel whose format has an id above `number`."""
+        return T.cast(self.starts[panel, number], "int64")
 
     def footer(self, at: Expr) -> Footer:
         """The footer at byte `at`."""
         return Footer(self.arena, at, self.spec.panel)
 
-    def prefetch(self, at: Expr, bits: int) -> None:
-        """Ask for the bytes `ahead` of those of a unit at byte `at`; beyond the end: nothing.
+    def prefetch(self, at: Expr, count: int) -> None:
+        """Ask for the bytes `ahead` of `count` vectors at byte `at`; beyond the end: nothing.
 
         The processor's own prefetcher does not keep up with a loop that also computes. How far
         ahead is best depends on the processor, see `cpu_features.prefetch_distance`.
         """
-        for vector in range(bits):
+        for vector in range(count):
             address = T.address_of(self.arena[at + self.ahead + vector * VECTOR_BYTES])
             read, all_levels, data = T.int32(0), T.int32(3), T.int32(1)
             name = "llvm.prefetch.p0"
@@ -329,16 +311,12 @@ def _madd(codes: Expr, values: Expr) -> Expr:
     return T.Shuffle(halves, [T.int32(lane) for lane in range(LANES)])
 
 
-def middle(bits: int) -> Expr:
-    """The middle of the codes of a width, which stands for 0."""
-    return T.float32((2.0**bits - 1) / 2)
-
-
 def add_group(total: Expr, scale: Expr, sums: Expr, step: Expr, offset: Expr) -> Expr:
     """total + scale * (sums * step - offset) for 16 rows of one token and group (float32x16).
 
-    sums: of code * x, in units of the scalar `step`. offset: `middle` times the sum of x, a scalar.
-    The one place where a group enters a result, so that gemv and gemm give the same bits.
+    sums: of code * x, in units of the scalar `step`. offset: the decoder's `middle` times the
+    sum of x, a scalar. The one place where a group enters a result, so that gemv and gemm give the
+    same bits.
     """
     return fma(scale, fma(sums, splat(step), splat(-offset)), total)
 

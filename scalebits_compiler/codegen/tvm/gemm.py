@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from scalebits_compiler.codegen.decoders import decoder_of
 from scalebits_compiler.codegen.tvm.calling_convention import kernel
+from scalebits_compiler.codegen.tvm.decoders import Decoder, Unit
 from scalebits_compiler.codegen.tvm.emit import (
     Expr,
     Footer,
@@ -22,20 +24,18 @@ from scalebits_compiler.codegen.tvm.emit import (
     ceildiv,
     code_column,
     fma,
-    form_code,
     i64,
     join_planes,
-    load_words,
     local,
     loop,
-    middle,
     splat,
     store_rows,
     vload,
     vstore,
 )
 from scalebits_compiler.codegen.tvm.spec import JOINED_GROUP, KernelSpec
-from scalebits_compiler.numerics.layout import LANES, MAX_BITS, PIECES, STEP, SUBS, VECTOR_BYTES
+from scalebits_compiler.numerics.formats.base import SUBS
+from scalebits_compiler.numerics.layout import LANES, STEP, VECTOR_BYTES, slots
 from scalebits_compiler.runtime.cpu.program import CHUNK_TOKENS, TILE_TOKENS
 
 
@@ -81,19 +81,20 @@ def _store(spec: KernelSpec, y: Expr, total: Expr, panel: Expr, first: Expr, spi
 def _panel(
     tile: _IntegerTile | _FloatTile, panel: Expr, first: Expr, count: Expr, at: Scalar
 ) -> None:
-    """All blocks of a panel for `count` tokens. Only the unpacking depends on the width."""
+    """All blocks of a panel for `count` tokens. Only the unpacking depends on the format."""
     tables = tile.tables
     code_bytes, half = Scalar(), local(1, "float32")
-    with T.serial(0, tables.start(panel, MAX_BITS)) as block:
+    with T.serial(0, tables.start(panel, slots(tables.spec.bits) - 1)) as block:
 
         def body(group: Expr, units: Expr) -> None:
             start = T.bind(at.get())
-            for bits in tables.spec.bits:
-                above, below = tables.start(panel, bits - 1), tables.start(panel, bits)
+            for number in tables.spec.bits:
+                decoder: Decoder = decoder_of("cpu", number)
+                above, below = tables.start(panel, number - 1), tables.start(panel, number)
                 with T.If(T.And(above <= block, block < below)), T.Then():
-                    tile.unpack(bits, start, units)
-                    code_bytes.set(units * (bits * VECTOR_BYTES))
-                    T.buffer_store(half, middle(bits), [0])
+                    tile.unpack(decoder, start, units)
+                    code_bytes.set(decoder.nbytes(units))
+                    T.buffer_store(half, T.float32(decoder.middle), [0])
             footer = tables.footer(T.bind(start + code_bytes.get()))
             with T.serial(0, T.floordiv(count, i64(TILE_TOKENS))) as nth:
                 slot = T.bind(nth * TILE_TOKENS)
@@ -131,17 +132,15 @@ class _IntegerTile:
         """First byte of the codes of 16 rows x 4 columns."""
         return (row_group * (self.spec.group // STEP) + step) * VECTOR_BYTES
 
-    def unpack(self, bits: int, start: Expr, units: Expr) -> None:
+    def unpack(self, decoder: Decoder, start: Expr, units: Expr) -> None:
         """Unpack the codes of a group that starts at byte `start`."""
         steps = SUBS // self.spec.row_groups
         with T.serial(0, units) as unit:
-            at = T.bind(start + unit * (bits * VECTOR_BYTES))
-            words = load_words(self.tables.arena, at, bits)
-            self.tables.prefetch(at, bits)
+            words = decoder.load(self.tables, Unit(start, unit, units), ahead=True)
             for sub in range(SUBS):
                 step, row_group = divmod(sub, self.spec.row_groups)
-                shift = splat(T.uint32(PIECES[bits][sub].shift))
-                code = T.shift_right(form_code(words, bits, sub), shift)
+                shift = splat(T.uint32(decoder.shifts[sub]))
+                code = T.shift_right(decoder.form(words, sub), shift)
                 at = self._vector(i64(row_group), unit * steps + step)
                 vstore(self.codes, T.reinterpret("uint8x64", code), [at], VECTOR_BYTES)
 
@@ -186,15 +185,15 @@ class _FloatTile:
         self.codes, self.total = codes, total
         self.sums = Slots.alloc(TILE_TOKENS, "float32")
 
-    def unpack(self, bits: int, start: Expr, units: Expr) -> None:
+    def unpack(self, decoder: Decoder, start: Expr, units: Expr) -> None:
         """Unpack the codes of a group that starts at byte `start`."""
         with T.serial(0, units) as unit:
-            words = load_words(self.tables.arena, start + unit * (bits * VECTOR_BYTES), bits)
+            words = decoder.load(self.tables, Unit(start, unit, units), ahead=False)
             for sub in range(SUBS):
                 step_number, row_group = divmod(sub, self.spec.row_groups)
-                formed = T.bind(form_code(words, bits, sub))
+                formed = T.bind(decoder.form(words, sub))
                 for column in range(STEP):
-                    code = code_column(formed, bits, PIECES[bits][sub].shift, column)
+                    code = code_column(formed, decoder.width, decoder.shifts[sub], column)
                     col = unit * self.tables.unit_cols + step_number * STEP + column
                     vstore(self.codes, code, [col * self.spec.panel + row_group * LANES])
 

@@ -7,7 +7,9 @@ from functools import reduce
 from operator import add
 from typing import Any
 
+from scalebits_compiler.codegen.decoders import decoder_of
 from scalebits_compiler.codegen.tvm.calling_convention import kernel
+from scalebits_compiler.codegen.tvm.decoders import Decoder, Unit
 from scalebits_compiler.codegen.tvm.emit import (
     Expr,
     Input,
@@ -19,16 +21,14 @@ from scalebits_compiler.codegen.tvm.emit import (
     add_group,
     code_column,
     fma,
-    form_code,
     join_planes,
-    load_words,
     loop,
-    middle,
     splat,
     store_rows,
 )
 from scalebits_compiler.codegen.tvm.spec import KernelSpec
-from scalebits_compiler.numerics.layout import LANES, PIECES, STEP, SUBS, VECTOR_BYTES
+from scalebits_compiler.numerics.formats.base import SUBS
+from scalebits_compiler.numerics.layout import LANES, STEP
 
 
 def build_gemv(spec: KernelSpec) -> Any:
@@ -42,9 +42,10 @@ def build_gemv(spec: KernelSpec) -> Any:
         with loop(args.lo, args.hi) as panel, T.serial(0, y.shape[0]) as token:
             total.clear()
             at.set(tables.offsets[panel])
-            for bits in spec.bits:
-                with loop(tables.start(panel, bits - 1), tables.start(panel, bits)) as block:
-                    tables.each_group(panel, block, _group_body(inner, bits, token, at, total))
+            for number in spec.bits:
+                body = _group_body(inner, decoder_of("cpu", number), token, at, total)
+                with loop(tables.start(panel, number - 1), tables.start(panel, number)) as block:
+                    tables.each_group(panel, block, body)
             for row_group in range(spec.row_groups):
                 row = panel * spec.panel + row_group * LANES
                 store_rows(y, token, row, total[row_group], spill)
@@ -52,18 +53,18 @@ def build_gemv(spec: KernelSpec) -> Any:
 
 
 def _group_body(
-    inner: _IntegerSum | _FloatSum, bits: int, token: Expr, at: Scalar, total: Slots
+    inner: _IntegerSum | _FloatSum, decoder: Decoder, token: Expr, at: Scalar, total: Slots
 ) -> Callable[[Expr, Expr], None]:
-    """Adds one group of a block of width `bits` to `total` and moves `at` behind it."""
+    """Adds one group of a block of a format to `total` and moves `at` behind it."""
 
     def body(group: Expr, units: Expr) -> None:
         start = T.bind(at.get())
-        inner.run(bits, group, token, start, units)
-        footer = inner.tables.footer(T.bind(start + units * (bits * VECTOR_BYTES)))
+        inner.run(decoder, group, token, start, units)
+        footer = inner.tables.footer(T.bind(start + decoder.nbytes(units)))
         step, total_x = inner.x.step_and_sum(group, token)
-        offset = T.bind(total_x * middle(bits))
+        offset = T.bind(total_x * T.float32(decoder.middle))
         for row_group in range(inner.spec.row_groups):
-            sums, lifted = inner.result(bits, row_group)
+            sums, lifted = inner.result(decoder, row_group)
             unit, scale = step * T.float32(2.0**-lifted), footer.scale(row_group)
             total[row_group] = add_group(total[row_group], scale, sums, unit, offset)
         at.set(footer.end)
@@ -84,29 +85,26 @@ class _IntegerSum:
         # How many subs are summed in one pass: what fits into registers.
         self.at_once = SUBS // 2 if spec.madd else SUBS
 
-    def run(self, bits: int, group: Expr, token: Expr, start: Expr, units: Expr) -> None:
+    def run(self, decoder: Decoder, group: Expr, token: Expr, start: Expr, units: Expr) -> None:
         """Emit the loop over the units of a group."""
         self.sums.clear()
         for first in range(0, SUBS, self.at_once):
             with T.serial(0, units) as unit:
-                at = T.bind(start + unit * (bits * VECTOR_BYTES))
-                words = load_words(self.tables.arena, at, bits)
-                if not first:
-                    self.tables.prefetch(at, bits)
+                words = decoder.load(self.tables, Unit(start, unit, units), not first)
                 values: dict[int, list[Expr]] = {}
                 for sub in range(first, first + self.at_once):
                     step = sub // self.spec.row_groups
                     if step not in values:
                         col = unit * self.tables.unit_cols + step * STEP
                         values[step] = self.x.four(group, token, col)
-                    codes = self.sums.operand(T.bind(form_code(words, bits, sub)))
+                    codes = self.sums.operand(T.bind(decoder.form(words, sub)))
                     self.sums.add(sub, codes, values[step])
 
-    def result(self, bits: int, row_group: int) -> tuple[Expr, int]:
+    def result(self, decoder: Decoder, row_group: int) -> tuple[Expr, int]:
         """Sums of code * x << n for 16 rows (float32x16), and n."""
         subs = range(row_group, SUBS, self.spec.row_groups)
-        top = max(PIECES[bits][sub].shift for sub in subs)
-        lift = {sub: splat(T.int32(top - PIECES[bits][sub].shift)) for sub in subs}
+        top = max(decoder.shifts[sub] for sub in subs)
+        lift = {sub: splat(T.int32(top - decoder.shifts[sub])) for sub in subs}
         planes = [
             reduce(add, (T.shift_left(sums[sub], lift[sub]) for sub in subs))
             for sums in self.sums.planes
@@ -121,22 +119,22 @@ class _FloatSum:
         self.spec, self.tables, self.x = spec, tables, x
         self.sums = Slots.alloc(spec.row_groups, "float32")
 
-    def run(self, bits: int, group: Expr, token: Expr, start: Expr, units: Expr) -> None:
+    def run(self, decoder: Decoder, group: Expr, token: Expr, start: Expr, units: Expr) -> None:
         """Emit the loop over the units of a group."""
         self.sums.clear()
         with T.serial(0, units) as unit:
-            words = load_words(self.tables.arena, start + unit * (bits * VECTOR_BYTES), bits)
+            words = decoder.load(self.tables, Unit(start, unit, units), ahead=False)
             for sub in range(SUBS):
                 step, row_group = divmod(sub, self.spec.row_groups)
-                formed = T.bind(form_code(words, bits, sub))
-                shift = PIECES[bits][sub].shift
+                formed = T.bind(decoder.form(words, sub))
+                shift = decoder.shifts[sub]
                 value = self.sums[row_group]
                 for column in range(STEP):
                     col = unit * self.tables.unit_cols + step * STEP + column
                     x = splat(self.x.values[group, token, 0, col])
-                    value = fma(code_column(formed, bits, shift, column), x, value)
+                    value = fma(code_column(formed, decoder.width, shift, column), x, value)
                 self.sums[row_group] = value
 
-    def result(self, bits: int, row_group: int) -> tuple[Expr, int]:
+    def result(self, decoder: Decoder, row_group: int) -> tuple[Expr, int]:
         """Sums of code * x << n for 16 rows (float32x16), and n: 0."""
         return self.sums[row_group], 0

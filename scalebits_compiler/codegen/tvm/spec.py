@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scalebits_compiler.errors import TargetError
-from scalebits_compiler.numerics.layout import FORMAT_VERSION, LANES, BlockLayout
+from scalebits_compiler.numerics.layout import FORMAT_VERSION, LANES, BlockLayout, joined
 from scalebits_compiler.runtime.cpu.isa import FEATURES, X86_64
 from scalebits_compiler.runtime.dispatch import CpuDispatch, KernelRecord, Mode, VariantRecord
 from scalebits_compiler.runtime.schema import plain
@@ -76,7 +76,8 @@ def threads_meet(variant: str) -> bool:
 class KernelSpec:
     """One kernel. N, K and tokens are run-time symbols; everything here is compiled in.
 
-    `panel`, `block_cols` and `bits` are 0 and () for `quantize` and `gather_quantize`, which depend
+    `bits` are the ids of the formats that it reads (1 to 8: bit-widths). `panel`, `block_cols` and
+    `bits` are 0 and () for `quantize` and `gather_quantize`, which depend
     on the group only.
     """
 
@@ -94,8 +95,7 @@ class KernelSpec:
         name = f"scalebits_{self.variant}_{self.kind}_{self.mode}_g{self.group}"
         if not self.bits:
             return name
-        widths = "".join(map(str, self.bits))
-        return f"{name}_p{self.panel}_c{self.block_cols}_b{widths}"
+        return f"{name}_p{self.panel}_c{self.block_cols}_b{joined(self.bits)}"
 
     @property
     def row_groups(self) -> int:

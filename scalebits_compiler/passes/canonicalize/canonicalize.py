@@ -24,6 +24,7 @@ from scalebits_compiler.ir.roles import (
 )
 from scalebits_compiler.ir.types import DYNAMIC, TensorType
 from scalebits_compiler.numerics.device import Placement
+from scalebits_compiler.numerics.formats import INSTALL, unknown
 from scalebits_compiler.passes.base import Pass, PassContext
 from scalebits_compiler.passes.canonicalize.alibi import Slopes
 from scalebits_compiler.passes.canonicalize.attention import raise_attention
@@ -75,12 +76,15 @@ class Canonicalize(Pass):
     )
     head_bits: int | None = field(
         default=None,
-        metadata={"help": "bit-width of the head; dense by default", "flag": "--head-bits"},
+        metadata={
+            "help": "bit-width (format id) of the head; dense by default",
+            "flag": "--head-bits",
+        },
     )
     embedding_bits: int | None = field(
         default=None,
         metadata={
-            "help": "bit-width of the embedding table; dense by default",
+            "help": "bit-width (format id) of the embedding table; dense by default",
             "flag": "--embedding-bits",
         },
     )
@@ -119,8 +123,8 @@ class Canonicalize(Pass):
         for pattern in self.exclude:
             check_pattern(pattern)
         for name, bits in (("head", self.head_bits), ("embedding", self.embedding_bits)):
-            if bits is not None and not 1 <= bits <= 8:
-                raise UsageError(f"--{name}-bits {bits} is not in 1..8")
+            if bits is not None and unknown([bits]):
+                raise UsageError(f"--{name}-bits {bits}: no format has this id", help=INSTALL)
 
     def _kept(self, module: Module, matrices: list[Weight]) -> list[Weight]:
         """Without those that stay dense; PassError for a pattern that matches none."""
@@ -144,8 +148,8 @@ class Canonicalize(Pass):
         for name, (bits, symbols) in given.items():
             if bits is None:
                 continue
-            if not 1 <= bits <= 8:
-                raise PassError(f"{name}-bits = {bits} is not within 1..8")
+            if unknown([bits]):
+                raise PassError(f"{name}-bits = {bits}: no format has this id", help=INSTALL)
             if not symbols:
                 raise PassError(f"{name}-bits = {bits}: the module has no {name} to quantize")
             if fixed.setdefault(symbols[0], bits) != bits:

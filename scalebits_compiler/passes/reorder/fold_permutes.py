@@ -245,14 +245,14 @@ def _store(
         weight = module.weights[symbol]
         if kind == weight.type:
             continue
-        if weight.codes is not None or weight.type.dtype == "packed":
+        if weight.codes is not None or weight.type.is_packed:
             raise PassError(
                 f"@{symbol} is rounded, and its codes are for the order {weight.type}",
                 help="run reorder-channels and fold-permutes before round-weights",
             )
         if weight.type.orders:
             raise VerifyError(f"@{symbol} is already stored in {weight.type}, {kind} is wanted")
-        changes: dict[str, object] = {"type": kind, "block_scores": None, "move_scores": None}
+        changes: dict[str, object] = {"type": kind, "move_scores": None}
         for role, axes in (("data", None), ("row_scores", 0), ("column_scores", 1)):
             resource = getattr(weight, role)
             if isinstance(resource, Resource):

@@ -127,7 +127,7 @@ def _stored(module: Module, orders: dict[str, Order]) -> Module:
         stored = order if natural is None else natural[order]
         perms[name], tensor = make_perm(name, stored, f"input channels of {symbol}")
         tensors |= tensor
-        changes: dict[str, Any] = {"block_scores": None, "move_scores": None}
+        changes: dict[str, Any] = {"move_scores": None}
         for role, axis in (("data", 1), ("column_scores", 0)):
             resource = getattr(weight, role)
             if isinstance(resource, Resource):

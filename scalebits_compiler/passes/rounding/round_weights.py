@@ -1,4 +1,4 @@
-"""round-weights: final codes and scales at the assigned widths."""
+"""round-weights: final codes and scales in the assigned formats."""
 
 from __future__ import annotations
 
@@ -61,11 +61,13 @@ class RoundWeights(Pass):
         return {w.symbol: self._nearest(module, w, ctx.place.device).to("cpu") for w in shown}
 
     def _nearest(self, module: Module, weight: Weight, device: str) -> Quantized:
+        from scalebits_compiler.numerics.formats import format_of
         from scalebits_compiler.numerics.quantize import LevelTable
 
         dense, group = _dense(module, weight)
-        dense, bits = dense.to(device), group_bits(module, weight).to(device)
-        return LevelTable.fit(dense, group, clip=self.clip).quantize(dense, bits)
+        dense, ids = dense.to(device), group_formats(module, weight).to(device)
+        used = [format_of(number) for number in ids.unique().tolist()]
+        return LevelTable.fit(dense, group, clip=self.clip, formats=used).quantize(dense, ids)
 
     def _gptq(
         self, module: Module, tables: Collection[str], ctx: PassContext
@@ -83,17 +85,17 @@ class RoundWeights(Pass):
             symbol = op.weight.name
             if symbol not in wanted:
                 return weight
-            bits = group_bits(module, wanted[symbol]).to(weight.device)
+            ids = group_formats(module, wanted[symbol]).to(weight.device)
             group = wanted[symbol].group or 0
             if symbol not in done:
                 if not any(x.shape[0] for x in inputs):
                     return weight
                 next(ticks, None)
                 hessian = shared.of(inputs)
-                rounded = gptq(weight, hessian, bits, group, self.damping, self.clip)
+                rounded = gptq(weight, hessian, ids, group, self.damping, self.clip)
                 done[symbol] = rounded.to("cpu")
             rounded = done[symbol].to(weight.device)
-            return dequantize(rounded.codes, rounded.scales, bits, group)
+            return dequantize(rounded.codes, rounded.scales, ids, group)
 
         windows = ctx.windows(module, self.name).calibration
         ctx.evaluator(module, self.name).stream(batches(windows), rule)
@@ -140,8 +142,8 @@ def _dense(module: Module, weight: Weight) -> tuple[torch.Tensor, int]:
     return module.resources.torch(weight.data.key).float(), weight.group
 
 
-def group_bits(module: Module, weight: Weight) -> torch.Tensor:
-    """Width per group, int64 [m, groups]."""
+def group_formats(module: Module, weight: Weight) -> torch.Tensor:
+    """Format id per group, int64 [m, groups]."""
     import torch
 
     from scalebits_compiler.numerics.quantize import expand_grid

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,39 +13,34 @@ from scalebits_compiler.errors import PassError
 from scalebits_compiler.ir.attrs import Resource
 from scalebits_compiler.ir.module import Module, Weight
 from scalebits_compiler.numerics.device import Placement
-from scalebits_compiler.numerics.quantize import grouped, middle, stored_scale, ungrouped
-from scalebits_compiler.passes.rounding.round_weights import group_bits
+from scalebits_compiler.numerics.formats.learned import Learned
+from scalebits_compiler.numerics.quantize import grouped, places, ungrouped
+from scalebits_compiler.passes.rounding.round_weights import group_formats
 
 if TYPE_CHECKING:
     from scalebits_compiler.ir.ops import Linear
     from scalebits_compiler.passes.base import LinearRule
 
-# A code starts no nearer to its neighbour than this, else the first steps would change it.
-NEAREST_START = 0.45
 # Little momentum: the gradient of a code turns as the code does, and momentum carries it on.
 BETAS = (0.5, 0.95)
 
 
 @dataclass
 class TunedMatrix:
-    """One matrix: codes [m, groups, g] and scales [m, groups], and what is learned of each.
+    """One matrix: what is learned of the groups of each format, and where these stand.
 
-    log_scale is an offset of the scales; place, for codes that may change, is where a weight stands
-    between them: the stored code is the nearest one. All of them are at the home of `where`, what
-    is made of them is on the device.
+    order: the groups of all parts, one part after the other, as places in [m * groups]. Parameters
+    are at the home of `where`, what is made of them is on the device.
     """
 
     weight: Weight
-    codes: torch.Tensor
-    scales: torch.Tensor
-    bits: torch.Tensor
-    log_scale: torch.Tensor
-    place: torch.Tensor | None
+    parts: list[Learned]
+    order: torch.Tensor
     where: Placement
 
     @staticmethod
     def load(module: Module, weight: Weight, move_codes: bool, where: Placement) -> TunedMatrix:
-        """Start at the stored parameters; places at the original weights, within their codes.
+        """Start at the stored parameters; codes may move from the original weights.
 
         Raises PassError if the matrix is not rounded.
         """
@@ -57,58 +52,71 @@ class TunedMatrix:
         def stored(resource: Resource) -> torch.Tensor:
             return module.resources.torch(resource.key).float().to(where.home)
 
-        codes = grouped(stored(weight.codes), group)
-        scales = stored(weight.scales)
-        bits = group_bits(module, weight).float().to(where.home)
-        place = None
-        if move_codes:
-            wide = torch.where(scales > 0, scales, torch.ones_like(scales)).unsqueeze(-1)
-            dense = grouped(stored(weight.data), group)
-            exact = dense / wide + middle(bits).unsqueeze(-1)
-            offset = (exact - codes).clamp(-NEAREST_START, NEAREST_START)
-            place = (codes + offset).requires_grad_()
-        log_scale = torch.zeros_like(scales, requires_grad=True)
-        return TunedMatrix(weight, codes, scales, bits, log_scale, place, where)
+        codes = grouped(stored(weight.codes), group).flatten(0, 1)
+        scales = stored(weight.scales).flatten()
+        dense = grouped(stored(weight.data), group).flatten(0, 1) if move_codes else None
+        found = places(group_formats(module, weight).to(where.home))
+        parts = [
+            item.learnable(codes[at], scales[at], None if dense is None else dense[at])
+            for item, at in found
+        ]
+        return TunedMatrix(weight, parts, torch.cat([at for _, at in found]), where)
 
-    def here(self) -> TunedMatrix:
-        """The same on the device that computes; gradients go back to where the parameters are."""
-        tensors = {k: v for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
-        return replace(self, **{name: self.where.here(held) for name, held in tensors.items()})
+    def here(self) -> list[Learned]:
+        """The parts on the device that computes; gradients go back to where the parameters are."""
 
-    def parameters(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes and scales as they would be stored, float32; gradients pass the rounding."""
-        scales = self.scales * torch.exp(self.log_scale)
-        codes = self.codes
-        if self.place is not None:
-            top = 2 * middle(self.bits).unsqueeze(-1)
-            nearest = self.place.round().clamp(min=0).minimum(top)
-            codes = _through(self.place, nearest)
-        return codes, _through(scales, stored_scale(scales.detach()).float())
+        def moved(part: Learned) -> Learned:
+            tensors = {k: v for k, v in vars(part).items() if isinstance(v, torch.Tensor)}
+            return replace(part, **{name: self.where.here(held) for name, held in tensors.items()})
+
+        return [moved(part) for part in self.parts]
 
     def dense(self) -> torch.Tensor:
         """The matrix float32 [m, n] they give; differentiable."""
-        here = self.here()
-        codes, scales = here.parameters()
-        around = codes - middle(here.bits).unsqueeze(-1)
-        return ungrouped(scales.unsqueeze(-1) * around, self.weight.type.static_shape()[1])
+        weights = torch.cat([part.dense() for part in self.here()])
+        return self._assembled(_InPlace.apply(weights, self.where.here(self.order)))
 
     def changes(self) -> tuple[int, int]:
         """How many of its codes are not what rounding made them, and how many there are."""
         here = self.here()
-        now = here.parameters()[0].detach().round()
-        return int((now != here.codes).sum()), self.codes.numel()
+        changed = sum(int((part.current()[0] != part.codes).sum()) for part in here)
+        return changed, sum(part.codes.numel() for part in here)
 
     def stored(self) -> dict[str, torch.Tensor]:
         """The tuned parameters by resource key: codes uint8, scales float16."""
-        # Rounded again: a float32 sum of value and difference may be off by its last bit.
-        codes, scales = (t.detach().cpu() for t in self.here().parameters())
-        weight, columns = self.weight, self.weight.type.static_shape()[1]
+        codes, scales = zip(*(part.current() for part in self.here()), strict=True)
+        order = self.where.here(self.order)
+        flat = [_InPlace.apply(torch.cat(part), order).cpu() for part in (codes, scales)]
+        weight = self.weight
         assert weight.codes is not None
         assert weight.scales is not None
         return {
-            weight.codes.key: ungrouped(codes.round(), columns).to(torch.uint8),
-            weight.scales.key: stored_scale(scales),
+            weight.codes.key: self._assembled(flat[0]).to(torch.uint8),
+            weight.scales.key: flat[1].unflatten(0, (weight.type.static_shape()[0], -1)),
         }
+
+    def _assembled(self, groups: torch.Tensor) -> torch.Tensor:
+        """[m * groups, g] -> [m, n]."""
+        rows, columns = self.weight.type.static_shape()
+        return ungrouped(groups.unflatten(0, (rows, -1)), columns)
+
+
+class _InPlace(torch.autograd.Function):
+    """Rows put in their places: out[order[i]] = rows[i]. A permutation, so that its gradient is
+    one, too.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(order)
+        out = torch.empty_like(rows)
+        out[order] = rows
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (order,), (grad,) = ctx.saved_tensors, grad_outputs
+        return grad[order], None
 
 
 def share_changed(tuned: Iterable[TunedMatrix]) -> float:
@@ -128,9 +136,10 @@ def descend(
 
     rates: first step sizes of log scales and of codes.
     """
+    parts = [part for matrix in tuned.values() for part in matrix.parts]
     groups = [
-        {"params": [t.log_scale for t in tuned.values()], "lr": rates[0]},
-        {"params": [t.place for t in tuned.values() if t.place is not None], "lr": rates[1]},
+        {"params": [part.log_scale for part in parts], "lr": rates[0]},
+        {"params": [part.latent for part in parts if part.latent is not None], "lr": rates[1]},
     ]
     adam = torch.optim.Adam(groups, betas=BETAS)
     cosine = torch.optim.lr_scheduler.LambdaLR(
@@ -165,8 +174,3 @@ def using(weights: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float3
         return torch.nn.functional.linear(x.to(dtype), chosen.to(x.device, dtype)).to(x.dtype)
 
     return rule
-
-
-def _through(value: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
-    """`rounded`, with the gradient of `value` (straight-through estimator)."""
-    return value + (rounded - value).detach()

@@ -1,4 +1,4 @@
-"""assign-bits: a width of 1..8 bits for every block under a budget of stored bits."""
+"""assign-bits: a number format for every block under a budget of stored bits."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from scalebits_compiler.ir.attrs import Resource
 from scalebits_compiler.ir.module import Module
 from scalebits_compiler.ir.printer import print_module
 from scalebits_compiler.ir.roles import dense_matrices
+from scalebits_compiler.numerics.formats import UNIFORM, Format, format_of, ladder
 from scalebits_compiler.passes.base import Pass, PassContext
 from scalebits_compiler.passes.rounding.pack_blocks import layout_of
 from scalebits_compiler.passes.search.initial_allocations import (
@@ -51,11 +52,11 @@ _SHARE_TO_EXPLAIN = 0.25
 
 @dataclass(frozen=True)
 class AssignBits(Pass):
-    """Budgeted greedy widths: a start along hulls, then swaps that a held-out loss accepts.
+    """Budgeted greedy formats: a start along hulls, then swaps that a held-out loss accepts.
 
-    `avg-bits` caps the effective bits per weight: codes, scales, bit table, padding
+    `avg-bits` caps the effective bits per weight: codes, scales, block grid, padding
     and the indices of gathers. The result is never worse on the acceptance split than the best
-    uniform width that fits: where it would be, that ships, and the report says so. A search
+    single format that fits: where it would be, that ships, and the report says so. A search
     goes on where a killed one has stopped if the context has a checkpoint.
     """
 
@@ -66,19 +67,21 @@ class AssignBits(Pass):
     refuses: ClassVar[frozenset[str]] = frozenset({"packed"})
 
     avg_bits: float = field(default=3.0, metadata={"help": "cap on effective bits per weight"})
-    min_bits: int = field(default=1, metadata={"help": "smallest width of a block"})
-    max_bits: int = field(default=8, metadata={"help": "largest width of a block"})
+    formats: tuple[str, ...] = field(
+        default=tuple(item.name for item in UNIFORM),
+        metadata={"help": "number formats that blocks may have"},
+    )
     rounds: int = field(default=12, metadata={"help": "most rounds of swaps"})
     pins: tuple[str, ...] = field(
         default=(),
         metadata={
-            "help": "bit-widths by pattern, PATTERN=4..8; may be repeated, the last match counts",
+            "help": "formats by pattern, PATTERN=4..8; may be repeated, the last match counts",
             "flag": "--bits",
         },
     )
     warm: bool = field(
         default=False,
-        metadata={"help": "start from the widths and move scores that the module has"},
+        metadata={"help": "start from the formats and move scores that the module has"},
     )
     loss: Loss | None = field(default=None, metadata={"help": LOSS_HELP, "flag": "--loss"})
     whole_blocks: bool = field(
@@ -90,11 +93,16 @@ class AssignBits(Pass):
     )
 
     def check(self) -> None:
-        """UsageError for a budget that no assignment can meet, or a malformed pin."""
-        if not 1 <= self.avg_bits <= 9:
+        """UsageError for a budget that no assignment can meet, a malformed pin, unknown formats."""
+        formats = self.ladder()
+        if not formats:
+            raise UsageError("no formats are given", help='give e.g. formats = ["2", "3", "4"]')
+        low, high = (f"{item.bits:g}" for item in (formats[0], formats[-1]))
+        if not formats[0].bits <= self.avg_bits <= formats[-1].bits + 1:
             raise UsageError(
-                f"--avg-bits {self.avg_bits:g} is out of range: blocks of 1 to 8 bits take a"
-                " little more than 1 to a little more than 8 bits per weight, all counted",
+                f"--avg-bits {self.avg_bits:g} is out of range: blocks of {low} to {high} bits take"
+                f" a little more than {low} to a little more than {high} bits per weight, all"
+                " counted",
                 help="try --avg-bits 3",
             )
         for pin in self.pins:
@@ -103,19 +111,20 @@ class AssignBits(Pass):
     def run(self, module: Module, ctx: PassContext) -> Module:
         """Adds `bits` and `move_scores` to every searched matrix, `limits` where they are pinned.
 
-        Matrices with a width of their own get `bits` only.
+        Matrices with a fixed format get `bits` only.
         """
         from scalebits_compiler.passes.search.problem import SearchProblem
 
         pinned, costs = self.problem(module)
-        unreached, (typical, _) = _unreached(pinned), best_uniform(costs)
+        ladder = self.ladder()
+        unreached, typical = _unreached(pinned), ladder[best_uniform(costs)[0]]
         if unreached:
-            # No gradient says what they need: the typical width of this budget, and no search.
-            plain = (replace(pinned.weights[s], limits=(typical,) * 2) for s in unreached)
+            # No gradient says what they need: the typical format of this budget, and no search.
+            plain = (replace(pinned.weights[s], limits=(typical.id,) * 2) for s in unreached)
             _, costs = self.problem(pinned.with_weights(list(plain)))
         known = ctx.cache.get(self.name)
-        problem = SearchProblem.load(pinned, ctx, self.name, self.loss, self.whole_blocks)
-        width, uniform = best_uniform(costs)
+        problem = SearchProblem.load(pinned, ctx, self.name, ladder, self.loss, self.whole_blocks)
+        place, uniform = best_uniform(costs)
         saved = _Saved(self, module, ctx)
         state = saved.load(costs) or self._start(pinned, problem, costs)
         resumed = state.round
@@ -123,7 +132,7 @@ class AssignBits(Pass):
         moves = swap_search(
             state,
             costs,
-            lambda bits: problem.score(bits, costs),
+            lambda choice: problem.score(choice, costs),
             problem.held,
             SearchSettings(self.rounds, self.z),
             saved.save,
@@ -132,17 +141,17 @@ class AssignBits(Pass):
         if moves is None or uniform_won:
             windows = len(problem.text.calibration)
             count = windows if self.rounds else math.ceil(_SHARE_TO_EXPLAIN * windows)
-            moves = problem.score(state.bits, costs, count)
+            moves = problem.score(state.choice, costs, count)
             state.scored += count / windows
         ctx.report[self.name] = {
             **_report(state, costs, problem, fresh=problem is not known),
-            "uniform_bits": width,
+            "uniform_bits": ladder[place].name,
             "unreached": unreached,
-            "unreached_bits": typical,
+            "unreached_bits": typical.name,
             "shipped": "uniform" if uniform_won else "search",
             "resumed_at_round": resumed,
         }
-        return _with_widths(pinned, problem, state.bits, moves)
+        return _with_formats(pinned, problem, state.choice, moves)
 
     def _start(self, module: Module, problem: SearchProblem, costs: Costs) -> SearchState:
         """Where the search starts: at a hull, or where an earlier search has ended if better."""
@@ -154,12 +163,12 @@ class AssignBits(Pass):
         steeper = hulls(curves, costs, by)
         starts = {"hull": hull, "steeper hull": next(steeper)}
         if self.warm:
-            here, moves = _found_widths(module)
+            here, moves = _assigned(module, self.ladder())
             down = moves.cautious(self.z).down
             likely = steepened(curves, costs, by)
             starts["neighbour"] = moved_to_budget(likely, costs, here, down)
         state = best_start(starts, steeper, {"uniform": uniform}, problem.held)
-        # Starts may be equal, and uniform widths those of another budget.
+        # Starts may be equal, and a uniform choice that of another budget.
         state.held = len(problem.measured) - known
         return state
 
@@ -169,11 +178,6 @@ class AssignBits(Pass):
         Raises PassError for options that are out of range, a pattern that matches nothing, and a
         budget that cannot be met or used.
         """
-        if not 1 <= self.min_bits <= self.max_bits <= 8:
-            raise PassError(
-                f"widths {self.min_bits}..{self.max_bits} are not within 1..8",
-                help="give 1 <= min-bits <= max-bits <= 8",
-            )
         if self.rounds < 0 or self.z < 0:
             raise PassError(
                 f"{self.rounds} rounds of swaps at z = {self.z}",
@@ -183,10 +187,18 @@ class AssignBits(Pass):
         pinned = self.pinned(module)
         return pinned, block_costs(pinned, self)
 
+    def ladder(self) -> tuple[Format, ...]:
+        """The formats that blocks may have, by rising stored bits. UsageError if one is unknown."""
+        return ladder(self.formats)
+
     def pinned(self, module: Module) -> Module:
         """The module with the pins as limits of the matrices."""
         searched = module.searched()
-        own = {w.symbol: f"it has {w.fixed_bits} bits" for w in module.quantized()}
+        own = {
+            w.symbol: f"it has {format_of(w.fixed_bits)}"
+            for w in module.quantized()
+            if w.fixed_bits is not None
+        }
         others = dense_matrices(module) | own
         limits: dict[str, tuple[int, int]] = {}
         for text in self.pins:
@@ -196,24 +208,32 @@ class AssignBits(Pass):
         return module.with_weights(changed)
 
 
-def _found_widths(module: Module) -> tuple[Ints, Moves]:
-    """The widths that an earlier search has found, and its scores of the moves from them."""
-    widths, scores = [], []
+def _assigned(module: Module, ladder: tuple[Format, ...]) -> tuple[Ints, Moves]:
+    """The choice that an earlier search has made, and its scores of the moves from there."""
+    ids, scores = [], []
     for weight in module.searched():
         if weight.bits is None or weight.move_scores is None:
             raise PassError(
-                f"@{weight.symbol} has no widths and move scores to start from",
+                f"@{weight.symbol} has no formats and move scores to start from",
                 help="run assign-bits for a larger budget before it, or leave out warm",
             )
-        widths.append(module.bits(weight).ravel())
+        ids.append(module.bits(weight).ravel())
         found = module.resources.torch(weight.move_scores.key)
         scores.append(found.double().flatten(0, 1).numpy())
     up, down, error_up, error_down = np.concatenate(scores).T
-    return np.concatenate(widths).astype(np.int64), Moves(up, down, error_up, error_down)
+    places = {item.id: place for place, item in enumerate(ladder)}
+    flat = np.concatenate(ids).tolist()
+    if lacking := set(flat) - places.keys():
+        raise PassError(
+            f"blocks have the format {format_of(min(lacking)).name}, which is not among formats",
+            help="give warm the formats of the search before",
+        )
+    choice = np.array([places[number] for number in flat], dtype=np.int64)
+    return choice, Moves(up, down, error_up, error_down)
 
 
 def _unreached(module: Module) -> list[str]:
-    """Matrices without a width of their own that no token of the calibration text came to.
+    """Matrices without limits of their own that no token of the calibration text came to.
 
     Only the line scores tell: those of an expert that is never chosen are all 0.
     """
@@ -226,18 +246,30 @@ def _unreached(module: Module) -> list[str]:
 
 
 def searched_costs(module: Module, search: AssignBits) -> Costs:
-    """Storage of all searched blocks in the order of the module, and the widths they may have.
+    """Storage of all searched blocks in the order of the module, and the formats they may have.
 
     PassError if there is none.
     """
+    ladder, index = search.ladder(), module.index_bits()
+    places = {item.id: place for place, item in enumerate(ladder)}
     blocks: list[tuple[np.ndarray, ...]] = []
-    weights, index = 0, module.index_bits()
+    codes = overhead = weights = 0
     for weight in module.searched():
-        bit, rest = layout_of(weight).block_cost()
-        rest[0, 0] += index.get(weight.symbol, 0)  # stored once, whatever the widths
-        limits = weight.limits or (search.min_bits, search.max_bits)
-        low, high = (np.full(bit.size, width) for width in limits)
-        blocks.append((bit.ravel(), rest.ravel() + GRID_BITS, low, high))
+        layout, once = layout_of(weight), index.get(weight.symbol, 0)
+        table = np.stack([layout.block_cost(item.id).ravel() for item in ladder]) + GRID_BITS
+        table[:, 0] += once  # stored once, whatever the formats
+        limits = weight.limits or (ladder[0].id, ladder[-1].id)
+        for number in limits:
+            if number not in places:
+                raise PassError(
+                    f"@{weight.symbol} is limited to the format {format_of(number).name}, which is"
+                    " not among those of the search",
+                    help="add it to the formats that blocks may have",
+                )
+        low, high = (np.full(table.shape[1], places[number]) for number in limits)
+        blocks.append((table, low, high))
+        codes += int(layout.block_codes().sum())
+        overhead += int(layout.block_scales().sum()) + GRID_BITS * table.shape[1] + once
         rows, columns = weight.type.static_shape()
         weights += rows * columns
     if not blocks:
@@ -246,8 +278,10 @@ def searched_costs(module: Module, search: AssignBits) -> Costs:
         raise PassError(
             f"{search.avg_bits} effective bits per weight is no budget", help="give e.g. 3"
         )
-    per_bit, fixed, low, high = (np.concatenate(part) for part in zip(*blocks, strict=True))
-    return Costs(per_bit, fixed, math.floor(search.avg_bits * weights), low, high, weights)
+    table, low, high = (np.concatenate(part, -1) for part in zip(*blocks, strict=True))
+    bits = np.array([float(item.bits) for item in ladder])
+    budget = math.floor(search.avg_bits * weights)
+    return Costs(table, budget, low, high, bits, codes, overhead, weights)
 
 
 def block_costs(module: Module, search: AssignBits) -> Costs:
@@ -259,12 +293,12 @@ def block_costs(module: Module, search: AssignBits) -> Costs:
         raise PassError(
             f"{avg_bits} effective bits per weight cannot be met: the smallest feasible is"
             f" {math.ceil(least * 1000) / 1000:.3f}",
-            help="scales and the bit table count; larger groups cost less",
+            help="scales and the block grid count; larger groups cost less",
         )
     if avg_bits > math.ceil(most):
         raise PassError(
-            f"{avg_bits} effective bits per weight is more than {costs.high.max()}-bit blocks can"
-            f" use ({most:.3f})",
+            f"{avg_bits} effective bits per weight is more than blocks of"
+            f" {search.ladder()[costs.high.max()]} can use ({most:.3f})",
             help=f"give at most {math.ceil(most)}",
         )
     return costs
@@ -280,10 +314,10 @@ def _report(
         "uniform_held_loss": state.starts["uniform"],
         "starts": state.starts,
         "steps": [asdict(step) for step in state.steps],
-        "stored_bits": costs.total(state.bits),
+        "stored_bits": costs.total(state.choice),
         "budget_bits": costs.budget,
         "full_precision_loss": problem.full_precision,
-        "predicted_excess": surrogate(curves, state.bits),
+        "predicted_excess": surrogate(curves, state.choice),
         "predicted_excess_of_hull": surrogate(curves, greedy_raise(curves, costs, costs.low)),
         "dual_bound": dual_bound(curves, costs),
         "scorings": state.scored,
@@ -292,8 +326,8 @@ def _report(
     }
 
 
-def _with_widths(module: Module, problem: SearchProblem, bits: Ints, moves: Moves) -> Module:
-    """The module with all widths, and the scores of the moves from them."""
+def _with_formats(module: Module, problem: SearchProblem, choice: Ints, moves: Moves) -> Module:
+    """The module with the formats of all blocks, and the scores of the moves from them."""
     import torch
 
     fixed = {
@@ -301,7 +335,8 @@ def _with_widths(module: Module, problem: SearchProblem, bits: Ints, moves: Move
         for w in module.quantized()
         if w.fixed_bits is not None
     }
-    grids = {symbol: grid.astype(np.uint8) for symbol, grid in problem.split(bits).items()}
+    ids = np.array([item.id for item in problem.ladder], np.uint8)[choice]
+    grids = problem.split(ids)
     scored = np.stack([moves.up, moves.down, moves.error_up, moves.error_down], -1)
     tensors = {
         f"{symbol}.move_scores": torch.from_numpy(part.copy()).bfloat16()
@@ -350,8 +385,9 @@ class _Saved:
             return None
         try:
             state = SearchState.from_json(found)
-            complete = state.bits.shape == costs.per_bit.shape and "uniform" in state.starts
-            if complete and costs.total(state.bits) <= costs.budget:
+            complete = state.choice.shape == costs.low.shape and "uniform" in state.starts
+            within = complete and state.choice.max() < len(costs.table)
+            if within and costs.total(state.choice) <= costs.budget:
                 return state
         except msgspec.ValidationError:
             pass

@@ -1,4 +1,4 @@
-"""The search's view of a model: flat widths in, losses and scores out."""
+"""The search's view of a model: a flat choice of formats in, losses and scores out."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from scalebits_compiler.ir.module import Module, Weight
+from scalebits_compiler.numerics.formats import Format
 from scalebits_compiler.passes.search.initial_allocations import Costs, Floats, Ints
 from scalebits_compiler.passes.search.swaps import Moves
 from scalebits_compiler.passes.sensitivity import scores as st
@@ -27,9 +28,10 @@ FORWARD_SHARE = 0.25
 class SearchProblem:
     """All searched matrices with their level tables; blocks in the order of the module.
 
-    curves: float64 [8, blocks], predicted loss (nats) of each block at widths 1..8, at full
-    precision. full_precision: held loss (nats) there. loss: its kind (objectives.py).
-    whole_blocks: how the curves were measured (`width_curves`). measured: what `held` has found.
+    curves: float64 [formats, blocks], predicted loss (nats) of each block in every format of the
+    ladder, at full precision. full_precision: held loss (nats) there. loss: its kind
+    (objectives.py). whole_blocks: how the curves were measured (`distortion_curves`). measured:
+    what `held` has found.
     """
 
     evaluator: Evaluator
@@ -47,24 +49,40 @@ class SearchProblem:
         module: Module,
         ctx: PassContext,
         needed_by: str,
+        ladder: tuple[Format, ...],
         asked: str | None = None,
         whole_blocks: bool = False,
     ) -> SearchProblem:
         """Fit the level tables and measure the curves; what an earlier run made is reused."""
         text, loss = ctx.windows(module, needed_by), loss_of(module, asked)
         cached = ctx.cache.get(needed_by)
-        if isinstance(cached, SearchProblem) and cached._is_of(module, text, (loss, whole_blocks)):
+        if isinstance(cached, SearchProblem) and cached._is_of(
+            module, text, ladder, (loss, whole_blocks)
+        ):
             return cached
         evaluator = ctx.evaluator(module, needed_by)
-        matrices = st.load_matrices(module, ctx)
-        curves = st.width_curves(evaluator, matrices, text.calibration, ctx, loss, whole_blocks)
+        matrices = st.load_matrices(module, ctx, ladder)
+        curves = st.distortion_curves(
+            evaluator, matrices, text.calibration, ctx, loss, whole_blocks
+        )
         flat = np.concatenate([curve.flatten(1).numpy() for curve in curves.values()], 1)
         exact = st.held_loss(evaluator, {}, text.acceptance, loss)
         made = SearchProblem(evaluator, matrices, flat, exact, text, ctx, loss, whole_blocks)
         ctx.cache[needed_by] = made
         return made
 
-    def _is_of(self, module: Module, text: TextSplit, kind: tuple[str, bool]) -> bool:
+    @property
+    def ladder(self) -> tuple[Format, ...]:
+        """The formats that blocks may have, by rising stored bits."""
+        return next(iter(self.matrices.values())).table.formats
+
+    def _is_of(
+        self,
+        module: Module,
+        text: TextSplit,
+        ladder: tuple[Format, ...],
+        kind: tuple[str, bool],
+    ) -> bool:
         """Whether it was made for these very matrices and windows, and of this kind."""
         import torch
 
@@ -72,7 +90,7 @@ class SearchProblem:
             return weight.symbol, weight.type, weight.block, weight.group, weight.data
 
         known = [matrix.weight for matrix in self.matrices.values()]
-        if (self.loss, self.whole_blocks) != kind:
+        if (self.loss, self.whole_blocks) != kind or self.ladder != ladder:
             return False
         if list(map(shape, known)) != list(map(shape, module.searched())):
             return False
@@ -92,11 +110,11 @@ class SearchProblem:
         gradients = scored * (1 if curvature_of(self.loss) == self.loss else 2) + fresh
         return gradients * (1 + original) + (held + fresh) * share * (FORWARD_SHARE + original)
 
-    def grids(self, bits: Ints) -> dict[str, torch.Tensor]:
-        """Flat widths as one int64 grid per matrix."""
+    def grids(self, choice: Ints) -> dict[str, torch.Tensor]:
+        """A flat choice as one int64 grid per matrix."""
         import torch
 
-        return {s: torch.from_numpy(part.copy()) for s, part in self.split(bits).items()}
+        return {s: torch.from_numpy(part.copy()) for s, part in self.split(choice).items()}
 
     def split(self, values: np.ndarray) -> dict[str, np.ndarray]:
         """A flat array [blocks, ...] as one array [block rows, block columns, ...] per matrix."""
@@ -109,15 +127,15 @@ class SearchProblem:
             offset += count
         return parts
 
-    def score(self, bits: Ints, costs: Costs, count: int | None = None) -> Moves:
-        """Scores of all moves at these widths, on the first `count` windows (None: all of them).
+    def score(self, choice: Ints, costs: Costs, count: int | None = None) -> Moves:
+        """Scores of all moves at this choice, on the first `count` windows (None: all of them).
 
         inf where a limit forbids a move.
         """
         scores = st.move_scores(
             self.evaluator,
             self.matrices,
-            self.grids(bits),
+            self.grids(choice),
             self.text.calibration[:count],
             self.ctx,
             loss=self.loss,
@@ -127,17 +145,17 @@ class SearchProblem:
             for table in (scores.up, scores.down, scores.error_up, scores.error_down)
         )
         return Moves(
-            np.where(bits < costs.high, up, np.inf),
-            np.where(bits > costs.low, down, np.inf),
+            np.where(choice < costs.high, up, np.inf),
+            np.where(choice > costs.low, down, np.inf),
             error_up,
             error_down,
         )
 
-    def held(self, bits: Ints) -> float:
-        """Loss on the acceptance windows at these widths (nats), measured once."""
-        key = bits.astype(np.uint8).tobytes()
+    def held(self, choice: Ints) -> float:
+        """Loss on the acceptance windows at this choice (nats), measured once."""
+        key = choice.astype(np.uint8).tobytes()
         if key not in self.measured:
-            weights = st.rounded(self.matrices, self.grids(bits))
+            weights = st.rounded(self.matrices, self.grids(choice))
             loss = st.held_loss(self.evaluator, weights, self.text.acceptance, self.loss)
             self.measured[key] = loss
         return self.measured[key]

@@ -1,4 +1,4 @@
-"""The budgeted search for block widths: the best initial allocation, then batched swaps.
+"""The budgeted search for block formats: the best initial allocation, then batched swaps.
 
 All blocks of all matrices are one flat list here. `initial_allocations` gives the first candidates.
 """
@@ -33,23 +33,24 @@ class Moves:
         return replace(self, up=self.up + z * self.error_up, down=self.down + z * self.error_down)
 
 
-def propose(bits: Ints, moves: Moves, costs: Costs, count: int) -> Ints:
-    """Up to `count` blocks one bit up, paid by slack and by other blocks one bit down.
+def propose(choice: Ints, moves: Moves, costs: Costs, count: int) -> Ints:
+    """Up to `count` blocks one format up, paid by slack and by other blocks one format down.
 
-    Gives the new widths; the same ones if nothing helps.
+    Gives the new choice; the same one if nothing helps.
     """
-    raises = np.argsort(moves.up / costs.per_bit, kind="stable")[:count]
+    price, refund = costs.up(choice), costs.down(choice)
+    raises = np.argsort(moves.up / price, kind="stable")[:count]
     raises = raises[moves.up[raises] < 0]
-    lowers = np.argsort(moves.down / costs.per_bit, kind="stable")
+    lowers = np.argsort(moves.down / refund, kind="stable")
     lowers = lowers[~np.isin(lowers, raises)][: 2 * count]
-    changed = bits.copy()
-    slack = costs.budget - costs.total(bits)
+    changed = choice.copy()
+    slack = costs.budget - costs.total(choice)
     cursor = 0
     for block in raises:
-        needed = int(costs.per_bit[block]) - slack
+        needed = int(price[block]) - slack
         gain, taken = float(moves.up[block]), cursor
         while needed > 0 and taken < len(lowers) and np.isfinite(moves.down[lowers[taken]]):
-            needed -= int(costs.per_bit[lowers[taken]])
+            needed -= int(refund[lowers[taken]])
             gain += float(moves.down[lowers[taken]])
             taken += 1
         if needed > 0 or gain >= 0:
@@ -60,9 +61,9 @@ def propose(bits: Ints, moves: Moves, costs: Costs, count: int) -> Ints:
     return changed
 
 
-def predicted_change(bits: Ints, changed: Ints, moves: Moves) -> float:
-    """What the scores promise for moves of one bit."""
-    return float(moves.up[changed > bits].sum() + moves.down[changed < bits].sum())
+def predicted_change(choice: Ints, changed: Ints, moves: Moves) -> float:
+    """What the scores promise for moves of one format."""
+    return float(moves.up[changed > choice].sum() + moves.down[changed < choice].sum())
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class SearchSettings:
 class _Saved(msgspec.Struct, forbid_unknown_fields=True):
     """`SearchState` in plain values."""
 
-    bits: Annotated[str, msgspec.Meta(pattern="^[1-8]+$")]
+    choice: list[Annotated[int, msgspec.Meta(ge=0, le=255)]]
     loss: float
     starts: dict[str, float]
     round: int
@@ -107,11 +108,12 @@ class _Saved(msgspec.Struct, forbid_unknown_fields=True):
 class SearchState:
     """Where a search stands after a round: enough to go on as if it had not been stopped.
 
-    loss: held loss of `bits` (nats). count: blocks of the next batch (0: the most). scored, held:
-    gradient passes and evaluations of the held loss so far. starts: held loss of each start.
+    choice: place of each block's format on the ladder. loss: its held loss (nats). count: blocks of
+    the next batch (0: the most). scored, held: gradient passes and evaluations of the held loss so
+    far. starts: held loss of each start.
     """
 
-    bits: Ints
+    choice: Ints
     loss: float
     starts: dict[str, float]
     round: int = 0
@@ -123,15 +125,14 @@ class SearchState:
 
     def as_json(self) -> dict[str, Any]:
         """The state in plain values; floats survive JSON exactly."""
-        plain = asdict(self)
-        return {**plain, "bits": "".join(map(str, self.bits.tolist()))}
+        return {**asdict(self), "choice": self.choice.tolist()}
 
     @staticmethod
     def from_json(plain: dict[str, Any]) -> SearchState:
         """The inverse of `as_json`; msgspec.ValidationError for anything else."""
         saved = msgspec.convert(plain, _Saved)
-        bits = np.array([int(width) for width in saved.bits], dtype=np.int64)
-        return SearchState(**{**msgspec.structs.asdict(saved), "bits": bits})
+        choice = np.array(saved.choice, dtype=np.int64)
+        return SearchState(**{**msgspec.structs.asdict(saved), "choice": choice})
 
 
 def best_start(
@@ -143,19 +144,19 @@ def best_start(
     """The start with the least held loss, the first of equals.
 
     While it is no lower than that of the guards, `steeper` starts are tried in turn. A guard is
-    none itself: from uniform widths the search ends in worse places than from the hull.
+    none itself: from a uniform choice the search ends in worse places than from the hull.
     """
-    losses = {name: held_loss(bits) for name, bits in {**guards, **starts}.items()}
+    losses = {name: held_loss(choice) for name, choice in {**guards, **starts}.items()}
     least = min((losses[name] for name in guards), default=math.inf)
     name = min(starts, key=lambda name: losses[name])
     best = starts[name]
-    for count, bits in enumerate(steeper, 2):
+    for count, choice in enumerate(steeper, 2):
         if losses[name] < least:
             break
         tried = f"steeper hull {count}"
-        losses[tried] = held_loss(bits)
+        losses[tried] = held_loss(choice)
         if losses[tried] < losses[name]:
-            name, best = tried, bits
+            name, best = tried, choice
     return SearchState(best.copy(), losses[name], losses, held=len(losses))
 
 
@@ -164,7 +165,7 @@ def guarded(state: SearchState, guards: dict[str, Ints]) -> bool:
     name = min(guards, key=lambda name: state.starts[name])
     if state.loss <= state.starts[name]:
         return False
-    state.bits, state.loss = guards[name].copy(), state.starts[name]
+    state.choice, state.loss = guards[name].copy(), state.starts[name]
     return True
 
 
@@ -179,12 +180,12 @@ def swap_search(
     """Rounds of {score all moves here, swap a batch, keep it if the held loss falls, else halve}.
 
     `held_loss` looks at text that no gradient of `score` has seen; it falls at every accepted
-    step. Advances `state` and saves it after every round. Gives the scores at the final widths,
+    step. Advances `state` and saves it after every round. Gives the scores at the final choice,
     None if these were not scored.
     """
     moves = None
     while not state.done and state.round < settings.rounds:
-        moves = score(state.bits)
+        moves = score(state.choice)
         state.scored += 1
         if _round(state, costs, moves, held_loss, settings):
             moves = None
@@ -203,13 +204,13 @@ def _round(
     settings: SearchSettings,
 ) -> bool:
     """Whether a batch was found that lowers the held loss; it is in the state then."""
-    most = max(1, int(settings.first_share * len(state.bits)))
-    least = max(1, int(settings.last_share * len(state.bits)))
+    most = max(1, int(settings.first_share * len(state.choice)))
+    least = max(1, int(settings.last_share * len(state.choice)))
     state.count = state.count or most
     halved = False
     while True:
-        tried = propose(state.bits, moves.cautious(settings.z), costs, state.count)
-        if np.array_equal(tried, state.bits):
+        tried = propose(state.choice, moves.cautious(settings.z), costs, state.count)
+        if np.array_equal(tried, state.choice):
             return False
         loss = held_loss(tried)
         state.held += 1
@@ -218,9 +219,9 @@ def _round(
         if state.count <= least:
             return False
         state.count, halved = max(least, state.count // 2), True
-    predicted = predicted_change(state.bits, tried, moves)
-    moved = int((tried != state.bits).sum())
+    predicted = predicted_change(state.choice, tried, moves)
+    moved = int((tried != state.choice).sum())
     state.steps.append(Step(state.round, moved, predicted, loss - state.loss))
-    state.bits, state.loss = tried, loss
+    state.choice, state.loss = tried, loss
     state.count = state.count if halved else min(2 * state.count, most)
     return True

@@ -1,4 +1,4 @@
-"""annotate-sensitivity: what the loss says about every line and block, at quantized weights."""
+"""annotate-sensitivity: what the loss says about every row and column, at quantized weights."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from scalebits_compiler.errors import PassError
 from scalebits_compiler.ir.attrs import Resource
 from scalebits_compiler.ir.module import Module
+from scalebits_compiler.numerics.formats import named
 from scalebits_compiler.passes.base import Pass, PassContext
 from scalebits_compiler.passes.sensitivity.losses import LOSS_HELP, Loss, loss_of
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AnnotateSensitivity(Pass):
-    """Score rows, columns and block moves with the gradient at the quantized weights.
+    """Score rows and columns with the gradient at the quantized weights.
 
-    All matrices are rounded to `bits`. Lines get ½ Σ F (Q_bits - W)²; block moves get the signed
-    g·δ + ½ F·δ² of one bit more and one bit less (passes/sensitivity/scores.py has the formula).
+    All matrices are rounded to `bits`. Rows and columns get ½ Σ F (Q - W)²
+    (passes/sensitivity/scores.py has F).
     """
 
     name: ClassVar[str] = "annotate-sensitivity"
@@ -33,39 +33,30 @@ class AnnotateSensitivity(Pass):
     establishes: ClassVar[frozenset[str]] = frozenset({"sensitivity"})
     refuses: ClassVar[frozenset[str]] = frozenset({"packed"})
 
-    bits: int = field(default=3, metadata={"help": "uniform width of the reference point"})
+    bits: int = field(default=3, metadata={"help": "uniform bit-width of the reference point"})
     loss: Loss | None = field(default=None, metadata={"help": LOSS_HELP, "flag": "--loss"})
 
     def run(self, module: Module, ctx: PassContext) -> Module:
-        """Adds row_scores, column_scores and block_scores to every matrix that is quantized."""
-        import torch
-
+        """Adds row_scores and column_scores to every matrix that is quantized."""
         from scalebits_compiler.passes.sensitivity import scores as st
 
-        if not 1 <= self.bits <= 8:
-            raise PassError(f"the reference width {self.bits} is not within 1..8")
+        reference = named(str(self.bits))
         evaluator = _Counting(ctx.evaluator(module, self.name))
         windows = ctx.windows(module, self.name).calibration
-        matrices = st.load_matrices(module, ctx)
-        grids = {s: torch.full(m.weight.grid_shape(), self.bits) for s, m in matrices.items()}
-        lines = st.LineScores.empty(matrices)
-        loss = loss_of(module, self.loss)
-        scores = st.move_scores(evaluator, matrices, grids, windows, ctx, lines=lines, loss=loss)
+        matrices = st.load_matrices(module, ctx, (reference,))
+        lines = st.line_scores(evaluator, matrices, windows, ctx, loss_of(module, self.loss))
         weights, tensors = [], {}
         for symbol, matrix in matrices.items():
             rows, columns = lines.rows[symbol].cpu(), lines.columns[symbol].cpu()
-            blocks = torch.stack([scores.up[symbol], scores.down[symbol]], -1)
             made: dict[str, torch.Tensor] = {
                 "row_scores": rows.float(),
                 "column_scores": columns.float(),
-                "block_scores": blocks.float(),
             }
             tensors.update({f"{symbol}.{role}": tensor for role, tensor in made.items()})
             keys = {role: Resource(f"{symbol}.{role}") for role in made}
             weights.append(replace(matrix.weight, **keys))
         ctx.report[self.name] = {
             "reference_bits": self.bits,
-            "loss": scores.loss,
             "expert_tokens": dict(evaluator.tokens),
         }
         annotated = module.with_weights(weights)

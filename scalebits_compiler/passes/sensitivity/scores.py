@@ -1,8 +1,9 @@
 """Block statistics at a quantized reference point, shared by the passes that need gradients.
 
 For a linear y = x Ŵᵀ with output gradient G [T, m] and input X [T, n], the gradient of the summed
-loss is g = Gᵀ X and the token-level squared gradient F = (G∘G)ᵀ (X∘X). A move of block β from b to
-b±1 bits changes its weights by the exact δ = Q_{b±1} - Q_b, and the loss by about
+loss is g = Gᵀ X and the token-level squared gradient F = (G∘G)ᵀ (X∘X). A move of block β from
+format f to the next one f' up or down the ladder changes its weights by the exact δ = Q_f' - Q_f,
+and the loss by about
 
     Σ_β g·δ + ½ F·δ²      (signed: absolute values destroy the signal)
 
@@ -12,7 +13,7 @@ matrix live for one batch. The loss is a mean over tokens, in nats; objectives.p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -23,6 +24,7 @@ from scalebits_compiler.errors import PassError
 from scalebits_compiler.ir.module import Module, Weight
 from scalebits_compiler.ir.ops import Linear
 from scalebits_compiler.numerics.device import Placement
+from scalebits_compiler.numerics.formats import UNIFORM, Format
 from scalebits_compiler.numerics.quantize import LevelTable, block_sums, expand_grid
 from scalebits_compiler.passes.base import Evaluator, PassContext
 from scalebits_compiler.passes.sensitivity.losses import curvature_of
@@ -51,15 +53,16 @@ class Matrix:
         assert self.weight.block is not None
         return self.weight.block
 
-    def group_bits(self, grid: Tensor) -> Tensor:
-        """Width per group [m, groups] from width per block."""
-        shape = (self.dense.shape[0], self.dense.shape[1])
-        return expand_grid(grid, self.block, self.table.group, shape)
+    def at(self, choice: Tensor) -> Tensor:
+        """float32 [m, n]: the matrix rounded to a format per block, by its place on the ladder.
 
-    def at(self, grid: Tensor) -> Tensor:
-        """float32 [m, n]: the matrix rounded at a width per block (clamped to 1..8)."""
-        bits = self.group_bits(self.place.here(grid).clamp(1, 8))
-        return self.table.to(self.place.device).dequantized(self.values(), bits)
+        Places beyond the ends of the ladder are clamped.
+        """
+        ladder = torch.tensor([item.id for item in self.table.formats])
+        ids = ladder[choice.clamp(0, len(ladder) - 1)]
+        shape = (self.dense.shape[0], self.dense.shape[1])
+        ids = expand_grid(self.place.here(ids), self.block, self.table.group, shape)
+        return self.table.to(self.place.device).dequantized(self.values(), ids)
 
     def values(self) -> Tensor:
         """The dense values, on the device."""
@@ -67,17 +70,19 @@ class Matrix:
 
 
 Take = Callable[[str, Tensor, Tensor], None]  # (symbol, G [T, m], X [T, n]) of one batch
-Bits = Mapping[str, Tensor]  # symbol -> int64 [block rows, block columns]
+Choices = Mapping[str, Tensor]  # symbol -> place on the ladder, int64 [block rows, block columns]
 
 
-def load_matrices(module: Module, ctx: PassContext, clip: bool = True) -> dict[str, Matrix]:
+def load_matrices(
+    module: Module, ctx: PassContext, ladder: Sequence[Format] = UNIFORM
+) -> dict[str, Matrix]:
     """The matrices under search with their level tables, in the order of the module."""
     matrices: dict[str, Matrix] = {}
     for weight in ctx.progress(module.searched(), "fitting levels"):
         if weight.data is None or weight.group is None:
             raise PassError(f"@{weight.symbol} has no data or group", help="run canonicalize first")
         dense = module.resources.torch(weight.data.key).float()
-        table = LevelTable.fit(ctx.place.here(dense), weight.group, clip=clip)
+        table = LevelTable.fit(ctx.place.here(dense), weight.group, formats=ladder)
         home = ctx.place.home
         matrices[weight.symbol] = Matrix(weight, dense.to(home), table.to(home), ctx.place)
     return matrices
@@ -88,9 +93,9 @@ def batches(windows: Tensor) -> list[Tensor]:
     return list(windows.split(max(1, BATCH_TOKENS // windows.shape[1])))
 
 
-def rounded(matrices: Mapping[str, Matrix], bits: Bits) -> Mapping[str, Tensor]:
-    """The matrices rounded at their widths."""
-    return per_matrix(matrices, lambda symbol: matrices[symbol].at(bits[symbol]))
+def rounded(matrices: Mapping[str, Matrix], choices: Choices) -> Mapping[str, Tensor]:
+    """The matrices rounded to their formats."""
+    return per_matrix(matrices, lambda symbol: matrices[symbol].at(choices[symbol]))
 
 
 def per_matrix(matrices: Mapping[str, Matrix], make: Callable[[str], T]) -> Mapping[str, T]:
@@ -166,9 +171,9 @@ def backward(
 
 @dataclass(frozen=True)
 class MoveScores:
-    """Predicted change of the mean loss per block: one bit more, one bit less; and their noise.
+    """Predicted change of the mean loss per block: one format up, one down; and their noise.
 
-    Maps symbol -> float64 [block rows, block columns]; inf where a move is not possible. `loss`
+    Maps symbol -> float64 [block rows, block columns]; inf at the ends of the ladder. `loss`
     is the mean calibration loss at the reference; `error_*` standard errors over batches.
     """
 
@@ -182,25 +187,22 @@ class MoveScores:
 def move_scores(
     evaluator: Evaluator,
     matrices: Mapping[str, Matrix],
-    bits: Bits,
+    choices: Choices,
     windows: Tensor,
     ctx: PassContext,
-    limits: tuple[int, int] = (1, 8),
-    lines: LineScores | None = None,
     loss: str = "ce",
 ) -> MoveScores:
-    """Signed second-order scores of all moves at the matrices rounded to `bits`.
+    """Signed second-order scores of all moves at the matrices rounded to `choices`.
 
-    With `lines`, the line scores at this reference point are added to it in the same pass. Where F
-    is that of another loss (`curvature_of`), every batch takes two passes.
+    Where F is that of another loss (`curvature_of`), every batch takes two passes.
     """
-    weights = rounded(matrices, bits)
+    weights = rounded(matrices, choices)
     deltas = per_matrix(
         matrices,
-        lambda s: [matrices[s].at(bits[s] + step) - weights[s] for step in (1, -1)],
+        lambda s: [matrices[s].at(choices[s] + step) - weights[s] for step in (1, -1)],
     )
     sums = {
-        s: torch.zeros(2, 2, *bits[s].shape, dtype=torch.float64, device=m.place.device)
+        s: torch.zeros(2, 2, *choices[s].shape, dtype=torch.float64, device=m.place.device)
         for s, m in matrices.items()
     }
     batch = {symbol: torch.zeros_like(total[:, 0]) for symbol, total in sums.items()}
@@ -211,9 +213,6 @@ def move_scores(
             for score, delta in zip(batch[symbol], deltas[symbol], strict=True):
                 change = first * gradient * delta + second * fisher * delta.square()
                 score += block_sums(change, matrices[symbol].block)
-            if lines is not None and second:
-                error = (weights[symbol] - matrices[symbol].values()).square()
-                lines.add(symbol, second * fisher * error / tokens)
 
         return take
 
@@ -228,13 +227,14 @@ def move_scores(
             total[:, 0] += batch[symbol]
             total[:, 1] += batch[symbol].square()
             batch[symbol].zero_()
-    return _finish(sums, bits, limits, len(parts), tokens, value)
+    top = {s: len(m.table.formats) - 1 for s, m in matrices.items()}
+    at_end = {s: (choice >= top[s], choice <= 0) for s, choice in choices.items()}
+    return _finish(sums, at_end, len(parts), tokens, value)
 
 
 def _finish(
     sums: Mapping[str, Tensor],
-    bits: Bits,
-    limits: tuple[int, int],
+    at_end: Mapping[str, tuple[Tensor, Tensor]],
     count: int,
     tokens: int,
     loss: float,
@@ -244,14 +244,14 @@ def _finish(
         total = there.cpu()
         variance = (total[:, 1] - total[:, 0].square() / count).clamp(min=0)
         error = (variance * count / max(1, count - 1)).sqrt() / tokens
-        for index, at_limit in enumerate((bits[symbol] >= limits[1], bits[symbol] <= limits[0])):
+        for index, forbidden in enumerate(at_end[symbol]):
             mean = total[index, 0] / tokens
-            scores[index][symbol] = mean.masked_fill(at_limit, torch.inf)
+            scores[index][symbol] = mean.masked_fill(forbidden, torch.inf)
             scores[2 + index][symbol] = error[index]
     return MoveScores(scores[0], scores[1], scores[2], scores[3], loss / tokens)
 
 
-def width_curves(
+def distortion_curves(
     evaluator: Evaluator,
     matrices: Mapping[str, Matrix],
     windows: Tensor,
@@ -259,16 +259,18 @@ def width_curves(
     loss: str = "ce",
     whole_blocks: bool = False,
 ) -> dict[str, Tensor]:
-    """½ δᵀFδ, δ = Q_b - W, per block and width at full precision: float64 [8, block rows, columns].
+    """½ δᵀFδ, δ = Q_f - W, per format and block: float64 [formats, block rows, block columns].
 
-    F is that of the curvature of `loss`; nats of mean loss. The separable start of the search.
-    Its diagonal is held for all matrices: eight widths per batch would cost more time than it
-    costs memory. With `whole_blocks` it is the empirical Fisher matrix of a block with all its
-    entries: half the sum over tokens of the squared first-order change of their loss along δ.
+    F is that of the curvature of `loss` at full precision; nats of mean loss. The separable start
+    of the search. Its diagonal is held for all matrices: all formats per batch would cost more time
+    than it costs memory. With `whole_blocks` it is the empirical Fisher matrix of a block with all
+    its entries: half the sum over tokens of the squared first-order change of their loss along δ.
     """
     dense = per_matrix(matrices, lambda symbol: matrices[symbol].values())
     sums = {  # of the curve, or of F over the tokens
-        s: torch.zeros(8, *m.weight.grid_shape(), dtype=torch.float64, device=m.place.device)
+        s: torch.zeros(
+            len(m.table.formats), *m.weight.grid_shape(), dtype=torch.float64, device=m.place.device
+        )
         if whole_blocks
         else torch.zeros_like(m.dense)
         for s, m in matrices.items()
@@ -294,9 +296,9 @@ def width_curves(
 
 
 def _errors(matrix: Matrix) -> Iterator[Tensor]:
-    """Q_b - W of widths 1..8."""
+    """Q_f - W of every format."""
     exact, shape = matrix.values(), matrix.weight.grid_shape()
-    return (matrix.at(torch.full(shape, bits)) - exact for bits in range(1, 9))
+    return (matrix.at(torch.full(shape, n)) - exact for n in range(len(matrix.table.formats)))
 
 
 def _curve(matrix: Matrix, weight: Tensor) -> Tensor:
@@ -325,15 +327,31 @@ class LineScores:
     rows: dict[str, Tensor]
     columns: dict[str, Tensor]
 
-    @staticmethod
-    def empty(matrices: Mapping[str, Matrix]) -> LineScores:
-        """All zero."""
-        return LineScores(
-            {s: torch.zeros(m.dense.shape[0], device=m.place.device) for s, m in matrices.items()},
-            {s: torch.zeros(m.dense.shape[1], device=m.place.device) for s, m in matrices.items()},
-        )
 
-    def add(self, symbol: str, change: Tensor) -> None:
-        """Add the contribution [m, n] of one batch."""
-        self.rows[symbol] += change.sum(1)
-        self.columns[symbol] += change.sum(0)
+def line_scores(
+    evaluator: Evaluator,
+    matrices: Mapping[str, Matrix],
+    windows: Tensor,
+    ctx: PassContext,
+    loss: str = "ce",
+) -> LineScores:
+    """The scores at the matrices rounded to the first format of their tables."""
+    lowest = {s: torch.zeros(m.weight.grid_shape(), dtype=torch.int64) for s, m in matrices.items()}
+    weights = rounded(matrices, lowest)
+    rows, columns = (
+        {s: torch.zeros(m.dense.shape[axis], device=m.place.device) for s, m in matrices.items()}
+        for axis in (0, 1)
+    )
+    curved, tokens = curvature_of(loss), scored_tokens(windows, loss)
+    half = 0.5 * tokens / scored_tokens(windows, curved)
+
+    def take(symbol: str, outputs: Tensor, inputs: Tensor) -> None:
+        fisher = outputs.square().T @ inputs.square()
+        error = (weights[symbol] - matrices[symbol].values()).square()
+        change = half * fisher * error / tokens
+        rows[symbol] += change.sum(1)
+        columns[symbol] += change.sum(0)
+
+    for ids in ctx.progress(batches(windows), "gradients at the quantized weights"):
+        backward(evaluator, weights, ids, take, curved)
+    return LineScores(rows, columns)

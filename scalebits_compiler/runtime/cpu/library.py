@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scalebits_compiler.errors import ArtifactError, TargetError
-from scalebits_compiler.numerics.layout import BlockLayout
+from scalebits_compiler.numerics.layout import BlockLayout, slots
 from scalebits_compiler.runtime.call_lock import CallLock
 from scalebits_compiler.runtime.cpu.features import (
     cpu_features,
@@ -141,23 +141,29 @@ class KernelLibrary:
         most = default_threads() if threads is None else threads
         self.threads = most if self.threads_meet else 1
 
-    def number(
+    def number(self, kind: str, group: int) -> int:
+        """The number in programs of a kernel that depends on the group only."""
+        return self.find(kind, group)[0]
+
+    def find(
         self,
         kind: str,
         group: int,
         panel: int = 0,
         block_cols: int = 0,
         bits: frozenset[int] = frozenset(),
-    ) -> int:
-        """The number in programs of the kernel that knows the widths `bits`, or `ArtifactError`."""
+    ) -> tuple[int, frozenset[int]]:
+        """The number in programs of the kernel that reads the formats `bits`, and the ids of all
+        that it reads; `ArtifactError` if there is none.
+        """
         number, known = self._kernels.get((kind, group, panel, block_cols), (-1, frozenset()))
         if number < 0 or not bits <= known:
             raise ArtifactError(
                 f"the artifact has no {self.variant} {kind} kernel for group {group},"
-                f" panel {panel}, block columns {block_cols} and widths {sorted(bits)}",
+                f" panel {panel}, block columns {block_cols} and formats {sorted(bits)}",
                 help="compile the model again; its kernels and its weights do not belong together",
             )
-        return number
+        return number, known
 
     def scratch(self, name: str, size: int) -> NDArray[np.uint8]:
         """`size` bytes for each thread, shared by all steps that ask for the same."""
@@ -296,10 +302,11 @@ class PackedLinear:
             )
         self.library = library
         self.layout = layout
-        widths = frozenset(np.unique(bits).tolist())
-        shape = (layout.group, layout.panel, layout.block_cols, widths)
-        self._numbers = {kind: library.number(kind, *shape) for kind in ("gemv", "gemm")}
-        tables = layout.metadata(bits)
+        used = frozenset(np.unique(bits).tolist())
+        shape = layout.group, layout.panel, layout.block_cols
+        found = {kind: library.find(kind, *shape, used) for kind in ("gemv", "gemm")}
+        self._numbers = {kind: number for kind, (number, _) in found.items()}
+        tables = layout.metadata(bits, slots(found["gemv"][1]))
         self._tables: Mapping[str, Argument] = {
             "arena": np.ascontiguousarray(arena), "offsets": tables.offsets,
             "starts": tables.starts, "columns": tables.columns,

@@ -136,7 +136,10 @@ class TiledLinear:
         self.kernels, self.layout, self.arena = kernels, layout, arena
         self._table = kernels.table(layout, bits, index is not None)
         self._index = () if index is None else (index,)
-        self._walk = [torch.from_numpy(array).to(kernels.device) for array in layout.tables(bits)]
+        self._walk = [
+            torch.from_numpy(array).to(kernels.device)
+            for array in layout.tables(bits, self._table["bits"])
+        ]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[tokens, N] for x [tokens, K], both of the kernels' dtype."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from scalebits_compiler.numerics.layout import FOOTER_BYTES, SUBS
+from scalebits_compiler.numerics.formats import format_of
+from scalebits_compiler.numerics.formats.base import SUBS
+from scalebits_compiler.numerics.layout import FOOTER_BYTES, joined
 
 Kind = Literal["matvec", "matmul", "dequantize"]
 SLICE = 16  # columns of one tensor-core product, and so of a sub of a full tile
@@ -15,9 +17,10 @@ SLICE = 16  # columns of one tensor-core product, and so of a sub of a full tile
 class KernelSpec:
     """One kernel. Rows, columns, tokens and splits are run-time values; this is compiled in.
 
-    dtype: of the activations, "fp16" or "bf16". ragged: columns need not be a multiple of the
-    group. tile_m: token rows of a tile of `matmul`, else 0. gather: a column of the matrix belongs
-    to the channel of x that an index names.
+    bits: ids of the formats that it reads (1 to 8: bit-widths). dtype: of the activations, "fp16"
+    or "bf16". ragged: columns need not be a multiple of the group. tile_m: token rows of a tile of
+    `matmul`, else 0. gather: a column of the matrix belongs to the channel of x that an index
+    names.
     """
 
     kind: Kind
@@ -35,7 +38,7 @@ class KernelSpec:
         tile = f"_m{self.tile_m}" if self.tile_m else ""
         shape = f"p{self.panel}_g{self.group}{'r' if self.ragged else ''}"
         kind = f"gather_{self.kind}" if self.gather else self.kind
-        return f"{kind}_{self.dtype}_{shape}{tile}_b{''.join(map(str, self.bits))}"
+        return f"{kind}_{self.dtype}_{shape}{tile}_b{joined(self.bits)}"
 
     @property
     def tile_n(self) -> int:
@@ -67,6 +70,6 @@ class KernelSpec:
         """Columns of a sub of a full tile."""
         return self.group // SUBS
 
-    def group_bytes(self, width: int) -> int:
-        """Bytes of a full group of codes of a width, with its scales."""
-        return self.panel * self.held * width + FOOTER_BYTES * self.panel
+    def group_bytes(self, number: int) -> int:
+        """Bytes of a full group of codes of a format, with its scales."""
+        return format_of(number).nbytes(self.panel * self.group) + FOOTER_BYTES * self.panel

@@ -11,11 +11,11 @@ import numpy as np
 
 from scalebits_compiler.errors import PassError
 from scalebits_compiler.ir.attrs import Resource
-from scalebits_compiler.ir.module import Module, Weight
+from scalebits_compiler.ir.module import Module
 from scalebits_compiler.passes.base import Pass, PassContext
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 _LAYER = re.compile(r"\.(\d+)(?:\.|$)")
 
@@ -77,35 +77,18 @@ class MagnitudeSensitivity(Pass):
     establishes: ClassVar[frozenset[str]] = frozenset({"sensitivity"})
 
     def run(self, module: Module, ctx: PassContext) -> Module:
-        """Adds row_scores, column_scores and block_scores to every quantized matrix."""
-        import torch
-
+        """Adds row_scores and column_scores to every quantized matrix."""
         weights, tensors = [], {}
         for weight in module.quantized():
             if weight.data is None:
                 raise PassError(f"@{weight.symbol} has no data", help="give the dense module")
             squares = module.resources.torch(weight.data.key).float().square()
-            blocks = _block_sums(squares, weight)
-            # The error of rounding is about size² · 4^-bits: a bit more takes 3/4 of it away.
             made = {
                 "row_scores": squares.sum(1),
                 "column_scores": squares.sum(0),
-                "block_scores": torch.stack([-0.75 * blocks, 3.0 * blocks], -1),
             }
             tensors.update({f"{weight.symbol}.{role}": t for role, t in made.items()})
             keys = {role: Resource(f"{weight.symbol}.{role}") for role in made}
             weights.append(replace(weight, **keys))
         scored = module.with_weights(weights)
         return replace(scored, resources=module.resources.with_(tensors))
-
-
-def _block_sums(squares: torch.Tensor, weight: Weight) -> torch.Tensor:
-    """[block rows, block columns]: the sum over every block, ragged edges included."""
-    import torch
-
-    assert weight.block is not None
-    rows, columns = weight.block
-    shape = weight.grid_shape()
-    padded = torch.zeros(shape[0] * rows, shape[1] * columns)
-    padded[: squares.shape[0], : squares.shape[1]] = squares
-    return padded.reshape(shape[0], rows, shape[1], columns).sum((1, 3))
