@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from scalebits_compiler.ir.module import Module
-from scalebits_compiler.ir.parser import parse_module
+from scalebits_compiler.ir.op import Op
 from scalebits_compiler.ir.printer import print_module
+from scalebits_compiler.passes.observers import RoundTrip
 
 # Before torch is loaded; see cli/main.py.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "PYTEST_XDIST_WORKER" in os.environ:  # there is one worker for each core
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Before Triton is: its own functions, as tl.sum, are fixed then. Binaries are compiled in processes
 # of their own, without it.
 os.environ["TRITON_INTERPRET"] = "1"
@@ -41,6 +46,19 @@ _KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+_SURVIVED: set[bytes] = set()
+"""Digests of the texts, with the ops they were read with, that printed back as they were."""
+
+
+def _once(module: Module, ops: Mapping[str, type[Op]], check: Callable[[], object]) -> None:
+    """Check that a module prints as it is read, unless an equal text has been checked before."""
+    known = sorted((name, op.__module__) for name, op in ops.items())
+    digest = hashlib.sha256(f"{known} {print_module(module)}".encode()).digest()
+    if digest not in _SURVIVED:
+        check()
+        _SURVIVED.add(digest)
+
+
 @pytest.fixture(autouse=True)
 def every_module_survives_printing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Whatever module a test still holds at its end must read back as it prints."""
@@ -55,9 +73,7 @@ def every_module_survives_printing(monkeypatch: pytest.MonkeyPatch) -> Iterator[
     yield
     monkeypatch.undo()
     for module in {id(m): m for ref in made if (m := ref()) is not None}.values():
-        text = print_module(module)
-        ops = {op.name: type(op) for op in module.function.ops}
-        assert print_module(parse_module(text, ops=ops)[0]) == text
+        RoundTrip({op.name: type(op) for op in module.function.ops}).start(module)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -68,6 +84,49 @@ def kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         folder = folder.parent
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SCALEBITS_CACHE", str(folder / "kernels"))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def texts_are_checked_once() -> Iterator[None]:
+    """Compiles parse what every pass returns; those of one model return much of the same."""
+
+    check = RoundTrip.start
+
+    def start(self: RoundTrip, module: Module) -> None:
+        _once(module, self.ops, lambda: check(self, module))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RoundTrip, "start", start)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def models_are_traced_once() -> Iterator[None]:
+    """A compile takes the trace of an earlier one whose model has the same files.
+
+    torch.export takes more than half of the time of a small compile. Tests of tracing call
+    `frontend.hf.trace` themselves; processes that tests start trace anew.
+    """
+    from scalebits_compiler.driver import inputs
+
+    traced: dict[tuple[Any, ...], Module] = {}
+    trace = inputs.traced_module
+
+    def once(source: Any) -> Module:
+        import torch
+
+        if not hasattr(source, "hashes"):  # a model without weights
+            return trace(source)
+        files = json.dumps([source.name, source.task, source.config, source.hashes])
+        # Tests put a function that fails in place of `export`.
+        key = (files, next(source.model.parameters()).device, torch.export.export)
+        if key not in traced:
+            traced[key] = trace(source)
+        return traced[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inputs, "traced_module", once)
         yield
 
 
@@ -161,7 +220,8 @@ def triton_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     pytest.importorskip("triton", reason="the cuda target's kernels need Triton")
     import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder
+    from triton.runtime import interpreter
+    from triton.runtime.interpreter import InterpreterBuilder, interpreter_builder
 
     dot = InterpreterBuilder.create_dot
 
@@ -171,3 +231,25 @@ def triton_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
         return dot(self, a, b, *rest)
 
     monkeypatch.setattr(InterpreterBuilder, "create_dot", widened)
+    # Whether integers overflow is computed at every sum, and asserted in Triton's debug mode alone.
+    options = replace(interpreter_builder.options, sanitize_overflow=False)
+    monkeypatch.setattr(interpreter_builder, "options", options)
+    # Every call of a device function patches `tl` anew, as the launch of the kernel has done.
+    patch_lang, patched = interpreter._patch_lang, set()
+
+    def once(function: Any) -> Any:
+        names = id(function.__globals__)
+        if names in patched:
+            return None
+        patched.add(names)
+        scope = patch_lang(function)
+        restore = scope.restore
+
+        def restored() -> None:
+            patched.clear()
+            restore()
+
+        scope.restore = restored
+        return scope
+
+    monkeypatch.setattr(interpreter, "_patch_lang", once)

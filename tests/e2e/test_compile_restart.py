@@ -56,7 +56,12 @@ def test_same_bytes_from_another_process_and_place(
     calibration = shutil.copy(text, moved / text.name)
     ran = subprocess.run(
         [*command(model, tmp_path / "out", Path(calibration))],
-        env={**os.environ, "PYTHONHASHSEED": "7", "SCALEBITS_CACHE": str(tmp_path / "cache")},
+        env={
+            **os.environ,
+            "PYTHONHASHSEED": "7",
+            "OMP_NUM_THREADS": "3",
+            "SCALEBITS_CACHE": str(tmp_path / "cache"),
+        },
         cwd=moved,
         capture_output=True,
         text=True,
@@ -167,11 +172,11 @@ def killed_at(stage: str, argv: list[str], sign: signal.Signals) -> subprocess.P
 def test_killed_compile_leaves_the_search_and_goes_on(
     compiled: Any, text: Path, tmp_path: Path, compile_small: Any
 ) -> None:
-    out = tmp_path / "out"
-    process = killed_at("kernels", command(compiled.model, out, text), signal.SIGKILL)
+    out, start = tmp_path / "out", ("--from", str(compiled.dump / "00-input.sbir"))
+    process = killed_at("kernels", command(compiled.model, out, text, *start), signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.partial", "out.search"]
-    ran = compile_small(compiled.model, out, "--resume")
+    ran = compile_small(compiled.model, out, *start, "--resume")
     assert ran.code == 0, ran.err
     same_bytes(compiled.path, out)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -246,7 +251,8 @@ def test_killed_while_writing(
 ) -> None:
     """Half-written files, or the old artifact already moved aside: the next compile mends both."""
     old = copy_of(compiled.path)
-    argv = command(compiled.model, old, text, "--force", "--target", "reference")[3:]
+    start = ("--from", str(compiled.dump / "04-fold-permutes.sbir"))
+    argv = command(compiled.model, old, text, *start, "--force", "--target", "reference")[3:]
     done = subprocess.run([sys.executable, "-c", _DIES, moment, *argv], capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     assert old.with_name(f".{old.name}.partial").is_dir()

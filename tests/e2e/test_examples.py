@@ -76,7 +76,7 @@ def test_demo(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     demo = example("demo")
-    few = ("--calib-windows", 2, "--accept-windows", 2)
+    few = ("--calib-windows", 2, "--accept-windows", 2, "--seq-len", 64, "--tuning-epochs", 1)
     monkeypatch.setattr(demo, "FULL", replace(demo.FULL, compile_options=few, windows=2))
     demo.main(["--full", "--out", str(tmp_path)])
     said = capsys.readouterr().out

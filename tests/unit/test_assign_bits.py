@@ -10,19 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 
+from scalebits_compiler.driver import inputs
 from scalebits_compiler.errors import PassError, UsageError
 
 
 @pytest.fixture(scope="module")
 def module(tiny_llama: Callable[..., Path]) -> Any:
-    from scalebits_compiler.frontend.hf import load_model, trace
-    from scalebits_compiler.frontend.lower_fx import lower
+    from scalebits_compiler.frontend.hf import load_model
     from scalebits_compiler.interpreter.executor import Executor
     from scalebits_compiler.passes.base import PassContext
     from scalebits_compiler.passes.canonicalize.canonicalize import Canonicalize
 
     source = load_model(tiny_llama(num_hidden_layers=1))
-    lowered = lower(trace(source.model), source)
+    lowered = inputs.traced_module(source)
     return Canonicalize().run(lowered, PassContext(evaluate=Executor))
 
 

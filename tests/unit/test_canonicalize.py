@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from scalebits_compiler.driver import inputs
 from scalebits_compiler.errors import PassError
-from scalebits_compiler.frontend.hf import load_model, trace
-from scalebits_compiler.frontend.lower_fx import lower
+from scalebits_compiler.frontend.hf import load_model
 from scalebits_compiler.interpreter.executor import Executor
 from scalebits_compiler.ir.parser import parse_module
 from scalebits_compiler.ir.printer import print_module
@@ -32,32 +32,37 @@ YARN = {
     "factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+ONE = {"num_hidden_layers": 1}
 # (model type, changes of the config, window of every layer)
 FAMILIES = {
     "llama": ("llama", {}, {0}),
-    "llama, one key-value head": ("llama", {"num_key_value_heads": 1}, {0}),
-    "llama, one head": ("llama", {"num_attention_heads": 1, "num_key_value_heads": 1}, {0}),
-    "llama, biases": ("llama", {"attention_bias": True, "mlp_bias": True}, {0}),
-    "llama 3 frequencies": ("llama", {"rope_parameters": LLAMA3}, {0}),
-    "yarn frequencies": ("llama", {"rope_parameters": YARN}, {0}),
-    "mistral": ("mistral", {}, {0}),
-    "mistral, short window": ("mistral", {"sliding_window": 4}, {4}),
-    "mistral, window longer than any test": ("mistral", {"sliding_window": 4096}, {4096}),
-    "qwen2": ("qwen2", {}, {0}),
+    "llama, one key-value head": ("llama", {**ONE, "num_key_value_heads": 1}, {0}),
+    "llama, one head": (
+        "llama",
+        {**ONE, "num_attention_heads": 1, "num_key_value_heads": 1},
+        {0},
+    ),
+    "llama, biases": ("llama", {**ONE, "attention_bias": True, "mlp_bias": True}, {0}),
+    "llama 3 frequencies": ("llama", {**ONE, "rope_parameters": LLAMA3}, {0}),
+    "yarn frequencies": ("llama", {**ONE, "rope_parameters": YARN}, {0}),
+    "mistral": ("mistral", ONE, {0}),
+    "mistral, short window": ("mistral", {**ONE, "sliding_window": 4}, {4}),
+    "mistral, window longer than any test": ("mistral", {**ONE, "sliding_window": 4096}, {4096}),
+    "qwen2": ("qwen2", ONE, {0}),
     "qwen2, window in some layers": (
         "qwen2",
         {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
         {0, 8},
     ),
     "qwen3": ("qwen3", {}, {0}),
-    "qwen3, tied": ("qwen3", {"tie_word_embeddings": True}, {0}),
+    "qwen3, tied": ("qwen3", {**ONE, "tie_word_embeddings": True}, {0}),
 }
 
 
 @functools.cache
 def lowered(folder):
     source = load_model(folder)
-    return lower(trace(source.model), source)
+    return inputs.traced_module(source)
 
 
 def raised(folder, **options) -> tuple[Any, Any, Any]:
@@ -89,7 +94,8 @@ def test_family_is_raised_wholly_and_computes_the_same(tiny_llama, family):
     check_same(before, after)
     assert report["aten"] == {}
     assert {op.window for op in after.function.ops if op.name == "attention"} == windows
-    assert len(after.quantized()) == report["quantized"] == 14
+    layers = changes.get("num_hidden_layers", 2)
+    assert len(after.quantized()) == report["quantized"] == 7 * layers
     assert not any("lm_head" in w.symbol or "embed" in w.symbol for w in after.quantized())
 
 

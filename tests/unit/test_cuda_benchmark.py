@@ -28,6 +28,13 @@ from scalebits_compiler.runtime.cuda.kernels import Kernels
 from scalebits_compiler.runtime.cuda.launchers import SourceLauncher
 """
 CHECK = """
+from dataclasses import replace
+from triton.runtime.interpreter import interpreter_builder
+
+# As in the fixture triton_interpreter.
+options = replace(interpreter_builder.options, sanitize_overflow=False)
+interpreter_builder.options = options
+
 def on_the_host(given, dtype, launcher, gathered=()):
     specs, dispatch = matrices.select_specs(given, dtype, gathered)
     table = {spec.key: {"warps": spec.warps, "stages": spec.stages} for spec in specs}

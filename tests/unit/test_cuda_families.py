@@ -9,8 +9,8 @@ import torch
 from scalebits_compiler.artifact.repack import repack
 from scalebits_compiler.codegen.triton.aot import Binary
 from scalebits_compiler.codegen.triton.target import CudaTarget
-from scalebits_compiler.frontend.hf import load_model, trace
-from scalebits_compiler.frontend.lower_fx import lower
+from scalebits_compiler.driver import inputs
+from scalebits_compiler.frontend.hf import load_model
 from scalebits_compiler.interpreter.executor import Executor
 from scalebits_compiler.passes.base import PassContext
 from scalebits_compiler.passes.pipeline import parse_passes, run_pipeline
@@ -38,7 +38,7 @@ IDS = np.random.default_rng(3).integers(0, 64, (2, 7))
 def packed(folder):
     """The model with widths 2 and 3 dealt out to its blocks, rounded to nearest, packed."""
     source, ctx = load_model(folder), PassContext(evaluate=Executor)
-    module = lower(trace(source.model), source)
+    module = inputs.traced_module(source)
     first = parse_passes("canonicalize{block = [16, 32], group = 32}", PASSES)
     module = run_pipeline(module, first, ctx)
     assert not any(op.name == "aten" for op in module.function.ops)

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, processors
 
+from scalebits_compiler.driver import inputs
 from scalebits_compiler.errors import ArtifactError, UsageError, VerifyError
-from scalebits_compiler.frontend.hf import load_model, trace
-from scalebits_compiler.frontend.lower_fx import lower
+from scalebits_compiler.frontend.hf import load_model
 from scalebits_compiler.interpreter.executor import Executor
 from scalebits_compiler.ir.attrs import Symbol
 from scalebits_compiler.ir.module import Module
@@ -81,7 +81,7 @@ def made(
         model.generation_config.forced_bos_token_id = 7
     model.save_pretrained(folder)
     source, ctx = load_model(folder), PassContext(evaluate=Executor)
-    module = lower(trace(source.model, source.task), source)
+    module = inputs.traced_module(source)
     module = Canonicalize(block=(16, 64), group=32).run(module, ctx)
     widths = {w.symbol: np.full(w.grid_shape(), BITS, np.uint8) for w in module.quantized()}
     module = replace(module.with_bits(widths), facts=module.facts | {"canonical", "bits"})

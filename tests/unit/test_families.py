@@ -18,9 +18,9 @@ import torch
 
 from scalebits_compiler.analysis.order_classes import OrderClass, describe, find_orders
 from scalebits_compiler.artifact.sizes import summarize
+from scalebits_compiler.driver import inputs
 from scalebits_compiler.errors import VerifyError
-from scalebits_compiler.frontend.hf import load_model, trace
-from scalebits_compiler.frontend.lower_fx import lower
+from scalebits_compiler.frontend.hf import load_model
 from scalebits_compiler.interpreter.executor import Executor
 from scalebits_compiler.ir.module import Module
 from scalebits_compiler.ir.ops import Aten, Permute
@@ -124,7 +124,7 @@ def canonical(folder: Path) -> Family:
         logits = call(source.model, source.task, IDS)
     ctx = PassContext(evaluate=Executor)
     blocks = Canonicalize(block=BLOCK, group=GROUP)
-    module = blocks.run(lower(trace(source.model, source.task), source), ctx)
+    module = blocks.run(inputs.traced_module(source), ctx)
     report: Any = ctx.report["canonicalize"]
     return Family(module, report["aten"], logits)
 

@@ -15,9 +15,9 @@ import torch
 from scalebits_compiler.analysis.order_classes import describe
 from scalebits_compiler.artifact.sizes import summarize
 from scalebits_compiler.codegen.plan import make_plan, order_tensors
+from scalebits_compiler.driver import inputs
 from scalebits_compiler.errors import PassError, TargetError
-from scalebits_compiler.frontend.hf import load_model, trace
-from scalebits_compiler.frontend.lower_fx import lower
+from scalebits_compiler.frontend.hf import load_model
 from scalebits_compiler.interpreter.executor import Executor
 from scalebits_compiler.ir.attrs import Resource
 from scalebits_compiler.ir.module import Module
@@ -52,7 +52,7 @@ def folded(tiny_llama: Callable[..., Path]) -> Module:
     """A tiny Llama in blocks of 16 x 32, reordered and folded."""
     source = load_model(tiny_llama())
     passes = "canonicalize{block = [16, 32], group = 32},annotate-sensitivity,reorder-channels"
-    return run(lower(trace(source.model), source), f"{passes},fold-permutes")
+    return run(inputs.traced_module(source), f"{passes},fold-permutes")
 
 
 @pytest.fixture(scope="module")

@@ -18,10 +18,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 
+from scalebits_compiler.driver import inputs
 from scalebits_compiler.driver.device import bytes_held, computing_on, place_for
 from scalebits_compiler.errors import PassError
-from scalebits_compiler.frontend.hf import load_model, trace
-from scalebits_compiler.frontend.lower_fx import lower
+from scalebits_compiler.frontend.hf import load_model
 from scalebits_compiler.interpreter.executor import Executor
 from scalebits_compiler.ir.module import Module
 from scalebits_compiler.ir.printer import print_module
@@ -147,7 +147,7 @@ def traced(tiny_llama: Callable[..., Path]) -> Callable[[int], Module]:
     def make(layers: int) -> Module:
         size = {"hidden_size": 32, "intermediate_size": 40, "vocab_size": 64}
         source = load_model(tiny_llama(**size, num_hidden_layers=layers))
-        return lower(trace(source.model), source)
+        return inputs.traced_module(source)
 
     return make
 

@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scalebits_compiler.analysis.order_classes import describe, find_orders
+from scalebits_compiler.driver import inputs
 from scalebits_compiler.errors import PassError, VerifyError
-from scalebits_compiler.frontend.hf import load_model, trace
-from scalebits_compiler.frontend.lower_fx import lower
+from scalebits_compiler.frontend.hf import load_model
 from scalebits_compiler.interpreter.executor import Executor
 from scalebits_compiler.ir.attrs import Resource
 from scalebits_compiler.ir.module import Module
@@ -56,7 +56,7 @@ def start(folder: Path) -> tuple[Module, torch.Tensor]:
     source = load_model(folder)
     with torch.no_grad():
         logits = source.model(input_ids=IDS, use_cache=False).logits
-    module = lower(trace(source.model), source)
+    module = inputs.traced_module(source)
     return Canonicalize().run(module, context()), logits
 
 

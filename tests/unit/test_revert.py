@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from scalebits_compiler.analysis.order_classes import find_orders
-from scalebits_compiler.frontend.hf import load_model, trace
-from scalebits_compiler.frontend.lower_fx import lower
+from scalebits_compiler.driver import inputs
+from scalebits_compiler.frontend.hf import load_model
 from scalebits_compiler.interpreter.executor import Executor
 from scalebits_compiler.interpreter.rules import RULES, Scope
 from scalebits_compiler.ir.attrs import Value
@@ -50,7 +50,7 @@ def lying(tiny_llama: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> M
     """A Llama whose first MLP shifts its hidden channels."""
     monkeypatch.setitem(RULES, Shift, shift)
     source = load_model(tiny_llama())
-    module = Canonicalize().run(lower(trace(source.model), source), PassContext(evaluate=Executor))
+    module = Canonicalize().run(inputs.traced_module(source), PassContext(evaluate=Executor))
     ops: list[Op] = []
     for op in module.function.ops:
         if isinstance(op, Linear) and op.weight.name == "layers.0.mlp.down_proj":

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from scalebits_compiler.artifact.sizes import summarize
+from scalebits_compiler.driver import inputs
 from scalebits_compiler.driver.compile import CompileOptions, pipeline_for, remaining
 from scalebits_compiler.errors import PassError
-from scalebits_compiler.frontend.hf import load_model, trace
-from scalebits_compiler.frontend.lower_fx import lower
+from scalebits_compiler.frontend.hf import load_model
 from scalebits_compiler.interpreter.executor import Executor
 from scalebits_compiler.interpreter.weights import dense
 from scalebits_compiler.ir.module import Module
@@ -40,7 +40,7 @@ def context() -> PassContext:
 def assigned(tiny_llama: Callable[..., Path]) -> Module:
     """Random widths of 2..5 bits on ragged blocks."""
     source = load_model(tiny_llama(hidden_size=72, intermediate_size=104))
-    module = lower(trace(source.model), source)
+    module = inputs.traced_module(source)
     module = Canonicalize(block=(16, 64), group=32).run(module, context())
     rng = np.random.default_rng(4)
     bits = {

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from scalebits_compiler.driver import inputs
 from scalebits_compiler.frontend.calibration import load_tokenizer, read_windows
-from scalebits_compiler.frontend.hf import load_model, trace
-from scalebits_compiler.frontend.lower_fx import lower
+from scalebits_compiler.frontend.hf import load_model
 from scalebits_compiler.interpreter.executor import Executor
 from scalebits_compiler.ir.module import Module
 from scalebits_compiler.ir.ops import Linear
@@ -28,7 +28,7 @@ IDS = torch.from_numpy(np.random.default_rng(9).integers(0, 256, (3, 11)))
 
 def canonical(folder: Path) -> Module:
     source = load_model(folder)
-    lowered = lower(trace(source.model), source)
+    lowered = inputs.traced_module(source)
     return Canonicalize().run(lowered, PassContext(evaluate=Executor))
 
 
@@ -93,8 +93,8 @@ def slow_gradients(
     for symbol, (x, y) in seen.items():
         assert y.grad is not None
         total = torch.zeros_like(weights[symbol])
-        for inputs, outputs in zip(x.flatten(0, 1), y.grad.flatten(0, 1), strict=True):
-            total += torch.outer(outputs, inputs).square()
+        for token, gradient in zip(x.flatten(0, 1), y.grad.flatten(0, 1), strict=True):
+            total += torch.outer(gradient, token).square()
         fishers[symbol] = total
     return gradients, fishers
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from scalebits_compiler.driver import inputs
 from scalebits_compiler.errors import PassError, UsageError
-from scalebits_compiler.frontend.hf import load_model, trace
-from scalebits_compiler.frontend.lower_fx import lower
+from scalebits_compiler.frontend.hf import load_model
 from scalebits_compiler.interpreter.executor import Executor
 from scalebits_compiler.interpreter.weights import dense
 from scalebits_compiler.ir.module import Module
@@ -36,7 +36,7 @@ def context() -> PassContext:
 @pytest.fixture(scope="module")
 def rounded(tiny_llama: Callable[..., Path]) -> Module:
     source = load_model(tiny_llama(hidden_size=72, intermediate_size=104))
-    module = lower(trace(source.model), source)
+    module = inputs.traced_module(source)
     module = Canonicalize(block=(16, 64), group=32).run(module, context())
     grids = {w.symbol: np.full(w.grid_shape(), 2, np.uint8) for w in module.quantized()}
     return RoundWeights(method="rtn").run(module.with_bits(grids), context())
