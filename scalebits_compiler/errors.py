@@ -85,10 +85,14 @@ def memory_error(error: BaseException) -> BaseException | None:
     None if there is none.
     """
     current: BaseException | None = error
-    while current is not None and not _states_no_memory(current):
+    seen: set[int] = set()  # an exception may be its own cause: `raise error from error`
+    while current is not None and id(current) not in seen:
+        if _states_no_memory(current):
+            return current
+        seen.add(id(current))
         hidden = current.__suppress_context__
         current = current.__cause__ or (None if hidden else current.__context__)
-    return current
+    return None
 
 
 def _states_no_memory(error: BaseException) -> bool:

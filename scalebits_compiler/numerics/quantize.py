@@ -125,9 +125,9 @@ class LevelTable:
 
     def at(self, ids: Tensor) -> Tensor:
         """Scales for a format per group: ids [m, groups], all of them in the table."""
-        index = torch.zeros(256, dtype=torch.int64, device=ids.device)
-        index[[item.id for item in self.formats]] = torch.arange(len(self.formats)).to(ids.device)
-        return self.scales.gather(0, index[ids.long()].unsqueeze(0))[0]
+        index = torch.zeros(256, dtype=torch.int64)
+        index[[item.id for item in self.formats]] = torch.arange(len(self.formats))
+        return self.scales.gather(0, index.to(ids.device)[ids.long()].unsqueeze(0))[0]
 
     def quantize(self, matrix: Tensor, ids: Tensor) -> Quantized:
         """Round to nearest with a format per group: ids [m, groups]."""

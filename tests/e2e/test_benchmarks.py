@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from scalebits_compiler.runtime.cpu.isa import choose_variant, offered_activations
+from scalebits_compiler.runtime.dispatch import cpu_dispatch
 
 ROOT = Path(__file__).resolve().parents[2]
 pytest.importorskip("tvm", reason="the kernel compiler needs apache-tvm")
@@ -22,14 +23,14 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def variant() -> dict[str, Any]:
+def variant() -> Any:
     """Of the variants that are compiled here, the one that runs here."""
     from scalebits_compiler.codegen.tvm.spec import select_specs
     from scalebits_compiler.numerics.layout import BlockLayout
     from scalebits_compiler.runtime.cpu.features import cpu_features
 
     matrix = (BlockLayout(16, 128, 16, 128, 128), np.array([[3]], np.uint8))
-    return choose_variant(select_specs([matrix])[1]["variants"], cpu_features())
+    return choose_variant(cpu_dispatch(select_specs([matrix])[1], "").variants, cpu_features())
 
 
 def run(script: str, *options: object) -> str:
@@ -47,7 +48,7 @@ def run(script: str, *options: object) -> str:
     return done.stdout
 
 
-def test_kernels(variant: dict[str, Any], tmp_path: Path) -> None:
+def test_kernels(variant: Any, tmp_path: Path) -> None:
     offered = offered_activations(variant)
     out = tmp_path / "out.json"
     tiny = ("--shapes", "256x128", "--places", "cold", "--batches", 1, 9, "--rounds", 2, "--few")
@@ -56,7 +57,7 @@ def test_kernels(variant: dict[str, Any], tmp_path: Path) -> None:
     records = json.loads(out.read_text())
     settings = [record["setting"] for record in records]
     assert settings == [f"256x128, batch {batch}, cold, 1 core(s)" for batch in (1, 9)]
-    assert f"ours: {variant['name']} kernels, activations exact ({variant['modes'][0]})" in printed
+    assert f"ours: {variant.name} kernels, activations exact ({variant.modes[0]})" in printed
     assert ("no int8" in printed) == ("int8" not in offered)
     for record in records:
         rows = {row["name"]: row for row in record["rows"]}
@@ -68,7 +69,7 @@ def test_kernels(variant: dict[str, Any], tmp_path: Path) -> None:
         assert ("share" in rows["uniform 2 exact"]) == ("batch 1," in record["setting"])
 
 
-def test_end_to_end(variant: dict[str, Any], tmp_path: Path) -> None:
+def test_end_to_end(variant: Any, tmp_path: Path) -> None:
     sizes = {"layers": 1, "hidden": 128, "inner": 128, "heads": 2, "groups": 1, "vocab": 64}
     shape = [word for name, value in sizes.items() for word in (f"--{name}", value)]
     counts = ("--prompt-tokens", 9, "--new-tokens", 3, "--rounds", 2)

@@ -186,7 +186,7 @@ def test_killed_compile_leaves_the_search_and_goes_on(
     ("stage", "sign", "code"),
     [
         ("trace", signal.SIGTERM, 143),
-        ("sensitivity at full precision", signal.SIGINT, 130),
+        ("gradients at the quantized weights", signal.SIGINT, 130),
         ("kernels", signal.SIGTERM, 143),
         ("write", signal.SIGHUP, 129),
     ],

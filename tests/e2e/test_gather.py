@@ -151,7 +151,7 @@ def test_the_cuda_target_reads_the_same_order(
     """Binaries are not needed here: tests/unit/test_cuda_binaries.py compiles such kernels."""
     monkeypatch.setattr(
         "scalebits_compiler.codegen.triton.aot.compile_specs",
-        lambda specs, archs: {spec.key: {"sm_90": Binary(b"", 0, 2)} for spec in specs},
+        lambda specs, archs, folder: {spec.key: {"sm_90": Binary(b"", 0, 2)} for spec in specs},
     )
     there, direct, back = (tmp_path / name for name in ("there", "direct", "back"))
     ran = cli("retarget", gathered.path, "-o", there, "--target", "cuda")

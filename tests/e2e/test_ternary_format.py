@@ -21,7 +21,8 @@ from scalebits_compiler.numerics.quantize import dequantize
 from scalebits_compiler.numerics.tiles import TileLayout
 from scalebits_compiler.runtime.artifact import Artifact
 from scalebits_compiler.runtime.cuda.session import interpreted
-from scalebits_compiler.runtime.session import load
+from scalebits_compiler.runtime.kernel_files import shipped_kernels
+from scalebits_compiler.sessions.open import load
 from scalebits_compiler.sessions.reference import load_reference
 
 PACKAGE = Path(__file__).resolve().parents[1] / "plugins" / "ternary_format"
@@ -137,7 +138,9 @@ def test_all_targets_give_the_same_logits(made: Made, triton_interpreter: None) 
         ids = np.random.default_rng(0).integers(0, 256, (1, tokens))
         expected = load_reference(made.cpu).forward(ids)
         assert np.array_equal(load_reference(made.cuda).forward(ids), expected)
-        for session in (load(made.cpu), interpreted(Artifact.open(made.cuda), 1)):
+        artifact = Artifact.open(made.cuda)
+        cuda = interpreted(artifact, shipped_kernels(artifact), 1)
+        for session in (load(made.cpu), cuda):
             assert session.execution
             assert np.abs(session.forward(ids) - expected).max() < 5e-3 * expected.std()
 

@@ -178,7 +178,7 @@ def test_a_cache_that_cannot_be_written(
     assert (ran.code, ran.out) == (0, expected), ran.err
     (line,) = ran.err.splitlines()
     assert "not built on this machine: building them from its module, again at every" in line
-    assert f"the kernel cache {tmp_path / 'file'} cannot be written" in line
+    assert f"the kernel cache {tmp_path / 'file'} is not a folder" in line
 
 
 def test_without_the_compiler_the_remedies_are_named(
@@ -188,11 +188,11 @@ def test_without_the_compiler_the_remedies_are_named(
     monkeypatch.setattr("scalebits_compiler.codegen.tvm.target.find_spec", lambda name: None)
     ran = cli("run", foreign.path, *PROMPT)
     assert ran.code == 1
-    message, remedies = ran.err.splitlines()
+    message, *remedies = ran.err.splitlines()
     assert message == (
         f"error: the kernels of {foreign.path} were not built on this machine, and cannot be built"
         " here: the cpu target needs TVM, which is not installed"
     )
     for remedy in ("--trust-kernels", "pip install", "--target reference"):
-        assert remedy in remedies
+        assert remedy in "".join(remedies)
     assert not foreign.marker.exists()

@@ -58,7 +58,7 @@ def test_a_family_computes_what_its_definition_does(
         expected = Executor(module).run(torch.from_numpy(IDS)).numpy()
     monkeypatch.setattr(
         "scalebits_compiler.codegen.triton.aot.compile_specs",
-        lambda specs, archs: {spec.key: {"sm_90": Binary(b"", 0, 2)} for spec in specs},
+        lambda specs, archs, folder: {spec.key: {"sm_90": Binary(b"", 0, 2)} for spec in specs},
     )
     target = CudaTarget()
     target.check_module(module)

@@ -26,7 +26,7 @@ def sessions(build_module, write, monkeypatch, tmp_path, triton_interpreter):
         fake = {"sm_90": Binary(b"not run here", 0, 2)}
         monkeypatch.setattr(
             "scalebits_compiler.codegen.triton.aot.compile_specs",
-            lambda specs, archs: {spec.key: fake for spec in specs},
+            lambda specs, archs, folder: {spec.key: fake for spec in specs},
         )
         target = CudaTarget(dtype=dtype)
         module = repack(build_module(shape, seed), target.order)

@@ -74,7 +74,7 @@ module @m {facts = ["bits", "packed"]} {
 def test_a_matrix_gets_a_kernel_for_each_way_to_read_its_input(monkeypatch, tmp_path):
     monkeypatch.setattr(
         "scalebits_compiler.codegen.triton.aot.compile_specs",
-        lambda specs, archs: {spec.key: {} for spec in specs},
+        lambda specs, archs, folder: {spec.key: {} for spec in specs},
     )
     built = CudaTarget().build(parse_module(TWO_READERS)[0], tmp_path)
     assert built.kernels is not None

@@ -13,7 +13,7 @@ import pytest
 
 from scalebits_compiler.artifact import output as module
 from scalebits_compiler.artifact.output import open_output
-from scalebits_compiler.errors import OutputError, UsageError
+from scalebits_compiler.errors import OutputError, UsageError, memory_error
 from scalebits_compiler.files import complete_file, remove_parts
 
 # In a child: it opens the output sys.argv[1] and writes an artifact into it, until it dies.
@@ -204,3 +204,9 @@ def test_parts_of_killed_processes(tmp_path: Path) -> None:
         assert path.read_text() == "old"
     assert path.read_text() == "new"
     assert [p.name for p in tmp_path.iterdir()] == ["state.json"]
+
+
+def test_an_error_that_is_its_own_cause_is_not_searched_forever() -> None:
+    error = UsageError("wrong")
+    error.__cause__ = error  # `raise error from error`
+    assert memory_error(error) is None

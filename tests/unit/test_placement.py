@@ -128,7 +128,7 @@ class Literals(TorchFunctionMode):
 def few_scales(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fitting the levels is most of the work here; two scales to choose from will do."""
     few = dict.fromkeys(range(2, 9), 1)
-    monkeypatch.setattr("scalebits_compiler.numerics.quantize.NARROWER", few)
+    monkeypatch.setattr("scalebits_compiler.numerics.formats.uniform.NARROWER", few)
 
 
 @pytest.fixture
@@ -180,8 +180,8 @@ def test_all_passes_run_on_another_device(traced, stand_in):
     assert same(made[True].module, made[False].module)
     assert made[True].report == made[False].report
     # Attention is summed in another order there.
-    for name, key in (("annotate-sensitivity", "loss"), ("assign-bits", "full_precision_loss")):
-        assert made[True].report[name][key] == pytest.approx(host.report[name][key], rel=1e-5)
+    losses = [run.report["assign-bits"]["full_precision_loss"] for run in (made[True], host)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_a_streamed_model_takes_the_room_of_a_layer(traced, stand_in):
@@ -192,8 +192,8 @@ def test_a_streamed_model_takes_the_room_of_a_layer(traced, stand_in):
             compiled(traced(layers), Placement(THERE, streamed), SCORING)
             peaks[streamed, layers] = stand_in.peak
     layer = 4 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 40)
-    # Not streamed: the matrices, rounded, one bit more, one bit less, and the evaluator's.
-    assert peaks[False, 2] - peaks[False, 1] > 5 * layer
+    # Not streamed: the matrices, rounded, and the evaluator's.
+    assert peaks[False, 2] - peaks[False, 1] > 3 * layer
     # Streamed: what lives between layers, and the sums over blocks.
     assert peaks[True, 2] - peaks[True, 1] < layer / 4
 

@@ -32,7 +32,7 @@ def asked(monkeypatch):
     """The architectures that kernels were compiled for: none are; this GPU is an sm_89."""
     asked = []
 
-    def compiled(specs, archs):
+    def compiled(specs, archs, folder):
         asked.append(tuple(archs))
         return {spec.key: {arch: Binary(b"not run", 0, 2) for arch in archs} for spec in specs}
 
